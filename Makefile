@@ -1,0 +1,30 @@
+# `make help` lists the targets. They share one virtual environment, .venv (see deploy/setup.sh).
+SHELL := /bin/bash
+VENV := $(or $(SAGE_VENV),.venv)
+export SAGE_VENV := $(VENV)
+# These reach deploy/serve.sh as they are, spaces included.
+export MODEL PORT ARGS
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test lint clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:  ## make or update the virtual environment in .venv
+	@deploy/setup.sh
+
+serve: setup  ## serve a model with the sage backend (MODEL=path-or-name PORT=8000 ARGS="...")
+	@deploy/serve.sh
+
+test: lint  ## lint, type-check and run every test (ARGS="-k name" narrows it)
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+lint:  ## ruff and mypy only
+	@deploy/setup.sh --dev
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+
+clean:  ## remove .venv, caches and build leftovers
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Serve a model with the sage backend and stay in the foreground until Ctrl-C.
+#
+#   MODEL=PATH-OR-NAME   what to serve (default: the small model that the package embeds)
+#   PORT=8000            where to listen, on 127.0.0.1
+#   ARGS="--more args"   for `vllm serve`, after those below
+#   SAGE_VENV=DIR        the environment that deploy/setup.sh made (default: .venv)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+HOST=127.0.0.1
+port=${PORT:-8000}
+venv=${SAGE_VENV:-.venv}
+python=$venv/bin/python
+log=$venv/sage-serve-$port.log
+
+say() { printf '[sage] %s\n' "$*"; }
+die() {
+    printf '[sage] error: %s\n' "$*" >&2
+    exit 1
+}
+
+[ -x "$venv/bin/vllm" ] || die "no vLLM in $venv: run deploy/setup.sh first"
+case "$port" in
+    '' | *[!0-9]*) die "PORT is '$port', not a number" ;;
+esac
+# The server would find out too, but only after a minute of loading.
+bindable='import socket, sys; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+s.bind((sys.argv[1], int(sys.argv[2])))'
+"$python" -c "$bindable" "$HOST" "$port" 2>/dev/null || die "cannot listen on $HOST:$port: is it taken? Try PORT=$((port + 1))"
+
+options=(--host "$HOST" --port "$port" --attention-backend sage)
+model=${MODEL:-}
+name=$model
+if [ -z "$model" ]; then
+    model=$("$python" -c 'from sage_backend.demo import MODEL_DIR; print(MODEL_DIR)') || die "the embedded model is missing"
+    name=sage-demo
+    options+=(--served-model-name "$name")
+fi
+case "$model" in
+    /* | ./* | ../*) [ -e "$model" ] || die "$model does not exist" ;;
+esac
+if "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
+    # On a CPU: 1 GiB of KV cache rather than a share of the memory, and no compilation,
+    # for the sake of a quick start.
+    export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
+    options+=(--enforce-eager)
+fi
+read -r -a extra <<<"${ARGS:-}"
+
+server=
+follower=
+# shellcheck disable=SC2329  # the traps call it
+stop() {
+    trap - EXIT INT TERM HUP
+    if [ -n "$follower" ]; then kill "$follower" 2>/dev/null || true; fi
+    if [ -n "$server" ] && kill -TERM "$server" 2>/dev/null; then
+        say "stopping the server"
+        # Its group is gone when the engine's own processes are. What hangs after 10 s is killed.
+        for _ in {1..100}; do
+            kill -0 -- "-$server" 2>/dev/null || return 0
+            sleep 0.1
+        done
+        kill -KILL -- "-$server" 2>/dev/null || true
+    fi
+}
+trap stop EXIT
+trap 'stop; exit 0' INT
+trap 'stop; exit 143' TERM HUP
+
+say "starting vllm serve $model on http://$HOST:$port (log: $log)"
+# Job control gives the server a process group of its own, so that Ctrl-C reaches this script
+# alone, which then stops the server once and in order.
+set -m
+"$venv/bin/vllm" serve "$model" "${options[@]}" ${extra[@]+"${extra[@]}"} >"$log" 2>&1 </dev/null &
+server=$!
+set +m
+
+# http.client, unlike curl, is sure to be there and heeds no proxy.
+healthy='import http.client, sys; c = http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]), timeout=2)
+c.request("GET", "/health"); sys.exit(c.getresponse().status != 200)'
+# The latest thing that vLLM told, without the process, level, date and source line before it.
+last_line() {
+    { echo ' INFO [] loading vLLM' && cat "$log"; } | sed -nE 's/^.* INFO [^[]*\[[^]]*\] +([^ ].*)$/\1/p' | tail -n 1 | cut -c 1-90
+}
+began=$SECONDS
+told=0
+until "$python" -S -c "$healthy" "$HOST" "$port" 2>/dev/null; do
+    if ! kill -0 "$server" 2>/dev/null; then
+        server=
+        if [ -t 1 ]; then printf '\r\033[K'; fi
+        # The first error is the cause; those after it only tell where it passed by.
+        { grep -E '(^|[ .])[A-Za-z]*[Ee]rror: ' "$log" || tail -n 3 "$log"; } | awk '!seen[$0]++' | sed 3q >&2
+        die "the server ended before it was ready (all of its output: $log)"
+    fi
+    elapsed=$((SECONDS - began))
+    if [ -t 1 ]; then
+        printf '\r\033[K[sage] %3d s  %s' "$elapsed" "$(last_line)"
+    elif ((elapsed - told >= 5)); then
+        told=$elapsed
+        say "$elapsed s  $(last_line)"
+    fi
+    sleep 1
+done
+if [ -t 1 ]; then printf '\r\033[K'; fi
+
+say "ready after $((SECONDS - began)) s; Ctrl-C stops it. Try:"
+cat <<EOF
+
+  curl http://$HOST:$port/v1/completions -H 'Content-Type: application/json' \\
+    -d '{"model": "$name", "prompt": "def fibonacci(n):", "max_tokens": 32}'
+
+EOF
+tail -n 0 -f "$log" &
+follower=$!
+status=0
+wait "$server" || status=$?
+server=
+die "the server ended by itself with status $status (all of its output: $log)"

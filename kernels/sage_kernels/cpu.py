@@ -1,0 +1,73 @@
+"""`reference.attention` for a CPU that serves requests: all heads of a request at once, and only the pages it can see.
+
+The arithmetic is the kernels' own. INT8 products are exact in float32 (|sum| <= 127 * 127 * 256 < 2**24), which on a CPU is
+the fast way to do them. The store needs no version of its own: `reference.store` already takes all tokens at once.
+"""
+
+import torch
+
+from sage_kernels.reference import LOG2E, P_BITS, load, quantize_q
+from sage_paged import PageLayout
+
+MAX_LOGITS = 1 << 24
+"""Elements of the logits matrix that is held at a time; longer prompts are taken in pieces."""
+
+
+def attention(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """`reference.attention` with the same arguments; writes `out`, which has query's shape."""
+    kv_heads = pages.shape[1]
+    group = query.shape[1] // kv_heads
+    q_codes, q_scale = quantize_q(query)
+    q_codes = q_codes.float().unflatten(1, (kv_heads, group))
+    q_scale = (q_scale * (scale * LOG2E)).unflatten(1, (kv_heads, group))
+    sink = None if sinks is None else sinks.float().mul(LOG2E).view(kv_heads, group, 1, 1)
+
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    for request, length in enumerate(lengths):
+        start, end = starts[request], starts[request + 1]
+        if start == end:
+            continue
+        step = max(1, MAX_LOGITS // (query.shape[1] * length))
+        for low in range(start, end, step):
+            high = min(low + step, end)
+            last = length - (end - high)  # one past the position of the last query of this piece
+            first_page = max(0, last - (high - low) - window + 1) // layout.tokens if window else 0
+            begin = first_page * layout.tokens
+            table = block_table[request, first_page : -(-last // layout.tokens)]
+            k, k_scale, v, v_scale = (x[:, : last - begin] for x in load(pages, table, layout))
+
+            q = q_codes[low:high].permute(1, 2, 0, 3)  # [kv_heads, group, queries, head_dim]
+            logits = torch.matmul(q.flatten(1, 2), k.float().transpose(1, 2)).unflatten(1, q.shape[1:3])
+            logits *= k_scale[:, None, None, :]
+            logits *= q_scale[low:high].permute(1, 2, 0)[..., None]
+            if soft_cap:
+                logits = (soft_cap * LOG2E) * torch.tanh(logits / (soft_cap * LOG2E))
+            if high - low > 1 or window:
+                positions = torch.arange(last - (high - low), last)[:, None]
+                keys = torch.arange(begin, last)[None, :]
+                hidden = keys > positions
+                if window:
+                    hidden |= keys <= positions - window
+                logits.masked_fill_(hidden, float("-inf"))
+
+            weighted = logits + v_scale.log2()[:, None, None, :]
+            top = weighted.amax(-1, keepdim=True).ceil_() - P_BITS
+            p8 = weighted.sub_(top).exp2_().to(torch.float8_e4m3fn).float()
+            total = logits.sub_(top).exp2_().sum(-1, keepdim=True)
+            if sink is not None:
+                total = total + torch.exp2(sink - top)
+            result = torch.matmul(p8.flatten(1, 2), v).unflatten(1, p8.shape[1:3])
+            result /= total
+            out[low:high] = result.permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)

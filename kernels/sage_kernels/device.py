@@ -1,0 +1,32 @@
+"""What a device can do, asked once."""
+
+import functools
+
+import torch
+
+
+@functools.cache
+def fp8_path(device: torch.device) -> str:
+    """How P @ V is computed: with FP8 instructions ("native", sm_89 and later) or in float16 from decoded codes ("half").
+
+    Off the GPU, which is Triton's interpreter, P is rounded in integer arithmetic ("emulated"): the interpreter's own
+    conversion to e4m3 loses the carry where rounding up reaches the next power of two (Triton 3.6).
+    """
+    if device.type != "cuda":
+        return "emulated"
+    return "native" if torch.cuda.get_device_capability(device) >= (8, 9) else "half"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    if device.type != "cuda":
+        return 99 * 1024
+    import triton
+
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]

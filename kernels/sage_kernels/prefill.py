@@ -1,0 +1,170 @@
+"""Attention of many query tokens over pages: prompts, whole or in chunks, behind any history.
+
+The heads that share a KV head are packed into the rows of one tile, so each page is read once for all of them
+(row = token * group + head of the group).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sage_kernels.device import fp8_path, shared_memory
+from sage_kernels.tiles import LOG2E, attend_page, quantize_q
+from sage_paged import PageLayout
+
+
+@triton.jit
+def find_request(query_start_loc, q_block, num_reqs, BLOCK_Q: tl.constexpr):
+    """The request that query block `q_block` belongs to.
+
+    Request r gets its blocks from start(r) // BLOCK_Q + r on: at least as many as it needs, without a table.
+    """
+    base = tl.load(query_start_loc)
+    low = 0
+    high = num_reqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (tl.load(query_start_loc + middle) - base) // BLOCK_Q + middle <= q_block:
+            low = middle
+        else:
+            high = middle
+    first_block = (tl.load(query_start_loc + low) - base) // BLOCK_Q + low
+    return low, q_block - first_block
+
+
+@triton.jit
+def load_query(query, token, head, valid, token_stride, head_stride, channels, limit):
+    """Rows of a query tile as float32 [rows, channels]; channels at and past `limit` and invalid rows are 0."""
+    pointers = query + (token.to(tl.int64) * token_stride + head * head_stride)[:, None] + channels[None, :]
+    return tl.load(pointers, mask=valid[:, None] & (channels < limit)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def quantized_query(
+    query, token, head, valid, token_stride, head_stride, scale,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The query tile as `attend_page` takes it: codes of the low and high half of the head (INT8 keys: all, all)."""
+    if K_BITS == 8:
+        q = load_query(query, token, head, valid, token_stride, head_stride, tl.arange(0, BLOCK_D), HEAD_DIM)
+        low_codes, q_scale = quantize_q(q, scale)
+        high_codes = low_codes
+    else:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        half = tl.arange(0, BLOCK_D // 2)
+        low = load_query(query, token, head, valid, token_stride, head_stride, half, HALF)
+        high = load_query(query + HALF, token, head, valid, token_stride, head_stride, half, HALF)
+        # Both halves have one scale, so they are quantized as one row.
+        codes, q_scale = quantize_q(tl.reshape(tl.join(low, high), [low.shape[0], BLOCK_D]), scale)
+        low_codes, high_codes = tl.split(tl.reshape(codes, [low.shape[0], BLOCK_D // 2, 2]))
+    return low_codes, high_codes, q_scale
+
+
+@triton.jit
+def _prefill_kernel(
+    query, out, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, sinks,
+    scale, soft_cap, num_reqs, q_blocks,
+    q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, block_stride, head_stride,
+    GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Grid: (query blocks, KV heads). The last blocks have the most keys, so they are started first."""
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    kv_head = tl.program_id(1)
+    request, q_block = find_request(query_start_loc, q_blocks - 1 - tl.program_id(0), num_reqs, BLOCK_Q)
+    q_start = tl.load(query_start_loc + request)
+    q_len = tl.load(query_start_loc + request + 1) - q_start
+    if q_block * BLOCK_Q >= q_len:
+        return
+    seq_len = tl.load(seq_lens + request)
+
+    rows = tl.arange(0, BLOCK_M)
+    local = q_block * BLOCK_Q + rows // GROUP
+    head = kv_head * GROUP + rows % GROUP
+    valid = (rows < BLOCK_Q * GROUP) & (local < q_len)
+    q_low, q_high, q_scale = quantized_query(
+        query, q_start + local, head, valid, q_token_stride, q_head_stride, scale, HEAD_DIM, K_BITS, BLOCK_D
+    )
+
+    position = seq_len - q_len + local
+    first_position = seq_len - q_len + q_block * BLOCK_Q
+    last_position = tl.minimum(first_position + BLOCK_Q, seq_len) - 1
+    first_page = 0
+    if WINDOW > 0:
+        first_page = tl.maximum(first_position - WINDOW + 1, 0) // PAGE
+    # Pages before this one are seen whole by every row.
+    full_pages = (first_position + 1) // PAGE if WINDOW == 0 else first_page
+    last_page = last_position // PAGE
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    table = block_table + request.to(tl.int64) * table_stride
+    head_offset = kv_head.to(tl.int64) * head_stride
+    for page in range(first_page, full_pages):
+        offset = tl.load(table + page).to(tl.int64) * block_stride + head_offset
+        acc, total, top = attend_page(
+            q_low, q_high, q_scale, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            PAGE, rows, rows, soft_cap, HEAD_DIM, K_BITS, PAGE, False, SOFT_CAP, FP8,
+        )  # fmt: skip
+    for page in range(full_pages, last_page + 1):
+        offset = tl.load(table + page).to(tl.int64) * block_stride + head_offset
+        last_visible = position - page * PAGE
+        first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else tl.zeros_like(last_visible)
+        acc, total, top = attend_page(
+            q_low, q_high, q_scale, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            seq_len - page * PAGE, first_visible, last_visible, soft_cap,
+            HEAD_DIM, K_BITS, PAGE, True, SOFT_CAP, FP8,
+        )  # fmt: skip
+
+    if SINKS:
+        total += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - top)
+    acc = acc / total[:, None]
+    channels = tl.arange(0, BLOCK_D)
+    target = out + ((q_start + local).to(tl.int64) * out_token_stride + head * out_head_stride)[:, None] + channels[None, :]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=valid[:, None] & (channels < HEAD_DIM)[None, :])
+
+
+def tile(head_dim: int, group: int, shared_bytes: int, page_tokens: int) -> tuple[int, int, int]:
+    """Rows of a query tile, warps, and pipeline stages; as many stages, up to 3, as fit the shared memory."""
+    block_m = max(64, triton.next_power_of_2(group))
+    warps = 4 if block_m <= 64 and head_dim <= 128 else 8
+    block_d = triton.next_power_of_2(head_dim)
+    stages = (shared_bytes - 2 * block_m * block_d) // (2 * page_tokens * block_d)
+    return block_m, warps, max(1, min(stages, 3))
+
+
+def prefill(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """`reference.attention` on a GPU, with the same arguments; writes `out`, which has query's shape.
+
+    Only rows query_start_loc[0] to query_start_loc[-1] are read and written. query and out need unit stride in head_dim only.
+    """
+    num_reqs = seq_lens.numel()
+    tokens, heads, head_dim = query.shape
+    group = heads // pages.shape[1]
+    block_m, warps, stages = tile(head_dim, group, shared_memory(query.device), layout.tokens)
+    q_blocks = tokens // (block_m // group) + num_reqs
+    fp8 = fp8_path(query.device)
+    _prefill_kernel[(q_blocks, pages.shape[1])](
+        query, out, pages.view(torch.int8), pages.view(torch.uint8 if fp8 == "half" else torch.float8_e4m3fn),
+        pages.view(torch.float32), block_table, seq_lens, query_start_loc, query if sinks is None else sinks,
+        scale, soft_cap, num_reqs, q_blocks,
+        query.stride(0), query.stride(1), out.stride(0), out.stride(1), block_table.stride(0), pages.stride(0), pages.stride(1),
+        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SINKS=sinks is not None,
+        HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
+        BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=block_m, FP8=fp8,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip

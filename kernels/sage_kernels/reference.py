@@ -1,0 +1,142 @@
+"""The specification: what every kernel of this package computes, in plain torch and float32.
+
+Quantization follows SageAttention (Zhang et al., ICLR 2025, section 4) and SageAttention2 (Zhang et al., ICML 2025,
+section 3): INT8 queries and INT8 or INT4 keys for Q K^T, FP8 e4m3 probabilities and values for P V. Scales are per token
+and head, because a page must never depend on which tokens happen to be neighbours.
+
+Two scales are powers of two. That of a token's V, which P takes over before it is rounded: its exponent is simply added to
+the token's base-2 logit. And the reference point that is subtracted before the exponential: the maximum of those sums,
+rounded up to an integer. FP8 rounding commutes with powers of two, so the result does not depend on the order in which a
+kernel walks the pages, on how it splits them, or on how the prompt was cut into chunks; only float32 summation order is left.
+"""
+
+import torch
+
+from sage_paged import PageLayout
+
+FP8_MAX = 448.0
+P_BITS = 8
+"""The largest P of a row is at most 2**P_BITS, which uses the range of e4m3 (largest number 448)."""
+LOG2E = 1.4426950408889634
+K_MAX = {8: 127, 4: 7}
+V_SCALE_MIN = 2.0**-40
+"""Keeps the exponents of V scales, and so the exponentials, within float32. Values below 2**-49 become 0."""
+
+
+def _symmetric(x: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes in [-largest, largest] (int8, shape of x) and the scale over the last dimension (float32)."""
+    amax = x.abs().amax(-1)
+    inverse = torch.where(amax > 0, torch.full_like(amax, largest) / amax, 0.0)  # a scalar / tensor is not rounded once
+    return (x * inverse[..., None]).round().clamp(-largest, largest).to(torch.int8), amax / largest
+
+
+def quantize_q(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """query [..., head_dim] -> int8 codes of the same shape, float32 scales [...]."""
+    return _symmetric(query.float(), 127)
+
+
+def quantize_k(key: torch.Tensor, k_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """key [..., head_dim] -> int8 codes of the same shape (INT4 not yet packed), float32 scales [...]."""
+    return _symmetric(key.float(), K_MAX[k_bits])
+
+
+def quantize_v(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """value [..., head_dim] -> float8_e4m3fn codes of the same shape, float32 scales [...], powers of two."""
+    value = value.float()
+    ratio = (value.abs().amax(-1) / FP8_MAX).contiguous()
+    scale = ((ratio.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # up to the next power of two
+    scale = scale.clamp(min=V_SCALE_MIN)
+    return (value / scale[..., None]).to(torch.float8_e4m3fn), scale
+
+
+def pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    """int8 codes in [-7, 7], [..., head_dim] -> int8 bytes [..., head_dim // 2], first half in the low nibbles."""
+    low, high = codes.chunk(2, -1)
+    return (low & 0xF) | (high << 4)
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_int4`."""
+    return torch.cat([(packed << 4) >> 4, packed >> 4], -1)
+
+
+def store(
+    key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout
+) -> None:
+    """Quantize tokens and write them into their pages.
+
+    key, value: [tokens, kv_heads, head_dim], any float dtype. pages: uint8 [blocks, kv_heads, page_bytes], written in place.
+    slots: int [tokens]; token t goes to block slots[t] // layout.tokens; a negative slot is padding and is skipped.
+    """
+    used = slots >= 0
+    slots = slots[used].long()
+    block, offset = slots // layout.tokens, slots % layout.tokens
+    views = layout.views(pages)
+    k_codes, k_scale = quantize_k(key[used], layout.k_bits)
+    v_codes, v_scale = quantize_v(value[used])
+    views.k[block, :, offset] = pack_int4(k_codes) if layout.k_bits == 4 else k_codes
+    # torch cannot index-assign float8, so the codes travel as bytes.
+    views.v.view(torch.uint8)[block, :, :, offset] = v_codes.view(torch.uint8)
+    views.k_scale[block, :, offset] = k_scale
+    views.v_scale[block, :, offset] = v_scale
+
+
+def load(
+    pages: torch.Tensor, block_table: torch.Tensor, layout: PageLayout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gather the pages of one request.
+
+    block_table: int [n]. Returns K codes int8 [kv_heads, n * tokens, head_dim], their scales float32
+    [kv_heads, n * tokens], V codes float32 of the same shape as K's, and their scales.
+    """
+    views = layout.views(pages[block_table.long()].transpose(0, 1))
+    k_codes = unpack_int4(views.k) if layout.k_bits == 4 else views.k
+    v_codes = views.v.float().transpose(-1, -2)
+    return k_codes.flatten(1, 2), views.k_scale.flatten(1), v_codes.flatten(1, 2), views.v_scale.flatten(1)
+
+
+def attention(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of every request's last tokens over its pages.
+
+    query: [tokens, heads, head_dim]; request r owns rows query_start_loc[r] to query_start_loc[r + 1], and they are the
+    last of its seq_lens[r] tokens. block_table: int [requests, blocks]. scale multiplies the logits. window: a query sees
+    itself and the window - 1 tokens before it, 0 for all. soft_cap: logits become cap * tanh(logits / cap), 0 for none.
+    sinks: [heads], logits of an extra key without a value. Returns float32 of query's shape; rows of no request stay 0.
+    """
+    heads, kv_heads = query.shape[1], pages.shape[1]
+    out = torch.zeros(query.shape, dtype=torch.float32)
+    for r in range(seq_lens.numel()):
+        start, end, length = int(query_start_loc[r]), int(query_start_loc[r + 1]), int(seq_lens[r])
+        used_pages = -(-length // layout.tokens)
+        k, k_scale, v, v_scale = (x[:, :length] for x in load(pages, block_table[r, :used_pages], layout))
+        positions = torch.arange(length - (end - start), length)[:, None]
+        keys = torch.arange(length)[None, :]
+        visible = keys <= positions
+        if window:
+            visible &= keys > positions - window
+        for head in range(heads):
+            kv = head // (heads // kv_heads)
+            q, q_scale = quantize_q(query[start:end, head])
+            logits = (q.float() @ k[kv].float().T) * k_scale[kv] * (q_scale * scale)[:, None]
+            if soft_cap:
+                logits = soft_cap * torch.tanh(logits / soft_cap)
+            logits = (logits * LOG2E).masked_fill(~visible, float("-inf"))
+            weighted = logits + v_scale[kv].log2()
+            top = weighted.amax(-1, keepdim=True).ceil() - P_BITS
+            p8 = torch.exp2(weighted - top).to(torch.float8_e4m3fn).float()
+            total = torch.exp2(logits - top).sum(-1, keepdim=True)
+            if sinks is not None:
+                total = total + torch.exp2(sinks[head].float() * LOG2E - top)
+            out[start:end, head] = (p8 @ v[kv]) / total
+    return out

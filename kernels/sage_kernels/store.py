@@ -1,0 +1,75 @@
+"""Quantize new keys and values and write them into their pages, in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+
+from sage_kernels.tiles import V_SCALE_MIN, inverse_or_zero, next_power_of_two, to_e4m3_bits, to_int
+from sage_paged import PageLayout
+
+BLOCK_TOKENS = 32
+
+
+@triton.jit
+def _store_kernel(
+    key, value, slots, cache_i8, cache_f32, num_tokens,
+    key_token_stride, key_head_stride, value_token_stride, value_head_stride, block_stride, head_stride,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Grid: (token blocks, KV heads)."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
+    K_MAX: tl.constexpr = 127.0 if K_BITS == 8 else 7.0
+    V_OFFSET: tl.constexpr = PAGE * K_ROW
+    SCALES: tl.constexpr = (V_OFFSET + PAGE * HEAD_DIM) // 4
+
+    head = tl.program_id(1)
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1)
+    used = slot >= 0
+    page = (slot // PAGE).to(tl.int64) * block_stride + head.to(tl.int64) * head_stride
+    row = slot % PAGE
+
+    # Keys come in two halves, which is what a packed byte pairs up; INT8 takes the same way.
+    half = tl.arange(0, BLOCK_D // 2)
+    half_mask = used[:, None] & (half < HALF)[None, :]
+    source = key + tokens[:, None].to(tl.int64) * key_token_stride + head * key_head_stride + half[None, :]
+    low = tl.load(source, mask=half_mask, other=0.0).to(tl.float32)
+    high = tl.load(source + HALF, mask=half_mask, other=0.0).to(tl.float32)
+    amax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+    inverse = inverse_or_zero(amax, K_MAX)[:, None]
+    low, high = to_int(low * inverse).to(tl.int8), to_int(high * inverse).to(tl.int8)
+    target = cache_i8 + page[:, None] + row[:, None] * K_ROW + half[None, :]
+    if K_BITS == 8:
+        tl.store(target, low, mask=half_mask)
+        tl.store(target + HALF, high, mask=half_mask)
+    else:
+        tl.store(target, ((low & 0xF) | (high << 4)).to(tl.int8), mask=half_mask)
+    tl.store(cache_f32 + page // 4 + SCALES + row, tl.math.div_rn(amax, K_MAX), mask=used)
+
+    channels = tl.arange(0, BLOCK_D)
+    mask = used[:, None] & (channels < HEAD_DIM)[None, :]
+    source = value + tokens[:, None].to(tl.int64) * value_token_stride + head * value_head_stride + channels[None, :]
+    v = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.maximum(next_power_of_two(tl.math.div_rn(tl.max(tl.abs(v), 1), 448.0)), V_SCALE_MIN)
+    codes = to_e4m3_bits(v * (1.0 / scale)[:, None])  # exact: scale is a power of two
+    # Transposed, so that neighbouring threads hold neighbouring tokens and their bytes leave in one write.
+    target = cache_i8 + (page + V_OFFSET + row)[None, :] + channels[:, None] * PAGE
+    tl.store(target, tl.trans(codes).to(tl.int8, bitcast=True), mask=tl.trans(mask))
+    tl.store(cache_f32 + page // 4 + SCALES + PAGE + row, scale, mask=used)
+
+
+def store(
+    key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout
+) -> None:
+    """`reference.store` on a GPU, with the same arguments. key and value need unit stride in head_dim only."""
+    num_tokens = slots.numel()
+    if num_tokens == 0:
+        return
+    _store_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS), pages.shape[1])](
+        key, value, slots, pages.view(torch.int8), pages.view(torch.float32), num_tokens,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1), pages.stride(0), pages.stride(1),
+        HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
+        BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, num_warps=4,
+    )  # fmt: skip

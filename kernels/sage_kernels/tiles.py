@@ -1,0 +1,161 @@
+"""What the Triton kernels share: how a tile of a page is read, and how numbers become codes.
+
+The arithmetic is that of `reference`; where a line here looks odd, the reason is written beside it.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+P_BITS = tl.constexpr(8.0)
+V_SCALE_MIN = tl.constexpr(2.0**-40)
+
+
+@triton.jit
+def to_int(x):
+    """Round float32 to the nearest integer, ties to even, for |x| < 2**22 (adding 1.5 * 2**23 leaves no fraction bits)."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def inverse_or_zero(x, numerator):
+    """numerator / x, and 0 where x is 0; NaN stays NaN."""
+    return tl.where(x == 0.0, 0.0, tl.math.div_rn(numerator, x))
+
+
+@triton.jit
+def next_power_of_two(x):
+    """The least power of two that is at least x, for x >= 0; 0 for 0."""
+    return ((x.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_e4m3_bits(x):
+    """float32 within +-448 -> e4m3 codes as uint8, ties to even, in integer arithmetic: sm_80 has no such instruction."""
+    bits = x.to(tl.uint32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    magnitude = tl.abs(x)
+    m_bits = magnitude.to(tl.uint32, bitcast=True)
+    normal = ((m_bits + 0x7FFFF + ((m_bits >> 20) & 1)) >> 20) - (120 << 3)  # 120: float32's exponent bias less e4m3's
+    # Adding 2**14 leaves steps of 2**-9, which is the step of e4m3's subnormals.
+    subnormal = (magnitude + 16384.0).to(tl.uint32, bitcast=True) & 0xF
+    code = tl.where(magnitude < 0.015625, subnormal, normal)
+    return (sign | tl.where(magnitude != magnitude, 0x7F, code)).to(tl.uint8)
+
+
+@triton.jit
+def e4m3_bits_to_half(code):
+    """e4m3 codes as uint8 -> float16, 2**-8 times the value: float16's exponent bias is 8 larger."""
+    wide = code.to(tl.uint16)
+    return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def quantize_q(q, scale):
+    """q: float32 [rows, channels] -> int8 codes, and float32 [rows] that take code products to base-2 logits."""
+    amax = tl.max(tl.abs(q), 1)
+    codes = to_int(q * inverse_or_zero(amax, 127.0)[:, None]).to(tl.int8)
+    return codes, amax * (scale * LOG2E / 127.0)
+
+
+@triton.jit
+def load_k(page, tokens, channels, K_ROW: tl.constexpr, CHANNELS: tl.constexpr):
+    """page: int8 pointer to a page. Returns the K bytes transposed, [channels, tokens]."""
+    pointers = page + tokens[None, :] * K_ROW + channels[:, None]
+    if channels.shape[0] == CHANNELS:
+        k = tl.load(pointers)
+    else:
+        k = tl.load(pointers, mask=(channels < CHANNELS)[:, None], other=0)
+    return k
+
+
+@triton.jit
+def load_v(section, tokens, channels, length, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
+    """section: pointer to a page's V codes. Returns [tokens, channels].
+
+    MASKED: codes at and after token `length` of the page become 0. Whatever an earlier owner of the memory left there may
+    be a NaN, and 0 * NaN would reach every row.
+    """
+    pointers = section + channels[None, :] * PAGE + tokens[:, None]
+    if channels.shape[0] == HEAD_DIM:
+        v = tl.load(pointers)
+    else:
+        v = tl.load(pointers, mask=(channels < HEAD_DIM)[None, :], other=0.0)
+    if MASKED:  # a select, for a mask on the load would split it into single bytes
+        filled = (tokens < length)[:, None]
+        v = tl.where(filled, v.to(tl.uint8, bitcast=True), 0).to(tl.uint8).to(v.dtype, bitcast=True)
+    return v
+
+
+@triton.jit
+def tanh(x):
+    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+
+
+@triton.jit
+def attend_page(
+    q_low, q_high, q_scale, acc, total, top,
+    cache_i8, cache_v, cache_f32, page_offset, length, first_visible, last_visible, soft_cap,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
+    SOFT_CAP: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: the rows of a query tile against one page.
+
+    q_low, q_high: int8 [rows, channels], for INT4 the halves of the head, for INT8 the whole head in q_low.
+    q_scale: float32 [rows]. acc: float32 [rows, channels]. total: float32 [rows].
+    top: float32 [rows], the integer reference of the exponentials. page_offset: int64, bytes from the cache's start.
+    length: tokens of the page that are filled. first_visible, last_visible: int [rows], tokens of the page that a row may
+    see. FP8: see `device.fp8_path`. Returns acc, total, top.
+    """
+    tokens = tl.arange(0, PAGE)
+    V_OFFSET: tl.constexpr = PAGE * HEAD_DIM * K_BITS // 8
+    SCALES: tl.constexpr = (V_OFFSET + PAGE * HEAD_DIM) // 4
+    K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
+    k_channels = tl.arange(0, q_low.shape[1])
+
+    k = load_k(cache_i8 + page_offset, tokens, k_channels, K_ROW, K_ROW)
+    scales = cache_f32 + page_offset // 4 + SCALES + tokens
+    k_scale = tl.load(scales)
+    # V's scale is a power of two: its exponent and its inverse are a matter of moving bits.
+    v_scale_bits = tl.load(scales + PAGE).to(tl.int32, bitcast=True)
+    v_exponent = v_scale_bits.to(tl.float32) * (1.0 / (1 << 23)) - 127.0
+    v_inverse = ((254 << 23) - v_scale_bits).to(tl.float32, bitcast=True)
+
+    if K_BITS == 8:
+        codes = tl.dot(q_low, k, out_dtype=tl.int32)
+    else:
+        # Each nibble is used where it stands in the byte's upper half: 16 times its value, taken back by the scale.
+        codes = tl.dot(q_low, (k << 4).to(tl.int8), out_dtype=tl.int32)
+        codes = tl.dot(q_high, (k & -16).to(tl.int8), acc=codes, out_dtype=tl.int32)
+        k_scale *= 0.0625
+    logits = codes.to(tl.float32) * k_scale[None, :]
+    if SOFT_CAP:
+        logits = (soft_cap * LOG2E) * tanh(logits * q_scale[:, None] / (soft_cap * LOG2E)) + v_exponent[None, :]
+    else:
+        logits = logits * q_scale[:, None] + v_exponent[None, :]
+    if MASKED:
+        visible = (tokens[None, :] <= last_visible[:, None]) & (tokens[None, :] >= first_visible[:, None])
+        logits = tl.where(visible, logits, float("-inf"))
+        # The scale of a token that is not there may be anything: keep 0 * inf out of the sum.
+        v_inverse = tl.where(tokens < length, v_inverse, 0.0)
+
+    new_top = tl.maximum(top, tl.ceil(tl.max(logits, 1)) - P_BITS)
+    shift = new_top
+    if MASKED:  # a row that has seen nothing yet has no reference; any finite one keeps inf - inf out
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(logits - shift[:, None])
+    row_sum = tl.sum(p * v_inverse[None, :], 1)
+
+    channels = tl.arange(0, acc.shape[1])
+    v = load_v(cache_v + page_offset + V_OFFSET, tokens, channels, length, PAGE, HEAD_DIM, MASKED)
+    if FP8 == "native":
+        pv = tl.dot(p.to(tl.float8e4nv), v)
+    elif FP8 == "emulated":
+        pv = tl.dot(to_e4m3_bits(p).to(tl.float8e4nv, bitcast=True), v)
+    else:
+        pv = tl.dot(p.to(tl.float16), e4m3_bits_to_half(v)) * 256.0
+
+    # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator, and pages add up in float32
+    # (SageAttention2, section 3.4). Rescaling acc to the new reference costs nothing more, it is the same FMA.
+    decay = tl.exp2(top - shift)
+    return acc * decay[:, None] + pv, total * decay + row_sum, new_top

@@ -1,0 +1,125 @@
+"""The bytes of one page.
+
+A page holds the keys and values of `tokens` consecutive tokens of one KV head, quantized, in one contiguous run:
+
+    section   shape                    type      content
+    -------   ----------------------   -------   ------------------------------------------------------------
+    k         [tokens, k_row_bytes]    int8      key codes, one row a token
+    v         [head_dim, tokens]       e4m3      value codes, transposed: one row a channel
+    k_scale   [tokens]                 float32   key   = code * k_scale
+    v_scale   [tokens]                 float32   value = code * v_scale
+
+Every number of a token depends on that token alone, so a page can be shared, moved, swapped or extended without touching
+its other tokens. Values are transposed because 8-bit tensor cores want the dimension that is summed over, which for
+P @ V is the token, to be the contiguous one.
+
+INT4 keys: byte `i` of a row carries channel `i` in its low nibble and channel `i + head_dim // 2` in its high one, both
+two's complement in [-7, 7]. A kernel gets either half of the row with one mask or shift and never has to interleave.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+PAGE_TOKENS = (64, 128)
+K_BITS = (4, 8)
+
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class PageViews:
+    """Typed views of a cache; leading dimensions are [blocks, kv_heads].
+
+    k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens]; k_scale, v_scale: float32 [..., tokens].
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Where each section of a page lies. All offsets and sizes are in bytes.
+
+    Raises ValueError for a combination that the kernels do not have.
+    """
+
+    head_dim: int
+    k_bits: int = 8
+    tokens: int = 128
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("head_dim", self.head_dim, HEAD_DIMS),
+            ("k_bits", self.k_bits, K_BITS),
+            ("tokens", self.tokens, PAGE_TOKENS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value} is not supported; choose one of {', '.join(map(str, allowed))}")
+
+    @property
+    def k_row_bytes(self) -> int:
+        return self.head_dim * self.k_bits // 8
+
+    @property
+    def v_offset(self) -> int:
+        return self.tokens * self.k_row_bytes
+
+    @property
+    def k_scale_offset(self) -> int:
+        return self.v_offset + self.tokens * self.head_dim
+
+    @property
+    def v_scale_offset(self) -> int:
+        return self.k_scale_offset + self.tokens * _SCALE_BYTES
+
+    @property
+    def page_bytes(self) -> int:
+        return self.v_scale_offset + self.tokens * _SCALE_BYTES
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token of one KV head, scales included."""
+        return self.page_bytes // self.tokens
+
+    def compression(self, bytes_per_element: int = 2) -> float:
+        """How many tokens fit where one fitted as plain K and V of `bytes_per_element`."""
+        return 2 * self.head_dim * bytes_per_element / self.bytes_per_token
+
+    def empty(self, blocks: int, kv_heads: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """A cache of its own: uint8 [blocks, kv_heads, page_bytes], zeroed."""
+        return torch.zeros(blocks, kv_heads, self.page_bytes, dtype=torch.uint8, device=device)
+
+    def pages(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """See a serving engine's cache as pages.
+
+        kv_cache: [blocks, kv_heads, tokens, content] of any dtype, where each [tokens, content] is one run of
+        `page_bytes` bytes; blocks and heads may be strided. Returns uint8 [blocks, kv_heads, page_bytes] on the
+        same memory. Raises ValueError where the cache is not laid out so.
+        """
+        raw = kv_cache.view(torch.uint8)
+        blocks, heads, tokens, content = raw.shape
+        if (tokens, content) != (self.tokens, self.bytes_per_token) or raw.stride()[2:] != (content, 1):
+            raise ValueError(
+                f"a cache of shape {tuple(raw.shape)} and strides {raw.stride()} (bytes) does not hold pages of "
+                f"{self.tokens} x {self.bytes_per_token} bytes"
+            )
+        return raw.as_strided((blocks, heads, self.page_bytes), (raw.stride(0), raw.stride(1), 1))
+
+    def views(self, pages: torch.Tensor) -> PageViews:
+        """Typed views of `pages` (uint8 [blocks, kv_heads, page_bytes]) that share its memory."""
+
+        def section(offset: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+            size = shape[0] * shape[1] * dtype.itemsize
+            return pages[..., offset : offset + size].view(dtype).unflatten(-1, shape)
+
+        return PageViews(
+            k=section(0, (self.tokens, self.k_row_bytes), torch.int8),
+            v=section(self.v_offset, (self.head_dim, self.tokens), torch.float8_e4m3fn),
+            k_scale=section(self.k_scale_offset, (1, self.tokens), torch.float32).squeeze(-2),
+            v_scale=section(self.v_scale_offset, (1, self.tokens), torch.float32).squeeze(-2),
+        )

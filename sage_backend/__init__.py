@@ -1,0 +1,6 @@
+"""A vLLM attention backend on quantized KV pages. Importing this package imports neither torch nor vLLM."""
+
+__version__ = "0.1.0"
+
+TESTED_VLLM = ("0.32.0",)
+"""vLLM releases that the test suite has run against; others start with a warning."""

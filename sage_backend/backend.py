@@ -1,0 +1,238 @@
+"""The attention backend: what vLLM asks of one, answered with pages of `sage_paged` and kernels of `sage_kernels`.
+
+A step goes: vLLM's runner builds its common metadata; `SageMetadataBuilder.build` splits the batch into decodes, which stand
+first, and prefills; then for each layer `do_kv_cache_update` writes the new tokens into their pages and `forward` attends.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    max_decode_query_len,
+)
+from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers, split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from sage_backend import checks, options
+from sage_backend.plugin import BACKEND
+from sage_kernels import cpu, device, reference
+
+
+class SageBackend(AttentionBackend):
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND
+
+    @staticmethod
+    def get_impl_cls() -> type["SageImpl"]:
+        return SageImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["SageMetadataBuilder"]:
+        return SageMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        return [options.current().page_tokens]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # The only one where the tokens of a (block, head) are one run of bytes and blocks can be split.
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        if spec.head_size_v != spec.head_size:
+            raise ValueError(
+                f"--attention-backend sage cannot serve keys of {spec.head_size} and values of {spec.head_size_v} channels"
+            )
+        layout = options.current().layout(spec.head_size)
+        return replace(spec, state_content_bytes=layout.bytes_per_token)
+
+    @classmethod
+    def validate_configuration(cls, *, device_capability: Any, **config: Any) -> list[str]:  # type: ignore[override]
+        return checks.reasons(**config, options=options.current(), capability=device_capability)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+
+@dataclass
+class SageMetadata(AttentionMetadata):
+    """One step of a batch whose first `num_decodes` requests have few query tokens each.
+
+    query_start_loc: int32 [requests + 1]; seq_lens: int32 [requests], query tokens included; block_table: int32
+    [requests, blocks]. The tensors are the runner's persistent ones, so a captured graph sees the values of later steps.
+    """
+
+    num_tokens: int
+    num_decodes: int
+    num_decode_tokens: int
+    max_decode_query_len: int
+    splits: int
+    workspace: Any
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+
+
+class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device_: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device_)
+        self.kv_heads = kv_cache_spec.num_kv_heads
+        self.heads = get_num_attention_heads_from_layers(vllm_config, layer_names) or self.kv_heads
+        self.page_tokens = options.current().page_tokens
+        self.processors = device.multiprocessors(device_)
+        self.reorder_batch_threshold: int = max_decode_query_len(vllm_config)
+        self.workspace = None
+        if device_.type != "cpu":
+            from sage_kernels import decode
+
+            limit = max(1, decode.MAX_ROWS * self.kv_heads // self.heads)
+            self.reorder_batch_threshold = min(self.reorder_batch_threshold, limit)
+            max_requests = vllm_config.scheduler_config.max_num_seqs
+            rows = decode.workspace_rows(max_requests, self.reorder_batch_threshold, self.heads, self.kv_heads, self.processors)
+            self.workspace = decode.Workspace.allocate(rows, kv_cache_spec.head_size, device_)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> SageMetadata:
+        common = common_attn_metadata
+        threshold = self.reorder_batch_threshold
+        num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
+        splits = 1
+        if self.workspace is not None and num_decodes:
+            from sage_kernels import decode
+
+            splits = decode.choose_splits(num_decodes, self.kv_heads, common.max_seq_len, self.page_tokens, self.processors)
+        return SageMetadata(
+            num_tokens=common.num_actual_tokens,
+            num_decodes=num_decodes,
+            num_decode_tokens=num_decode_tokens,
+            max_decode_query_len=min(common.max_query_len, threshold),
+            splits=splits,
+            workspace=self.workspace,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+        )
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> SageMetadata:
+        metadata = self.build(0, common_attn_metadata)
+        # The captured grid fits any length; running it at max_model_len for every captured size would take minutes.
+        metadata.seq_lens.fill_(metadata.max_decode_query_len)
+        return metadata
+
+
+class SageImpl(AttentionImpl[SageMetadata]):
+    """Attention of one layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        unsupported = [name for name, value in {"alibi_slopes": alibi_slopes, **others}.items() if value not in (None, False)]
+        if unsupported:
+            raise ValueError(
+                f"--attention-backend sage does not support {', '.join(unsupported)}, which this model's attention needs; "
+                "use vLLM's default backend for it"
+            )
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.window = sliding_window or 0
+        self.soft_cap = logits_soft_cap or 0.0
+        self.sinks = sinks
+        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.layout = options.current().layout(head_size)
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Write new tokens into their pages. key, value: [tokens, kv_heads, head_size], of which the first
+        slot_mapping.numel() count; kv_cache: [blocks, kv_heads, page_tokens, content] in the model's dtype."""
+        if kv_cache.numel() == 0:  # the profiling run has no cache yet
+            return
+        tokens = slot_mapping.numel()
+        pages = self.layout.pages(kv_cache)
+        if key.device.type == "cpu":
+            reference.store(key[:tokens], value[:tokens], pages, slot_mapping, self.layout)
+        else:
+            from sage_kernels.store import store
+
+            store(key[:tokens], value[:tokens], pages, slot_mapping, self.layout)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SageMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend. query, output: [tokens, heads, head_size], of which the first attn_metadata.num_tokens count."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("--attention-backend sage does not quantize its output; disable the fusion pass")
+        if attn_metadata is None or kv_cache.numel() == 0:  # profiling and warm-up
+            return output.zero_()
+        m = attn_metadata
+        pages = self.layout.pages(kv_cache)
+        query, out = query[: m.num_tokens], output[: m.num_tokens]
+        mask: dict[str, Any] = {"window": self.window, "soft_cap": self.soft_cap, "sinks": self.sinks}
+        if query.device.type == "cpu":
+            cpu.attention(
+                query, pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc, self.scale, out, **mask
+            )
+            return output
+        from sage_kernels.decode import decode
+        from sage_kernels.prefill import prefill
+
+        n = m.num_decodes
+        if n:
+            decode(
+                query[: m.num_decode_tokens], pages, self.layout, m.block_table[:n], m.seq_lens[:n], m.query_start_loc[: n + 1],
+                self.scale, out[: m.num_decode_tokens], **mask,
+                max_query_len=m.max_decode_query_len, splits=m.splits, workspace=m.workspace,
+            )  # fmt: skip
+        if n < m.seq_lens.shape[0] and m.num_decode_tokens < m.num_tokens:
+            prefill(
+                query, pages, self.layout, m.block_table[n:], m.seq_lens[n:], m.query_start_loc[n:], self.scale, out, **mask
+            )
+        return output

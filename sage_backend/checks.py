@@ -1,0 +1,119 @@
+"""What this backend cannot serve, and what to use instead.
+
+`reasons` is asked per attention layer by vLLM (`validate_configuration`) and for the whole model by `check_config`, before
+any process is started, so that a user reads one line instead of a worker's trace.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sage_backend.options import SageOptions
+from sage_paged import HEAD_DIMS
+
+_INSTEAD = "use vLLM's default backend for it"
+
+
+def reasons(
+    head_size: int,
+    dtype: torch.dtype,
+    kv_cache_dtype: str | None,
+    block_size: int | None,
+    options: SageOptions,
+    *,
+    capability: Any = None,
+    attn_type: str = "decoder",
+    use_mla: bool = False,
+    use_sparse: bool = False,
+    use_mm_prefix: bool = False,
+    use_per_head_quant_scales: bool = False,
+    use_non_causal: bool = False,
+    use_batch_invariant: bool = False,
+    use_pcp: bool = False,
+    use_dcp: bool = False,
+    use_rswa: bool = False,
+    use_adaptive_verification: bool = False,
+    **_supported: Any,
+) -> list[str]:
+    """Why this layer cannot be served, in words for the user; empty if it can. Arguments are vLLM's selector's."""
+    found = {
+        f"attention of type {attn_type} keeps no KV pages; {_INSTEAD}": attn_type != "decoder",
+        "multi-head latent attention has its own compressed cache; " + _INSTEAD: use_mla,
+        "sparse attention of the model's own is not supported; " + _INSTEAD: use_sparse,
+        f"head size {head_size} has no page format (there is {', '.join(map(str, HEAD_DIMS))}); {_INSTEAD}": (
+            not use_mla and head_size not in HEAD_DIMS
+        ),
+        "float32 models are served on CPU only; add --dtype bfloat16": dtype == torch.float32 and capability is not None,
+        f"--kv-cache-dtype {kv_cache_dtype} does not apply, the pages have their own format; leave it at auto and choose "
+        'the precision of keys with --additional-config \'{"sage": {"k_bits": 8}}\'': kv_cache_dtype not in (None, "auto"),
+        f"--block-size {block_size} is not a multiple of the {options.page_tokens} tokens of a page; leave it out": (
+            block_size is not None and block_size % options.page_tokens != 0
+        ),
+        f"compute capability {capability} is below 8.0; {_INSTEAD}": capability is not None and capability < (8, 0),
+        "bidirectional attention inside image tokens is not supported; " + _INSTEAD: use_mm_prefix,
+        "per-head KV scales of a checkpoint are not used, pages scale each token; " + _INSTEAD: use_per_head_quant_scales,
+        "non-causal attention is not supported; " + _INSTEAD: use_non_causal,
+        "VLLM_BATCH_INVARIANT is not supported; " + _INSTEAD: use_batch_invariant,
+        "prefill context parallelism is not supported; use --tensor-parallel-size": use_pcp,
+        "decode context parallelism is not supported; use --tensor-parallel-size": use_dcp,
+        "reference sliding window attention is not supported; " + _INSTEAD: use_rswa,
+        "adaptive verification is not supported; turn it off in --speculative-config": use_adaptive_verification,
+    }
+    return [reason for reason, applies in found.items() if applies]
+
+
+def check_config(config: Any) -> None:
+    """Check an engine's configuration (VllmConfig) as soon as it is made, if it chooses this backend.
+
+    Raises ValueError with one line for wrong options, a model or a setting that cannot be served, or broken weight files.
+    """
+    attention = config.attention_config
+    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+    if not any(getattr(backend, "name", None) == "SAGE" for backend in chosen):
+        return
+    options = SageOptions.parse(config.additional_config)
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    from vllm.platforms import current_platform
+
+    attn_type = "decoder"
+    if model.is_encoder_decoder:
+        attn_type = "encoder_decoder"
+    elif model.attn_type in ("encoder_only", "encoder"):
+        attn_type = "encoder_only"
+    found = reasons(
+        model.get_head_size(),
+        model.dtype,
+        cache.cache_dtype,
+        cache.block_size if cache.user_specified_block_size else None,
+        options,
+        capability=None if current_platform.is_cpu() else current_platform.get_device_capability(),
+        attn_type=attn_type,
+        use_mla=model.use_mla,
+        use_mm_prefix=model.is_mm_prefix_lm,
+        use_pcp=parallel.prefill_context_parallel_size > 1,
+        use_dcp=parallel.decode_context_parallel_size > 1,
+    )
+    if found:
+        raise ValueError(f"--attention-backend sage cannot serve {model.model}: {'; '.join(found)}")
+    if Path(model.model).is_dir() and config.load_config.load_format in ("auto", "safetensors", "hf"):
+        check_weight_files(Path(model.model))
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raises ValueError for the first *.safetensors file in `folder` whose size is not what its header says."""
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        try:
+            with file.open("rb") as stream:
+                (header_size,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(header_size)) if header_size < size else None
+            if header is None:
+                raise ValueError
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (struct.error, ValueError, LookupError, TypeError, AttributeError):
+            raise ValueError(f"{file} is not a safetensors file or is cut short; fetch it again") from None
+        if size != 8 + header_size + end:
+            raise ValueError(f"{file} has {size} bytes where its header says {8 + header_size + end}; fetch it again")

@@ -1,0 +1,75 @@
+"""What vLLM finds by entry point. Each function may be called several times, in every process of a server."""
+
+import copyreg
+import logging
+from typing import Any
+
+BACKEND = "SAGE"
+_BACKEND_CLASS = "sage_backend.backend.SageBackend"
+
+_checking = False  # whether engine configurations are being checked in this process
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """`vllm.general_plugins`: make `--attention-backend sage` known to this process."""
+    backend_member(BACKEND)
+    if not _checking:
+        _warn_if_untested()
+        _check_configurations()
+
+
+def backend_member(name: str) -> Any:
+    """vLLM's enum member `name`, after making sure that ours is among them."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if BACKEND not in AttentionBackendEnum.__members__:
+        register_backend(BACKEND, _BACKEND_CLASS)
+        # The engine's configuration is sent to processes that unpickle it before they load plugins. An enum member is
+        # pickled by value, which would not exist there yet; this way it is restored by a function that registers first.
+        copyreg.pickle(AttentionBackendEnum, _reduce_member)  # type: ignore[arg-type]
+    return AttentionBackendEnum[name]
+
+
+def _reduce_member(member: Any) -> tuple[Any, tuple[str]]:
+    return backend_member, (member.name,)
+
+
+def cpu_platform() -> str | None:
+    """`vllm.platform_plugins`: on a CPU build of vLLM, a platform that lets the user choose this backend."""
+    from vllm.platforms import cpu_platform_plugin
+
+    return None if cpu_platform_plugin() is None else "sage_backend.cpu_platform.SageCpuPlatform"
+
+
+def _check_configurations() -> None:
+    """Have every engine configuration checked where it is made.
+
+    vLLM asks a backend what it supports only in the workers, where a refusal ends in pages of other processes' traces.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    global _checking
+    _checking = True
+    create = EngineArgs.create_engine_config
+
+    def create_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from sage_backend.checks import check_config
+
+        config = create(self, *args, **kwargs)
+        check_config(config)
+        return config
+
+    EngineArgs.create_engine_config = create_and_check
+
+
+def _warn_if_untested() -> None:
+    from vllm import __version__ as version
+
+    from sage_backend import TESTED_VLLM, __version__
+
+    if version.split("+")[0] not in TESTED_VLLM:
+        logger.warning(
+            "sage-backend %s was tested with vLLM %s; this is vLLM %s, and it may not work",
+            __version__, ", ".join(TESTED_VLLM), version,
+        )  # fmt: skip

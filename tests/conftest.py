@@ -1,0 +1,18 @@
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when a kernel is defined and when it runs. Engines are started without it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def kernels() -> SimpleNamespace:
+    """The Triton kernels and the device they run on: the GPU, or Triton's interpreter on the CPU."""
+    from sage_kernels import decode, prefill, store
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return SimpleNamespace(store=store.store, prefill=prefill.prefill, decode=decode.decode, device=device)

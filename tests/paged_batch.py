@@ -1,0 +1,88 @@
+"""Random batches for the kernel tests: ragged requests whose pages lie in random order in a cache full of garbage."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sage_kernels import reference
+from sage_paged import PageLayout
+
+
+@dataclass
+class Batch:
+    layout: PageLayout
+    key: torch.Tensor
+    value: torch.Tensor
+    slots: torch.Tensor
+    pages: torch.Tensor
+    """The cache with the batch stored by the reference."""
+    garbage: torch.Tensor
+    """The cache as it was before."""
+    query: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    scale: float
+
+    def attention_args(self) -> tuple:
+        tables = self.block_table, self.seq_lens, self.query_start_loc
+        return self.query, self.pages, self.layout, *tables, self.scale
+
+
+def make_batch(
+    layout: PageLayout,
+    requests: list[tuple[int, int]],
+    heads: int,
+    kv_heads: int,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    device: str = "cpu",
+    channel_bias: float = 4.0,
+) -> Batch:
+    """requests: (sequence length, query tokens) of each; channel_bias: a constant added to some key channels."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = layout.tokens
+    counts = [-(-length // tokens) for length, _ in requests]
+    blocks = sum(counts) + 3
+    order = torch.randperm(blocks, generator=g).tolist()
+    # Entries past a request's own blocks point at real but foreign pages: reading them must change nothing.
+    table = torch.randint(0, blocks, (len(requests), max(counts) + 2), generator=g, dtype=torch.int32)
+    slots = []
+    for row, (length, _) in enumerate(requests):
+        for i in range(counts[row]):
+            table[row, i] = order.pop()
+        t = torch.arange(length)
+        slots.append(table[row][t // tokens].long() * tokens + t % tokens)
+    slots.append(torch.tensor([-1]))  # padding
+    total = sum(length for length, _ in requests) + 1
+    key = torch.randn(total, kv_heads, layout.head_dim, generator=g)
+    key[..., ::17] += channel_bias
+    value = torch.randn(total, kv_heads, layout.head_dim, generator=g) * torch.rand(total, 1, 1, generator=g) * 4
+    starts = torch.tensor([0] + [n for _, n in requests]).cumsum(0).int()
+    query = torch.randn(int(starts[-1]), heads, layout.head_dim, generator=g).to(dtype)
+    # Bytes of an earlier owner, NaN codes and NaN scales among them.
+    garbage = torch.randint(0, 256, (blocks, kv_heads, layout.page_bytes), generator=g, dtype=torch.uint8)
+    batch = Batch(
+        layout,
+        key.to(dtype),
+        value.to(dtype),
+        torch.cat(slots),
+        garbage.clone(),
+        garbage,
+        query,
+        table,
+        torch.tensor([length for length, _ in requests], dtype=torch.int32),
+        starts,
+        layout.head_dim**-0.5,
+    )
+    reference.store(batch.key, batch.value, batch.pages, batch.slots, layout)
+    for name, field in vars(batch).items():
+        if isinstance(field, torch.Tensor):
+            setattr(batch, name, field.to(device))
+    return batch
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """||actual - expected|| / ||expected||; NaN anywhere gives NaN, which no bound accepts."""
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    return float((actual - expected).norm() / expected.norm())

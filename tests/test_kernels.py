@@ -1,0 +1,189 @@
+"""Every kernel against the reference, on the GPU if there is one and in Triton's interpreter otherwise."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from paged_batch import Batch, make_batch, relative_error
+
+from sage_kernels import cpu, reference
+from sage_paged import HEAD_DIMS, K_BITS, PAGE_TOKENS, PageLayout
+
+KERNEL_ERROR = 2e-3
+"""Bound on relative L2 distance to the reference. Rounding commutes with the order of pages, so that only float32 summation
+and codes on a rounding boundary differ; FP8's own error is 20 times larger."""
+
+SCHEDULE_ERROR = 1e-4
+"""The same between two schedules of one kernel: float32 summation order, and e4m3 subnormals of negligible weights."""
+
+ON_GPU = torch.cuda.is_available()
+
+
+@st.composite
+def batches(draw: st.DrawFn, max_query: int | None = None) -> tuple[dict, dict]:
+    layout = PageLayout(draw(st.sampled_from(HEAD_DIMS)), draw(st.sampled_from(K_BITS)), draw(st.sampled_from(PAGE_TOKENS)))
+    edge = draw(st.sampled_from([layout.tokens, 2 * layout.tokens]))
+    length = st.one_of(st.sampled_from([1, edge - 1, edge, edge + 1]), st.integers(1, 700 if ON_GPU else 300))
+    requests = []
+    for total in draw(st.lists(length, min_size=1, max_size=6 if ON_GPU else 3)):
+        requests.append((total, draw(st.integers(1, min(total, max_query or total)))))
+    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (2, 4), (1, 5), (1, 8), (2, 7)]))
+    shape = {
+        "layout": layout,
+        "requests": requests,
+        "heads": kv_heads * group,
+        "kv_heads": kv_heads,
+        "dtype": draw(st.sampled_from([torch.bfloat16, torch.float16])),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+    mask = {
+        "window": draw(st.sampled_from([0, 0, 1, 40, 130])),
+        "soft_cap": draw(st.sampled_from([0.0, 0.0, 15.0])),
+        "sinks": draw(st.booleans()),
+    }
+    return shape, mask
+
+
+def build(shape: dict, mask: dict, device: str) -> tuple[Batch, dict, torch.Tensor]:
+    """The batch, the mask arguments and the reference's output."""
+    sinks = torch.randn(shape["heads"]) if mask["sinks"] else None
+    expected = reference.attention(*make_batch(**shape).attention_args(), **{**mask, "sinks": sinks})
+    return make_batch(**shape, device=device), {**mask, "sinks": sinks if sinks is None else sinks.to(device)}, expected
+
+
+def poisoned(query: torch.Tensor) -> torch.Tensor:
+    return torch.full(query.shape, float("nan"), dtype=torch.float32, device=query.device)
+
+
+many = hypothesis.settings(max_examples=150 if ON_GPU else 25, deadline=None, print_blob=True)
+
+
+@many
+@hypothesis.given(batches())
+def test_store(kernels, case) -> None:
+    batch = make_batch(**case[0], device=kernels.device)
+    written = batch.garbage.clone()
+    kernels.store(batch.key, batch.value, written, batch.slots, batch.layout)
+    if not ON_GPU:
+        assert torch.equal(written, batch.pages)
+        return
+    # A GPU fuses the multiply and the rounding: codes on a boundary may be one off, everything else is equal.
+    mine, theirs = batch.layout.views(written.cpu()), batch.layout.views(batch.pages.cpu())
+    assert torch.equal(mine.k_scale.view(torch.int32), theirs.k_scale.view(torch.int32))
+    assert torch.equal(mine.v_scale.view(torch.int32), theirs.v_scale.view(torch.int32))
+    assert torch.equal(mine.v.view(torch.uint8), theirs.v.view(torch.uint8))
+    k, k_expected = (
+        reference.unpack_int4(x.k).int() if batch.layout.k_bits == 4 else x.k.int() for x in (mine, theirs)
+    )
+    assert (k - k_expected).abs().max() <= 1
+    assert (k != k_expected).float().mean() < 1e-3
+
+
+@many
+@hypothesis.given(batches())
+def test_prefill(kernels, case) -> None:
+    batch, mask, expected = build(*case, kernels.device)
+    out = poisoned(batch.query)
+    kernels.prefill(*batch.attention_args(), out, **mask)
+    assert relative_error(out, expected) < KERNEL_ERROR
+
+
+@many
+@hypothesis.given(batches(max_query=8), st.integers(1, 5))
+def test_decode(kernels, case, splits: int) -> None:
+    batch, mask, expected = build(*case, kernels.device)
+    longest = int(batch.query_start_loc.diff().max())
+    out = poisoned(batch.query)
+    kernels.decode(*batch.attention_args(), out, **mask, max_query_len=longest, splits=splits)
+    assert relative_error(out, expected) < KERNEL_ERROR
+
+
+@many
+@hypothesis.given(batches())
+def test_cpu(case) -> None:
+    batch, mask, expected = build(*case, "cpu")
+    out = poisoned(batch.query)
+    cpu.attention(*batch.attention_args(), out, **mask)
+    assert relative_error(out, expected) < SCHEDULE_ERROR
+
+
+@pytest.mark.parametrize("k_bits", K_BITS)
+def test_cpu_in_pieces(k_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt too long for one logits matrix gives the same result."""
+    batch = make_batch(PageLayout(64, k_bits, 64), [(500, 500), (300, 20)], heads=4, kv_heads=2)
+    whole, pieces = poisoned(batch.query), poisoned(batch.query)
+    cpu.attention(*batch.attention_args(), whole, window=100)
+    monkeypatch.setattr(cpu, "MAX_LOGITS", 4 * 500 * 70)
+    cpu.attention(*batch.attention_args(), pieces, window=100)
+    assert relative_error(pieces, whole) < SCHEDULE_ERROR
+
+
+def test_result_does_not_depend_on_the_schedule(kernels) -> None:
+    """A query's output is the same in a whole prompt, in a chunk, and as a decode over any number of splits."""
+    layout = PageLayout(128)
+    whole = make_batch(layout, [(500, 500)], heads=8, kv_heads=2, device=kernels.device)
+    prompt = poisoned(whole.query)
+    kernels.prefill(*whole.attention_args(), prompt)
+    for n in (1, 3, 77):
+        tail = [whole.query[-n:], whole.pages, layout, whole.block_table, whole.seq_lens]
+        starts = torch.tensor([0, n], dtype=torch.int32, device=kernels.device)
+        chunk = poisoned(whole.query[-n:])
+        kernels.prefill(*tail, starts, whole.scale, chunk)
+        assert relative_error(chunk, prompt[-n:]) < SCHEDULE_ERROR
+        for splits in (1, 2, 4) if n <= 8 else ():
+            decoded = poisoned(whole.query[-n:])
+            kernels.decode(*tail, starts, whole.scale, decoded, max_query_len=n, splits=splits)
+            assert relative_error(decoded, prompt[-n:]) < SCHEDULE_ERROR
+
+
+def test_requests_without_queries_and_padding_are_left_alone(kernels) -> None:
+    """A captured graph runs with padding requests: no query tokens, no length, and rows that belong to nobody."""
+    batch = make_batch(PageLayout(64), [(90, 1), (70, 1)], heads=4, kv_heads=2, device=kernels.device)
+    expected = poisoned(batch.query)
+    kernels.decode(*batch.attention_args(), expected)
+    query = torch.cat([batch.query, batch.query])
+    seq_lens = torch.cat([batch.seq_lens, torch.zeros_like(batch.seq_lens)])
+    starts = torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32, device=kernels.device)
+    table = torch.cat([batch.block_table, batch.block_table])
+    for run in (kernels.decode, kernels.prefill):
+        out = poisoned(query)
+        run(query, batch.pages, batch.layout, table, seq_lens, starts, batch.scale, out)
+        assert torch.equal(out[:2], expected) or relative_error(out[:2], expected) < SCHEDULE_ERROR
+
+
+def test_accuracy_on_biased_keys(kernels) -> None:
+    """Against exact attention of the unquantized tensors, keys with strong channel bias."""
+    errors = {}
+    for k_bits in K_BITS:
+        batch = make_batch(PageLayout(128, k_bits), [(384, 384)], heads=8, kv_heads=2, channel_bias=8.0)
+        key, value = (x[:-1].float().transpose(0, 1) for x in (batch.key, batch.value))
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            batch.query.float().transpose(0, 1), key, value, is_causal=True, enable_gqa=True
+        ).transpose(0, 1)
+        errors[k_bits] = relative_error(reference.attention(*batch.attention_args()), exact)
+    assert errors[8] < 0.05
+    assert errors[4] < 0.35  # plain per-token INT4
+
+
+def test_decode_refuses_too_many_rows_and_small_workspaces(kernels) -> None:
+    from sage_kernels.decode import Workspace
+
+    batch = make_batch(PageLayout(64), [(90, 9)], heads=8, kv_heads=1, device=kernels.device)
+    out = poisoned(batch.query)
+    with pytest.raises(ValueError, match="exceed the decode kernel's 64 rows"):
+        kernels.decode(*batch.attention_args(), out, max_query_len=9)
+    small = Workspace.allocate(3, 64, kernels.device)
+    with pytest.raises(ValueError, match="workspace of 3 rows, 144 needed"):
+        kernels.decode(*batch.attention_args(), out, max_query_len=8, splits=2, workspace=small)
+
+
+def test_workspace_rows_suffice() -> None:
+    from sage_kernels.decode import choose_splits, workspace_rows
+
+    for processors in (1, 84, 132):
+        for kv_heads, group in ((1, 71), (2, 4), (8, 4), (32, 1)):
+            heads, query_len, most = kv_heads * group, 3, 256
+            rows = workspace_rows(most, query_len, heads, kv_heads, processors)
+            for requests in range(1, most + 1):
+                splits = choose_splits(requests, kv_heads, 1 << 20, 128, processors)
+                assert requests * query_len * heads * splits <= rows

@@ -1,0 +1,97 @@
+"""The page: its bytes, and what a round trip through it keeps."""
+
+import itertools
+
+import pytest
+import torch
+
+from sage_kernels import reference
+from sage_paged import HEAD_DIMS, K_BITS, PAGE_TOKENS, PageLayout
+
+LAYOUTS = [PageLayout(*combination) for combination in itertools.product(HEAD_DIMS, K_BITS, PAGE_TOKENS)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_sections_cover_the_page_without_overlap(layout: PageLayout) -> None:
+    pages = layout.empty(3, 2)
+    views = layout.views(pages)
+    sections = [views.k, views.v, views.k_scale, views.v_scale]
+    assert sum(s[0, 0].numel() * s.element_size() for s in sections) == layout.page_bytes
+    for mark, section in enumerate(sections, start=1):
+        section.view(torch.uint8).copy_(torch.full_like(section.view(torch.uint8), mark))
+    counts = [int((pages == mark).sum()) for mark in range(5)]
+    assert counts == [0, *(s.numel() * s.element_size() for s in sections)]
+    assert layout.bytes_per_token * layout.tokens == layout.page_bytes
+    assert layout.page_bytes % 16 == 0, "kernels load 16 bytes at a time"
+    assert layout.bytes_per_token % 4 == 0, "vLLM hands the cache out as 2 or 4 byte elements"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_round_trip(layout: PageLayout) -> None:
+    """Random tokens come back within the rounding of their formats, wherever they were put."""
+    g = torch.Generator().manual_seed(layout.page_bytes)
+    n, heads = 3 * layout.tokens, 2
+    key = torch.randn(n, heads, layout.head_dim, generator=g) * 10 ** (4 * torch.rand(n, 1, 1, generator=g) - 2)
+    value = torch.randn(n, heads, layout.head_dim, generator=g) * 10 ** (4 * torch.rand(n, 1, 1, generator=g) - 2)
+    slots = torch.randperm(5 * layout.tokens, generator=g)[:n]
+    pages = torch.randint(0, 256, (5, heads, layout.page_bytes), generator=g, dtype=torch.uint8)
+    before = pages.clone()
+    reference.store(key, value, pages, slots, layout)
+
+    k, k_scale, v, v_scale = reference.load(pages, torch.arange(5), layout)
+    k, v = (k * k_scale[..., None])[:, slots], (v * v_scale[..., None])[:, slots]
+    key, value = key.transpose(0, 1), value.transpose(0, 1)
+    step = key.abs().amax(-1, keepdim=True) / reference.K_MAX[layout.k_bits]
+    assert ((k - key).abs() <= 0.5001 * step).all()
+    # e4m3 keeps 3 fraction bits: half a step is 1/16 of a number, and 2**-10 of the scale for its subnormals.
+    assert ((v - value).abs() <= torch.maximum(value.abs() / 16, v_scale[:, slots, None] * 2**-10)).all()
+
+    untouched = torch.ones(5 * layout.tokens, dtype=torch.bool).index_fill_(0, slots, False)
+    for name in ("k", "k_scale", "v_scale"):
+        old, new = (getattr(layout.views(x), name).view(torch.uint8) for x in (before, pages))
+        old, new = (x.unflatten(2, (layout.tokens, -1)).transpose(1, 2).flatten(0, 1) for x in (old, new))
+        assert torch.equal(old[untouched], new[untouched]), f"{name} of other tokens changed"
+
+
+def test_zero_nan_and_huge_tokens_stay_their_own() -> None:
+    layout = PageLayout(64)
+    key = torch.randn(4, 1, 64)
+    value = torch.randn(4, 1, 64)
+    key[1], value[1] = 0, 0
+    key[2, 0, 5], value[2, 0, 5] = float("nan"), float("nan")
+    key[3], value[3] = 3e38, -3e38
+    pages = layout.empty(1, 1)
+    reference.store(key, value, pages, torch.arange(4), layout)
+    k, k_scale, v, v_scale = reference.load(pages, torch.tensor([0]), layout)
+    k, v = (k * k_scale[..., None])[0], (v * v_scale[..., None])[0]
+    assert (k[1] == 0).all()
+    assert (v[1] == 0).all()
+    assert k[2].isnan().any()
+    assert v[2].isnan().any()
+    torch.testing.assert_close(k[3], key[3, 0], rtol=1e-2, atol=0)
+    torch.testing.assert_close(v[3], value[3, 0], rtol=7e-2, atol=0)
+    torch.testing.assert_close(k[0], key[0, 0], rtol=0, atol=0.02)
+
+
+def test_int4_packing_is_a_bijection() -> None:
+    codes = torch.randint(-7, 8, (50, 64), dtype=torch.int8)
+    packed = reference.pack_int4(codes)
+    assert packed.shape == (50, 32)
+    assert torch.equal(reference.unpack_int4(packed), codes)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("head_dim", 72), ("k_bits", 5), ("tokens", 32)])
+def test_unknown_formats_are_refused(argument: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{argument}={value} is not supported"):
+        PageLayout(**{"head_dim": 128, argument: value})
+
+
+def test_an_engine_cache_is_seen_as_pages() -> None:
+    layout = PageLayout(128)
+    cache = torch.zeros(4, 2, layout.tokens, layout.bytes_per_token // 2, dtype=torch.bfloat16)
+    pages = layout.pages(cache)
+    pages[3, 1, -1] = 7
+    assert pages.shape == (4, 2, layout.page_bytes)
+    assert cache.view(torch.uint8)[3, 1, -1, -1] == 7
+    with pytest.raises(ValueError, match="does not hold pages"):
+        layout.pages(cache.transpose(1, 2))
