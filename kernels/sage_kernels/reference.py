@@ -8,19 +8,21 @@ Two scales are powers of two. That of a token's V, which P takes over before it 
 the token's base-2 logit. And the reference point that is subtracted before the exponential: the maximum of those sums,
 rounded up to an integer. FP8 rounding commutes with powers of two, so the result does not depend on the order in which a
 kernel walks the pages, on how it splits them, or on how the prompt was cut into chunks; only float32 summation order is left.
+Rows are normalized by the sum of the rounded P, not of the exact one: a row that looks at one token gets exactly its value.
 """
 
 import torch
 
-from sage_paged import PageLayout
+from sage_paged import PageLayout, v_position
 
 FP8_MAX = 448.0
 P_BITS = 8
 """The largest P of a row is at most 2**P_BITS, which uses the range of e4m3 (largest number 448)."""
 LOG2E = 1.4426950408889634
 K_MAX = {8: 127, 4: 7}
-V_SCALE_MIN = 2.0**-40
-"""Keeps the exponents of V scales, and so the exponentials, within float32. Values below 2**-49 become 0."""
+V_SCALES = (2.0**-16, 2.0)
+"""The least and the largest scale of V, between which inverses fit e4m3 as well. V beyond +-896 saturates, and numbers below
+2**-26 become 0; in between, the scale that just holds a token's largest value is taken."""
 
 
 def _symmetric(x: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,8 +47,8 @@ def quantize_v(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     value = value.float()
     ratio = (value.abs().amax(-1) / FP8_MAX).contiguous()
     scale = ((ratio.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # up to the next power of two
-    scale = scale.clamp(min=V_SCALE_MIN)
-    return (value / scale[..., None]).to(torch.float8_e4m3fn), scale
+    scale = scale.clamp(*V_SCALES)
+    return (value / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
@@ -76,7 +78,7 @@ def store(
     v_codes, v_scale = quantize_v(value[used])
     views.k[block, :, offset] = pack_int4(k_codes) if layout.k_bits == 4 else k_codes
     # torch cannot index-assign float8, so the codes travel as bytes.
-    views.v.view(torch.uint8)[block, :, :, offset] = v_codes.view(torch.uint8)
+    views.v.view(torch.uint8)[block, :, :, v_position(offset)] = v_codes.view(torch.uint8)
     views.k_scale[block, :, offset] = k_scale
     views.v_scale[block, :, offset] = v_scale
 
@@ -91,7 +93,7 @@ def load(
     """
     views = layout.views(pages[block_table.long()].transpose(0, 1))
     k_codes = unpack_int4(views.k) if layout.k_bits == 4 else views.k
-    v_codes = views.v.float().transpose(-1, -2)
+    v_codes = views.v.float()[..., v_position(torch.arange(layout.tokens, device=pages.device))].transpose(-1, -2)
     return k_codes.flatten(1, 2), views.k_scale.flatten(1), v_codes.flatten(1, 2), views.v_scale.flatten(1)
 
 
@@ -135,7 +137,7 @@ def attention(
             weighted = logits + v_scale[kv].log2()
             top = weighted.amax(-1, keepdim=True).ceil() - P_BITS
             p8 = torch.exp2(weighted - top).to(torch.float8_e4m3fn).float()
-            total = torch.exp2(logits - top).sum(-1, keepdim=True)
+            total = (p8 / v_scale[kv]).sum(-1, keepdim=True)
             if sinks is not None:
                 total = total + torch.exp2(sinks[head].float() * LOG2E - top)
             out[start:end, head] = (p8 @ v[kv]) / total

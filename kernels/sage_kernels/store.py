@@ -4,18 +4,45 @@ import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.tiles import V_SCALE_MIN, inverse_or_zero, next_power_of_two, to_e4m3_bits, to_int
+from sage_kernels.device import fp8_path
+from sage_kernels.tiles import (
+    V_SCALE_MAX,
+    V_SCALE_MIN,
+    inverse_or_zero,
+    next_power_of_two,
+    to_e4m3_bits,
+    to_int,
+    v_position,
+    v_token,
+)
 from sage_paged import PageLayout
 
 BLOCK_TOKENS = 32
 
 
 @triton.jit
+def _quantize_v(value, tokens, used, token_stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FP8: tl.constexpr):
+    """e4m3 codes (as int8 [tokens, channels]) and scales (float32 [tokens]) of the values of some tokens."""
+    channels = tl.arange(0, BLOCK_D)
+    pointers = value + tokens[:, None].to(tl.int64) * token_stride + channels[None, :]
+    v = tl.load(pointers, mask=used[:, None] & (channels < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+    scale = next_power_of_two(tl.math.div_rn(tl.max(tl.abs(v), 1), 448.0))
+    scale = tl.minimum(tl.maximum(scale, V_SCALE_MIN), V_SCALE_MAX)
+    v *= (1.0 / scale)[:, None]  # exact: scale is a power of two
+    v = tl.where(v > 448.0, 448.0, tl.where(v < -448.0, -448.0, v))  # NaN stays
+    if FP8 == "native":
+        codes = v.to(tl.float8e4nv).to(tl.int8, bitcast=True)
+    else:
+        codes = to_e4m3_bits(v).to(tl.int8, bitcast=True)
+    return codes, scale
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def _store_kernel(
     key, value, slots, cache_i8, cache_f32, num_tokens,
     key_token_stride, key_head_stride, value_token_stride, value_head_stride, block_stride, head_stride,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Grid: (token blocks, KV heads)."""
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -48,16 +75,30 @@ def _store_kernel(
         tl.store(target, ((low & 0xF) | (high << 4)).to(tl.int8), mask=half_mask)
     tl.store(cache_f32 + page // 4 + SCALES + row, tl.math.div_rn(amax, K_MAX), mask=used)
 
+    # Tokens of a prompt mostly fill whole groups of slots, one after another. Then values are taken in the order of V, so that
+    # bytes that leave together stand together.
+    first = tl.load(slots + tl.program_id(0) * BLOCK_T)
+    lanes = tl.arange(0, BLOCK_T)
+    in_a_row = (first % BLOCK_T == 0) & (tl.min((slot == first + lanes).to(tl.int32), 0) == 1)
+    head_page = head.to(tl.int64) * head_stride
     channels = tl.arange(0, BLOCK_D)
-    mask = used[:, None] & (channels < HEAD_DIM)[None, :]
-    source = value + tokens[:, None].to(tl.int64) * value_token_stride + head * value_head_stride + channels[None, :]
-    v = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.maximum(next_power_of_two(tl.math.div_rn(tl.max(tl.abs(v), 1), 448.0)), V_SCALE_MIN)
-    codes = to_e4m3_bits(v * (1.0 / scale)[:, None])  # exact: scale is a power of two
-    # Transposed, so that neighbouring threads hold neighbouring tokens and their bytes leave in one write.
-    target = cache_i8 + (page + V_OFFSET + row)[None, :] + channels[:, None] * PAGE
-    tl.store(target, tl.trans(codes).to(tl.int8, bitcast=True), mask=tl.trans(mask))
-    tl.store(cache_f32 + page // 4 + SCALES + PAGE + row, scale, mask=used)
+    if in_a_row:
+        codes, scale = _quantize_v(
+            value + head * value_head_stride, tl.program_id(0) * BLOCK_T + v_token(lanes), lanes >= 0, value_token_stride,
+            HEAD_DIM, BLOCK_D, FP8,
+        )  # fmt: skip
+        page_offset = (first // PAGE).to(tl.int64) * block_stride + head_page
+        v_offset = tl.multiple_of(page_offset + V_OFFSET + first % PAGE, 16)
+        pointers = cache_i8 + v_offset + channels[:, None] * PAGE + lanes[None, :]
+        tl.store(pointers, tl.trans(codes), mask=(channels < HEAD_DIM)[:, None])
+        tl.store(cache_f32 + page_offset // 4 + SCALES + PAGE + first % PAGE + v_token(lanes), scale)
+    else:
+        codes, scale = _quantize_v(
+            value + head * value_head_stride, tokens, used, value_token_stride, HEAD_DIM, BLOCK_D, FP8
+        )
+        pointers = cache_i8 + (page + V_OFFSET + v_position(row))[None, :] + channels[:, None] * PAGE
+        tl.store(pointers, tl.trans(codes), mask=used[None, :] & (channels < HEAD_DIM)[:, None])
+        tl.store(cache_f32 + page // 4 + SCALES + PAGE + row, scale, mask=used)
 
 
 def store(
@@ -71,5 +112,5 @@ def store(
         key, value, slots, pages.view(torch.int8), pages.view(torch.float32), num_tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
-        BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, num_warps=4,
+        BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, FP8=fp8_path(key.device), num_warps=4,
     )  # fmt: skip

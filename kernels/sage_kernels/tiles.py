@@ -5,16 +5,32 @@ The arithmetic is that of `reference`; where a line here looks odd, the reason i
 
 import triton
 import triton.language as tl
+from triton import knobs
+
+import sage_paged
 
 LOG2E = tl.constexpr(1.4426950408889634)
 P_BITS = tl.constexpr(8.0)
-V_SCALE_MIN = tl.constexpr(2.0**-40)
+V_SCALE_MIN = tl.constexpr(2.0**-16)
+V_SCALE_MAX = tl.constexpr(2.0)
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+# The interpreter takes functions as they are, and jit only where `tl` is in sight.
+v_position, v_token = (f if INTERPRETED else triton.jit(f) for f in (sage_paged.v_position, sage_paged.v_token))
 
 
 @triton.jit
 def to_int(x):
-    """Round float32 to the nearest integer, ties to even, for |x| < 2**22 (adding 1.5 * 2**23 leaves no fraction bits)."""
-    return (x + 12582912.0) - 12582912.0
+    """Round float32 to the nearest integer, ties to even, for |x| < 2**22; float32 in the interpreter, int32 on a GPU.
+
+    Adding 1.5 * 2**23 leaves no fraction bits. A GPU would fuse that addition with the product x often is, and round once
+    where the specification rounds twice, so there the conversion instruction is asked for by name.
+    """
+    if INTERPRETED:
+        rounded = (x + 12582912.0) - 12582912.0
+    else:
+        rounded = tl.inline_asm_elementwise("cvt.rni.s32.f32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+    return rounded
 
 
 @triton.jit
@@ -51,6 +67,25 @@ def e4m3_bits_to_half(code):
 
 
 @triton.jit
+def find_request(query_start_loc, q_block, num_reqs, BLOCK_Q: tl.constexpr):
+    """The request that query block `q_block` belongs to.
+
+    Request r gets its blocks from start(r) // BLOCK_Q + r on: at least as many as it needs, without a table.
+    """
+    base = tl.load(query_start_loc)
+    low = 0
+    high = num_reqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (tl.load(query_start_loc + middle) - base) // BLOCK_Q + middle <= q_block:
+            low = middle
+        else:
+            high = middle
+    first_block = (tl.load(query_start_loc + low) - base) // BLOCK_Q + low
+    return low, q_block - first_block
+
+
+@triton.jit
 def quantize_q(q, scale):
     """q: float32 [rows, channels] -> int8 codes, and float32 [rows] that take code products to base-2 logits."""
     amax = tl.max(tl.abs(q), 1)
@@ -71,12 +106,12 @@ def load_k(page, tokens, channels, K_ROW: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def load_v(section, tokens, channels, length, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """section: pointer to a page's V codes. Returns [tokens, channels].
+    """section: pointer to a page's V codes; tokens: those of a page in the order of V. Returns [tokens, channels].
 
     MASKED: codes at and after token `length` of the page become 0. Whatever an earlier owner of the memory left there may
     be a NaN, and 0 * NaN would reach every row.
     """
-    pointers = section + channels[None, :] * PAGE + tokens[:, None]
+    pointers = section + channels[None, :] * PAGE + tl.arange(0, PAGE)[:, None]
     if channels.shape[0] == HEAD_DIM:
         v = tl.load(pointers)
     else:
@@ -107,7 +142,7 @@ def attend_page(
     length: tokens of the page that are filled. first_visible, last_visible: int [rows], tokens of the page that a row may
     see. FP8: see `device.fp8_path`. Returns acc, total, top.
     """
-    tokens = tl.arange(0, PAGE)
+    tokens = v_token(tl.arange(0, PAGE))  # every column of this tile is in the order of V
     V_OFFSET: tl.constexpr = PAGE * HEAD_DIM * K_BITS // 8
     SCALES: tl.constexpr = (V_OFFSET + PAGE * HEAD_DIM) // 4
     K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
@@ -144,16 +179,19 @@ def attend_page(
     if MASKED:  # a row that has seen nothing yet has no reference; any finite one keeps inf - inf out
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp2(logits - shift[:, None])
-    row_sum = tl.sum(p * v_inverse[None, :], 1)
 
     channels = tl.arange(0, acc.shape[1])
     v = load_v(cache_v + page_offset + V_OFFSET, tokens, channels, length, PAGE, HEAD_DIM, MASKED)
-    if FP8 == "native":
-        pv = tl.dot(p.to(tl.float8e4nv), v)
-    elif FP8 == "emulated":
-        pv = tl.dot(to_e4m3_bits(p).to(tl.float8e4nv, bitcast=True), v)
+    if FP8 == "half":
+        p_codes = p.to(tl.float16)
+        pv = tl.dot(p_codes, e4m3_bits_to_half(v)) * 256.0
     else:
-        pv = tl.dot(p.to(tl.float16), e4m3_bits_to_half(v)) * 256.0
+        if FP8 == "native":
+            p_codes = p.to(tl.float8e4nv)
+        else:
+            p_codes = to_e4m3_bits(p).to(tl.float8e4nv, bitcast=True)
+        pv = tl.dot(p_codes, v)
+    row_sum = tl.sum(p_codes.to(tl.float32) * v_inverse[None, :], 1)
 
     # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator, and pages add up in float32
     # (SageAttention2, section 3.4). Rescaling acc to the new reference costs nothing more, it is the same FMA.

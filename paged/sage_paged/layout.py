@@ -5,13 +5,15 @@ A page holds the keys and values of `tokens` consecutive tokens of one KV head, 
     section   shape                    type      content
     -------   ----------------------   -------   ------------------------------------------------------------
     k         [tokens, k_row_bytes]    int8      key codes, one row a token
-    v         [head_dim, tokens]       e4m3      value codes, transposed: one row a channel
+    v         [head_dim, tokens]       e4m3      value codes, transposed: one row a channel, tokens in `v_position` order
     k_scale   [tokens]                 float32   key   = code * k_scale
     v_scale   [tokens]                 float32   value = code * v_scale
 
 Every number of a token depends on that token alone, so a page can be shared, moved, swapped or extended without touching
 its other tokens. Values are transposed because 8-bit tensor cores want the dimension that is summed over, which for
-P @ V is the token, to be the contiguous one.
+P @ V is the token, to be the contiguous one. They are out of order within each 16 because a thread gets Q K^T for tokens
+2j, 2j + 1, 2j + 8 and 2j + 9, and has to hand in P for four tokens that stand side by side: stored this way they do, and P
+never has to travel between threads.
 
 INT4 keys: byte `i` of a row carries channel `i` in its low nibble and channel `i + head_dim // 2` in its high one, both
 two's complement in [-7, 7]. A kernel gets either half of the row with one mask or shift and never has to interleave.
@@ -28,11 +30,25 @@ K_BITS = (4, 8)
 _SCALE_BYTES = 4
 
 
+def v_position(token):  # without annotations, which Triton would look up
+    """Where in its page's rows of V a token's codes stand: 0, 1, 8, 9, 2, 3, 10, 11, ... are side by side.
+
+    token: an int, an int tensor, or either inside a kernel, of any range; what changes is its place within 16.
+    """
+    return (token & ~14) | ((token & 6) << 1) | ((token & 8) >> 2)
+
+
+def v_token(position):
+    """The inverse of `v_position`."""
+    return (position & ~14) | ((position & 12) >> 1) | ((position & 2) << 2)
+
+
 @dataclass(frozen=True)
 class PageViews:
     """Typed views of a cache; leading dimensions are [blocks, kv_heads].
 
-    k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens]; k_scale, v_scale: float32 [..., tokens].
+    k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens], tokens in `v_position` order; k_scale,
+    v_scale: float32 [..., tokens].
     """
 
     k: torch.Tensor

@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""Speed of a whole vLLM engine, for any attention backend: prefill, decode steps, and how many tokens its cache holds.
+
+    python3 benchmarks/engine.py FLASH_ATTN FLASH_ATTN/fp8 SAGE SAGE:k_bits=4 \\
+        --prefill 8192 32768 131072 --decode 128x1024 64x8192 --out benchmarks/results/engine-h200.json
+
+A run is BACKEND, BACKEND/KV_CACHE_DTYPE or SAGE:OPTION=VALUE,...; each gets an engine of its own, in a process of its own, with
+random weights of the given shape (default: Llama-3.1-8B) and random prompts. Prefill is the time to the first token of one
+prompt, the median of --repeat prompts after a warm-up of the same length. A decode step of BATCHxLENGTH is the time by which a
+longer generation exceeds a shorter one, for BATCH requests of LENGTH tokens.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+}
+
+
+def engine_arguments(run: str) -> dict[str, Any]:
+    """What `LLM` takes for a run written as BACKEND[/KV_CACHE_DTYPE][:OPTION=VALUE,...]."""
+    name, _, options = run.partition(":")
+    backend, _, dtype = name.partition("/")
+    arguments: dict[str, Any] = {"attention_backend": backend}
+    if dtype:
+        arguments["kv_cache_dtype"] = dtype
+    if options:
+        pairs = (option.split("=") for option in options.split(","))
+        arguments["additional_config"] = {"sage": {key: int(value) for key, value in pairs}}
+    return arguments
+
+
+def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Start an engine and time it; returns the figures."""
+    from vllm import LLM, SamplingParams
+
+    shape = dict(SHAPES[arguments.shape])
+    if arguments.layers:
+        shape["num_hidden_layers"] = arguments.layers
+    longest = max([*arguments.prefill, *(length for _, length in arguments.decode)]) + 1024
+    shape["max_position_embeddings"] = max(shape["max_position_embeddings"], longest)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(shape))
+        llm = LLM(
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            max_model_len=longest,
+            max_num_batched_tokens=arguments.chunk,
+            gpu_memory_utilization=0.9,
+            enforce_eager=arguments.eager,
+            disable_log_stats=True,
+            **engine_arguments(run),
+        )
+    figures: dict[str, Any] = {"run": run, "start_seconds": round(time.perf_counter() - began, 1)}
+    cache = llm.llm_engine.vllm_config.cache_config
+    figures["kv_tokens"] = (cache.num_gpu_blocks or 0) * cache.block_size
+    rng = random.Random(0)
+
+    def generate(batch: int, length: int, tokens: int) -> float:
+        prompts: list[Any] = [
+            {"prompt_token_ids": [rng.randrange(shape["vocab_size"]) for _ in range(length)]} for _ in range(batch)
+        ]
+        sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        llm.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - start
+
+    figures["first_request_seconds"] = round(generate(1, 200, 1), 3)
+    for length in arguments.prefill:
+        generate(1, length, 1)
+        seconds = statistics.median(generate(1, length, 1) for _ in range(arguments.repeat))
+        figures[f"prefill_{length}"] = round(length / seconds)
+        print(f"  {run}: prefill {length}: {length / seconds:,.0f} tokens/s", flush=True)
+    for batch, length in arguments.decode:
+        short, long = generate(batch, length, 8), generate(batch, length, 72)
+        figures[f"decode_{batch}x{length}_ms"] = round((long - short) / 64 * 1e3, 3)
+        print(f"  {run}: decode {batch} x {length}: {figures[f'decode_{batch}x{length}_ms']} ms a step", flush=True)
+    return figures
+
+
+def in_process_of_its_own(run: str) -> dict[str, Any]:
+    """The figures of a run, or its error: GPU memory is surely free again only when a process has ended."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, __file__, *sys.argv[1:], "--only", run, "--out", file.name]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode == 0:
+            return json.loads(Path(file.name).read_text())
+        lines = [line for line in done.stderr.splitlines() if "Error" in line]
+        return {"run": run, "error": lines[-1] if lines else f"exit code {done.returncode}"}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    columns = ["run", *sorted({key for result in results for key in result} - {"run"})]
+    rows = [columns, *([str(result.get(column, "")) for column in columns] for result in results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def parse() -> argparse.Namespace:
+    def pair(text: str) -> tuple[int, int]:
+        batch, length = text.split("x")
+        return int(batch), int(length)
+
+    parser = argparse.ArgumentParser(description="Time whole vLLM engines with different attention backends.")
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="instead of the shape's own number")
+    parser.add_argument("--prefill", type=int, nargs="*", default=[8192, 32768], metavar="TOKENS")
+    parser.add_argument("--decode", type=pair, nargs="*", default=[], metavar="BATCHxTOKENS")
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens of a prefill chunk (max_num_batched_tokens)")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if arguments.only:
+        arguments.out.write_text(json.dumps(measure(arguments.only, arguments)))
+        return
+    results = []
+    for run in arguments.runs:
+        print(run, flush=True)
+        results.append(in_process_of_its_own(run))
+    print(table(results))
+    if arguments.out:
+        import torch
+        import vllm
+
+        report = {
+            "command": " ".join(["benchmarks/engine.py", *sys.argv[1:]]),
+            "date": datetime.now(UTC).date().isoformat(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+            "torch": torch.__version__,
+            "vllm": vllm.__version__,
+            "results": results,
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    if any("error" in result for result in results):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Mixed traffic against a real `vllm serve` of a given shape with random weights: does everything come back?
+
+    python3 benchmarks/mixed_traffic.py --longest 32768 --out benchmarks/results/mixed-h200.json -- --attention-backend sage
+
+Starts the server with the arguments after `--`, sends prompts of lengths from 1 token to --longest all at once, half of them
+streamed, some of them hung up on, and afterwards asks the server whether it is healthy and holds no KV block any more.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from engine import SHAPES
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def wait_until_healthy(session: aiohttp.ClientSession, base: str, server: subprocess.Popen, limit: float) -> float:
+    start = time.monotonic()
+    while time.monotonic() - start < limit:
+        if server.poll() is not None:
+            raise SystemExit(f"the server ended with exit code {server.returncode} before it was ready")
+        try:
+            async with session.get(f"{base}/health") as response:
+                if response.status == 200:
+                    return time.monotonic() - start
+        except aiohttp.ClientError:
+            pass
+        await asyncio.sleep(0.5)
+    raise SystemExit(f"the server was not ready after {limit:.0f} s")
+
+
+async def send(session: aiohttp.ClientSession, base: str, rng: random.Random, longest: int, index: int) -> str:
+    """One request; returns what became of it: "complete", "hung up", or what went wrong."""
+    length = [1, 7, 127, 128, 129, 1000, longest // 4, longest][index % 8]
+    tokens = rng.choice([1, 16, 64])
+    hang_up, stream = index % 12 == 5, index % 2 == 1
+    body: dict[str, Any] = {
+        "model": "m",
+        "prompt": [rng.randrange(1000) for _ in range(length)],
+        "max_tokens": 64 if hang_up else tokens,
+        "ignore_eos": True,
+        "stream": stream,
+        "return_token_ids": True,
+    }
+    async with session.post(f"{base}/v1/completions", json=body) as response:
+        if response.status != 200:
+            return f"status {response.status}: {(await response.text())[:200]}"
+        if not stream:
+            usage = (await response.json())["usage"]
+            expected = {"prompt_tokens": length, "completion_tokens": body["max_tokens"]}
+            return "complete" if all(usage[k] == v for k, v in expected.items()) else f"usage {usage}, not {expected}"
+        received = 0
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                received += len(json.loads(line[6:])["choices"][0].get("token_ids") or [])
+                if hang_up and received >= 2:
+                    return "hung up"
+        return "complete" if received == body["max_tokens"] else f"{received} tokens, not {body['max_tokens']}"
+
+
+async def metric(session: aiohttp.ClientSession, base: str, name: str) -> float:
+    async with session.get(f"{base}/metrics") as response:
+        lines = (await response.text()).splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
+
+async def drive(arguments: argparse.Namespace, server: subprocess.Popen, base: str) -> dict[str, Any]:
+    rng = random.Random(0)
+    timeout = aiohttp.ClientTimeout(total=arguments.limit)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        ready = await wait_until_healthy(session, base, server, arguments.limit)
+        print(f"ready after {ready:.0f} s", flush=True)
+        start = time.monotonic()
+        outcomes = await asyncio.gather(
+            *(send(session, base, rng, arguments.longest, i) for i in range(arguments.requests)), return_exceptions=True
+        )
+        seconds = time.monotonic() - start
+        running = kv_use = 1.0
+        for _ in range(100):
+            running = await metric(session, base, "vllm:num_requests_running")
+            kv_use = await metric(session, base, "vllm:kv_cache_usage_perc")
+            if running == kv_use == 0:
+                break
+            await asyncio.sleep(0.1)
+        counts: dict[str, int] = {}
+        for outcome in map(str, outcomes):
+            counts[outcome] = counts.get(outcome, 0) + 1
+        return {
+            "seconds_to_ready": round(ready, 1),
+            "seconds": round(seconds, 1),
+            "outcomes": counts,
+            "requests_running_after": running,
+            "kv_cache_usage_after": kv_use,
+            "generated_tokens": await metric(session, base, "vllm:generation_tokens_total"),
+        }
+
+
+def main() -> None:
+    own, _, serve_arguments = " ".join(sys.argv[1:]).partition("-- ")
+    parser = argparse.ArgumentParser(description="Send mixed traffic to a `vllm serve` with random weights.")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="instead of the shape's own number")
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--longest", type=int, default=32768, help="tokens of the longest prompt")
+    parser.add_argument("--limit", type=float, default=300, help="seconds to wait for the server, and for the answers")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args(own.split())
+    shape = dict(SHAPES[arguments.shape])
+    if arguments.layers:
+        shape["num_hidden_layers"] = arguments.layers
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(shape))
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--served-model-name", "m"]
+        command += ["--load-format", "dummy", "--skip-tokenizer-init", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--max-model-len", str(arguments.longest + 1024), *serve_arguments.split()]
+        with Path(folder, "log").open("w") as log:
+            server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            report = asyncio.run(drive(arguments, server, f"http://127.0.0.1:{port}"))
+        except BaseException:
+            print(Path(folder, "log").read_text()[-3000:])
+            raise
+        finally:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
+                server.wait(30)
+        errors = [line for line in Path(folder, "log").read_text().splitlines() if " ERROR " in line]
+    report["errors_in_the_log"] = errors[:5]
+    report["command"] = " ".join(["benchmarks/mixed_traffic.py", *sys.argv[1:]])
+    report["date"] = datetime.now(UTC).date().isoformat()
+    print(json.dumps(report, indent=2))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    expected = {"complete", "hung up"}
+    if not set(report["outcomes"]) <= expected or errors or report["kv_cache_usage_after"] or report["requests_running_after"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,363 @@
+"""`prefill` for sm_90, in Gluon: the same arithmetic as `tiles.attend_page`, with the hardware's pieces placed by hand.
+
+One warp streams pages into shared memory with the tensor memory accelerator, one prepares their scales, and two warpgroups,
+each with 64 query rows, share what they bring: while one is in its softmax, the other has the tensor cores. The next page's
+Q K^T is started right behind this page's P V, when the registers of this page's logits are free. Starting it before the
+softmax, as FlashAttention-3 does (section 3.2), is slower here, for Triton 3.6 then keeps both logits in registers and spills;
+so are three warpgroups, and pages of 64 tokens.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sage_kernels.tiles import LOG2E, P_BITS, find_request, inverse_or_zero, to_int
+from sage_paged import PageLayout, v_token
+
+ROWS = gl.constexpr(64)
+"""Query rows of a warpgroup."""
+BLOCK_M = 128
+"""Query rows of a program: two warpgroups."""
+_STAGES = 4
+
+_find_request = gluon.jit(find_request.fn)
+_to_int = gluon.jit(to_int.fn)
+_inverse_or_zero = gluon.jit(inverse_or_zero.fn)
+_v_token = gluon.jit(v_token)
+
+
+@gluon.jit
+def _stream_pages(
+    k_pages, v_pages, buffers, barriers, table, first_page, pages, block_rows, head_rows,
+    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer of K and V. Pages are counted in rows of PAGE bytes, of which a page has bytes_per_token."""
+    k_buffers, v_buffers, _, _ = buffers
+    k_full, v_full, _, empty = barriers
+    for i in range(pages):
+        stage = i % STAGES
+        phase = (i // STAGES) & 1
+        row = gl.load(table + first_page + i) * block_rows + head_rows
+        k_row = row * (PAGE // HEAD_DIM) if PAGE >= HEAD_DIM else row // (HEAD_DIM // PAGE)
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        mbarrier.expect(k_full.index(stage), PAGE * HEAD_DIM)
+        tma.async_copy_global_to_shared(k_pages, [k_row, 0], k_full.index(stage), k_buffers.index(stage))
+        mbarrier.expect(v_full.index(stage), PAGE * HEAD_DIM)
+        tma.async_copy_global_to_shared(v_pages, [row + HEAD_DIM, 0], v_full.index(stage), v_buffers.index(stage))
+
+
+@gluon.jit
+def _prepare_scales(
+    scales, buffers, barriers, table, first_page, pages, seq_len, block_rows, head_rows,
+    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer of what the softmax needs of the scales, worked out once for both warpgroups.
+
+    Of tokens in their order: K's scale and the exponent of V's. As the B operand of a matrix product: the inverse of V's scale
+    times 2**-8, which fits e4m3, in V's order and in eight equal columns, so that the product with P leaves the sum of a row
+    in every thread that holds a part of it. Tokens behind the last one count nothing, whatever their scales may be.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([8, PAGE // 32], [1, 32], [1, 1], [1, 0])
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    _, _, scale_buffers, inverse_buffers = buffers
+    _, _, scales_full, empty = barriers
+    tokens = gl.arange(0, PAGE, COLUMNS)
+    in_v_order = _v_token(tokens)
+    for i in range(pages):
+        stage = i % STAGES
+        row = gl.load(table + first_page + i) * block_rows + head_rows
+        page_scales = scales + (row.to(gl.int64) + 2 * HEAD_DIM) * (PAGE // 4)
+        k_scale = gl.load(page_scales + tokens)
+        v_scale_bits = gl.load(page_scales + PAGE + tokens).to(gl.int32, bitcast=True)
+        permuted_bits = gl.load(page_scales + PAGE + in_v_order).to(gl.int32, bitcast=True)
+        exponent = v_scale_bits.to(gl.float32) * (1.0 / (1 << 23)) - 127.0
+        inverse = ((246 << 23) - permuted_bits).to(gl.float32, bitcast=True)
+        filled = in_v_order < seq_len - (first_page + i) * PAGE
+        inverse = gl.where(filled, inverse, 0.0)
+        inverses = gl.zeros([8, PAGE], gl.float32, LAYOUT) + inverse[None, :]
+        mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+        scale_buffers.index(2 * stage).store(k_scale)
+        scale_buffers.index(2 * stage + 1).store(exponent)
+        inverse_buffers.index(stage).store(inverses.to(gl.float8e4nv))
+        fence_async_shared()
+        mbarrier.arrive(scales_full.index(stage))
+
+
+@gluon.jit
+def _start_logits(q, buffers, barriers, i, PAGE: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """Start Q K^T of page i: int32 [ROWS, PAGE], to be waited for."""
+    mbarrier.wait(barriers[0].index(i % STAGES), (i // STAGES) & 1)
+    zeros = gl.zeros([ROWS, PAGE], gl.int32, S_LAYOUT)
+    return warpgroup_mma(q, buffers[0].index(i % STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _attend(
+    codes, q, q_scale, acc, total, top, buffers, barriers, i, pages, length, first_visible, last_visible, soft_cap,
+    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, T_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """`tiles.attend_page` for page i of the stream, whose Q K^T has been started.
+
+    total: [ROWS, 8], equal columns. Returns the started Q K^T of the page after it (for the last page, once more its own),
+    acc, total and top.
+    """
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    _, v_buffers, scale_buffers, inverse_buffers = buffers
+    _, v_full, scales_full, empty = barriers
+    stage = i % STAGES
+    phase = (i // STAGES) & 1
+    codes = warpgroup_mma_wait(0, deps=[codes])
+    mbarrier.wait(scales_full.index(stage), phase)
+    k_scale = scale_buffers.index(2 * stage).load(COLUMNS)
+    v_exponent = scale_buffers.index(2 * stage + 1).load(COLUMNS)
+    logits = codes.to(gl.float32) * k_scale[None, :]
+    if SOFT_CAP:
+        capped = gl.exp2(logits * q_scale[:, None] * (2.0 / soft_cap))  # tanh(x) = 1 - 2 / (exp(2x) + 1)
+        logits = (soft_cap * LOG2E) * (1.0 - 2.0 / (capped + 1.0)) + v_exponent[None, :]
+    else:
+        logits = logits * q_scale[:, None] + v_exponent[None, :]
+    if MASKED:
+        tokens = gl.arange(0, PAGE, COLUMNS)
+        visible = (tokens[None, :] <= last_visible[:, None]) & (tokens[None, :] >= first_visible[:, None])
+        logits = gl.where(visible, logits, float("-inf"))
+    new_top = gl.maximum(top, gl.ceil(gl.max(logits, 1)) - P_BITS)
+    shift = new_top
+    if MASKED:  # a row that has seen nothing yet has no reference; any finite one keeps inf - inf out
+        shift = gl.where(new_top == float("-inf"), 0.0, new_top)
+    p = gl.exp2(logits - shift[:, None]).to(gl.float8e4nv)
+    # Into V's order, which is what makes the conversion that follows leave every number in its thread.
+    p = p.reshape([ROWS, PAGE // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, PAGE])
+    p = gl.convert_layout(p, gl.DotOperandLayout(0, O_LAYOUT, k_width=4))
+
+    mbarrier.wait(v_full.index(stage), phase)
+    v = v_buffers.index(stage)
+    if MASKED and length < PAGE:  # codes behind the last token may be a NaN of an earlier owner's
+        V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // PAGE, PAGE // 16], [4, 1], [1, 0])
+        filled = _v_token(gl.arange(0, PAGE, gl.SliceLayout(0, V_LAYOUT))) < length
+        bits = v.load(V_LAYOUT).to(gl.uint8, bitcast=True)
+        v.store(gl.where(filled[None, :], bits, 0).to(gl.uint8).to(gl.float8e4nv, bitcast=True))
+        fence_async_shared()
+    # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator (SageAttention2, section 3.4).
+    pv = warpgroup_mma(
+        p, v.permute((1, 0)), gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT), use_acc=False, is_async=True
+    )
+    row_sum = warpgroup_mma(
+        p, inverse_buffers.index(stage).permute((1, 0)), gl.zeros([ROWS, 8], gl.float32, T_LAYOUT), use_acc=False,
+        is_async=True,
+    )  # fmt: skip
+    # The registers of this page's logits are free by now: the next page's follow on the tensor cores without a gap.
+    next_codes = _start_logits(q, buffers, barriers, gl.minimum(i + 1, pages - 1), PAGE, STAGES, S_LAYOUT)
+    decay = gl.exp2(top - shift)
+    pv, row_sum = warpgroup_mma_wait(1, deps=[pv, row_sum])
+    mbarrier.arrive(empty.index(stage))
+    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None] + pv
+    total = total * gl.convert_layout(decay, gl.SliceLayout(1, T_LAYOUT))[:, None] + row_sum
+    return next_codes, acc, total, new_top
+
+
+@gluon.jit
+def _consume_pages(
+    tensors, strides, work, buffers, barriers, q_buffers, scale, soft_cap,
+    WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, BLOCK_Q: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: quantize its query rows, take them through all pages, and write them out."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAGE, 32])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 32])
+    T_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
+    Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    Q_ROWS: gl.constexpr = gl.SliceLayout(1, Q_LAYOUT)
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+
+    query, out, sinks = tensors
+    q_token_stride, q_head_stride, out_token_stride, out_head_stride = strides
+    q_start, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages = work
+    q_buffer = q_buffers.index(WARPGROUP)
+    rows = WARPGROUP * ROWS + gl.arange(0, ROWS, Q_ROWS)
+    local = q_block * BLOCK_Q + rows // GROUP
+    valid = (rows < BLOCK_Q * GROUP) & (local < q_len)
+    heads = kv_head * GROUP + rows % GROUP
+    channels = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, Q_LAYOUT))
+    offsets = (q_start + local).to(gl.int64) * q_token_stride + heads * q_head_stride
+    x = gl.load(query + offsets[:, None] + channels[None, :], mask=valid[:, None], other=0.0).to(gl.float32)
+    amax = gl.max(gl.abs(x), 1)
+    q_buffer.store(_to_int(x * _inverse_or_zero(amax, 127.0)[:, None]).to(gl.int8))
+    fence_async_shared()
+    q_scale = gl.convert_layout(amax * (scale * LOG2E / 127.0), S_ROWS)
+
+    position = seq_len - q_len + q_block * BLOCK_Q + (WARPGROUP * ROWS + gl.arange(0, ROWS, S_ROWS)) // GROUP
+    acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
+    total = gl.zeros([ROWS, 8], gl.float32, T_LAYOUT)  # eight equal columns, 2**-8 times the sum of P
+    top = gl.full([ROWS], float("-inf"), gl.float32, S_ROWS)
+    codes = _start_logits(q_buffer, buffers, barriers, 0, PAGE, STAGES, S_LAYOUT)
+    for i in range(full_pages):
+        codes, acc, total, top = _attend(
+            codes, q_buffer, q_scale, acc, total, top, buffers, barriers, i, pages, PAGE, position, position, soft_cap,
+            HEAD_DIM, PAGE, STAGES, False, SOFT_CAP, S_LAYOUT, O_LAYOUT, T_LAYOUT,
+        )  # fmt: skip
+    for i in range(full_pages, pages):
+        begin = (first_page + i) * PAGE
+        last_visible = position - begin
+        first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else gl.zeros_like(last_visible)
+        codes, acc, total, top = _attend(
+            codes, q_buffer, q_scale, acc, total, top, buffers, barriers, i, pages, seq_len - begin,
+            first_visible, last_visible, soft_cap,
+            HEAD_DIM, PAGE, STAGES, True, SOFT_CAP, S_LAYOUT, O_LAYOUT, T_LAYOUT,
+        )  # fmt: skip
+
+    warpgroup_mma_wait(0, deps=[codes])
+    total = gl.convert_layout(gl.max(total, 1), S_ROWS) * 256.0
+    if SINKS:
+        head = kv_head * GROUP + (WARPGROUP * ROWS + gl.arange(0, ROWS, S_ROWS)) % GROUP
+        total += gl.exp2(gl.load(sinks + head).to(gl.float32) * LOG2E - top)
+    acc = acc / gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    result = gl.convert_layout(acc.to(out.dtype.element_ty), Q_LAYOUT)
+    offsets = (q_start + local).to(gl.int64) * out_token_stride + heads * out_head_stride
+    gl.store(out + offsets[:, None] + channels[None, :], result, mask=valid[:, None])
+
+
+@gluon.jit(do_not_specialize=["num_reqs", "q_blocks"])
+def _prefill_kernel(
+    query, out, k_pages, v_pages, scales, block_table, seq_lens, query_start_loc, sinks,
+    scale, soft_cap, num_reqs, q_blocks,
+    q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, block_rows, head_rows,
+    GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, BLOCK_Q: gl.constexpr,
+):  # fmt: skip
+    """Grid: (query blocks, KV heads), like the portable kernel's."""
+    kv_head = gl.program_id(1)
+    request, q_block = _find_request(query_start_loc, q_blocks - 1 - gl.program_id(0), num_reqs, BLOCK_Q)
+    q_start = gl.load(query_start_loc + request)
+    q_len = gl.load(query_start_loc + request + 1) - q_start
+    seq_len = gl.load(seq_lens + request)
+    # A block behind the last query takes part with one page and without valid rows.
+    used = q_block * BLOCK_Q < q_len
+    first_position = seq_len - q_len + q_block * BLOCK_Q
+    first_page = 0
+    if WINDOW > 0:
+        first_page = gl.maximum(first_position - WINDOW + 1, 0) // PAGE
+    last_page = (gl.minimum(first_position + BLOCK_Q, seq_len) - 1) // PAGE
+    pages = gl.where(used, last_page - first_page + 1, 1)
+    full_pages = gl.where(used, (first_position + 1) // PAGE, 0) if WINDOW == 0 else 0
+    first_page = gl.where(used, first_page, 0)
+
+    k_buffers = gl.allocate_shared_memory(gl.int8, [STAGES, PAGE, HEAD_DIM], k_pages.layout)
+    v_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, HEAD_DIM, PAGE], v_pages.layout)
+    scale_buffers = gl.allocate_shared_memory(
+        gl.float32, [2 * STAGES, PAGE], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    )
+    INVERSES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, PAGE], gl.float8e4nv)
+    inverse_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 8, PAGE], INVERSES)
+    q_buffers = gl.allocate_shared_memory(gl.int8, [2, ROWS, HEAD_DIM], k_pages.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    scales_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(scales_full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+
+    buffers = (k_buffers, v_buffers, scale_buffers, inverse_buffers)
+    barriers = (k_full, v_full, scales_full, empty)
+    tensors = (query, out, sinks)
+    strides = (q_token_stride, q_head_stride, out_token_stride, out_head_stride)
+    work = (q_start, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages)
+    table = block_table + request.to(gl.int64) * table_stride
+    gl.warp_specialize(
+        [
+            (_consume_pages, (
+                tensors, strides, work, buffers, barriers, q_buffers, scale, soft_cap,
+                0, GROUP, WINDOW, SOFT_CAP, SINKS, HEAD_DIM, PAGE, STAGES, BLOCK_Q,
+            )),
+            (_consume_pages, (
+                tensors, strides, work, buffers, barriers, q_buffers, scale, soft_cap,
+                1, GROUP, WINDOW, SOFT_CAP, SINKS, HEAD_DIM, PAGE, STAGES, BLOCK_Q,
+            )),
+            (_stream_pages, (
+                k_pages, v_pages, buffers, barriers, table, first_page, pages, block_rows, kv_head * head_rows,
+                HEAD_DIM, PAGE, STAGES,
+            )),
+            (_prepare_scales, (
+                scales, buffers, barriers, table, first_page, pages, seq_len, block_rows, kv_head * head_rows,
+                HEAD_DIM, PAGE, STAGES,
+            )),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )  # fmt: skip
+
+
+def supports(layout: PageLayout, group: int) -> bool:
+    """Whether there is a kernel for pages of this layout and `group` query heads a KV head."""
+    return layout.k_bits == 8 and layout.head_dim in (64, 128) and group <= BLOCK_M
+
+
+@functools.lru_cache(maxsize=1024)
+def _descriptors(data: int, rows: int, layout: PageLayout, device: torch.device) -> tuple[TensorDescriptor, ...]:
+    """What the copy engine needs to know of a cache at address `data` that spans `rows` rows of layout.tokens bytes."""
+    page, dim = layout.tokens, layout.head_dim
+
+    def descriptor(dtype: torch.dtype, gl_dtype: gl.dtype, block: list[int]) -> TensorDescriptor:
+        shape = [rows * page // (block[1] * dtype.itemsize), block[1]]
+        base = _Address(data, dtype)
+        return TensorDescriptor(base, shape, [block[1], 1], block, gl.NVMMASharedLayout.get_default_for(block, gl_dtype))
+
+    return (
+        descriptor(torch.int8, gl.int8, [page, dim]),
+        descriptor(torch.float8_e4m3fn, gl.float8e4nv, [dim, page]),
+    )
+
+
+@dataclass(frozen=True)
+class _Address:
+    """A tensor as far as a descriptor looks at it; a real one would keep a freed cache alive."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def prefill(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """`reference.attention` with the same arguments, where `supports` holds; writes `out`, which has query's shape."""
+    num_reqs = seq_lens.numel()
+    tokens, heads, head_dim = query.shape
+    group = heads // pages.shape[1]
+    q_blocks = tokens // (BLOCK_M // group) + num_reqs
+    block_rows, head_rows = pages.stride(0) // layout.tokens, pages.stride(1) // layout.tokens
+    descriptors = _descriptors(pages.data_ptr(), pages.shape[0] * block_rows, layout, query.device)
+    _prefill_kernel[(q_blocks, pages.shape[1])](
+        query, out, *descriptors, pages.view(torch.float32), block_table, seq_lens, query_start_loc,
+        query if sinks is None else sinks,
+        scale, soft_cap, num_reqs, q_blocks,
+        query.stride(0), query.stride(1), out.stride(0), out.stride(1), block_table.stride(0), block_rows, head_rows,
+        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SINKS=sinks is not None,
+        HEAD_DIM=head_dim, PAGE=layout.tokens, STAGES=_STAGES, BLOCK_Q=BLOCK_M // group, num_warps=4,
+    )  # fmt: skip
