@@ -11,14 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.device import fp8_path
+from sage_kernels.device import fp8_path, pipeline_stages
 from sage_kernels.prefill import quantized_query
 from sage_kernels.tiles import LOG2E, attend_page
 from sage_paged import PageLayout
 
 # Tuned on an H200 at 64 x 8K, 8 x 128K and 1 x 128K tokens: two warps read faster than four, which wait for each other, and
 # eight programs a processor level out the tails of long requests.
-_WARPS, _STAGES = 2, 3
+_WARPS = 2
 _PROGRAMS_PER_PROCESSOR = 8
 _MAX_SPLITS = 128
 
@@ -189,7 +189,8 @@ def decode(
         query.stride(0), query.stride(1), block_table.stride(0), pages.stride(0), pages.stride(1),
         GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SPLITS=splits,
         HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
-        BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8, num_warps=_WARPS, num_stages=_STAGES,
+        BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8, num_warps=_WARPS,
+        num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens),
     )  # fmt: skip
     _merge_kernel[(tokens, heads)](
         out, workspace.out, workspace.top, workspace.total, out if sinks is None else sinks, out.stride(0), out.stride(1),

@@ -30,3 +30,8 @@ def shared_memory(device: torch.device) -> int:
     import triton
 
     return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+
+
+def pipeline_stages(device: torch.device, rows: int, channels: int, page_tokens: int) -> int:
+    """How many pages a program can have under way, at most 3, beside `rows` queries of `channels` (a power of two)."""
+    return max(1, min((shared_memory(device) - 2 * rows * channels) // (2 * page_tokens * channels), 3))

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.device import fp8_path, shared_memory
+from sage_kernels.device import fp8_path, pipeline_stages
 from sage_kernels.tiles import LOG2E, attend_page, find_request, quantize_q
 from sage_paged import PageLayout
 
@@ -113,13 +113,10 @@ def _prefill_kernel(
     tl.store(target, acc.to(out.dtype.element_ty), mask=valid[:, None] & (channels < HEAD_DIM)[None, :])
 
 
-def tile(head_dim: int, group: int, shared_bytes: int, page_tokens: int) -> tuple[int, int, int]:
-    """Rows of a query tile, warps, and pipeline stages; as many stages, up to 3, as fit the shared memory."""
+def tile(head_dim: int, group: int) -> tuple[int, int]:
+    """Rows of a query tile, and warps."""
     block_m = max(64, triton.next_power_of_2(group))
-    warps = 4 if block_m <= 64 and head_dim <= 128 else 8
-    block_d = triton.next_power_of_2(head_dim)
-    stages = (shared_bytes - 2 * block_m * block_d) // (2 * page_tokens * block_d)
-    return block_m, warps, max(1, min(stages, 3))
+    return block_m, 4 if block_m <= 64 and head_dim <= 128 else 8
 
 
 @functools.cache
@@ -161,7 +158,8 @@ def prefill(
     num_reqs = seq_lens.numel()
     tokens, heads, head_dim = query.shape
     group = heads // pages.shape[1]
-    block_m, warps, stages = tile(head_dim, group, shared_memory(query.device), layout.tokens)
+    block_m, warps = tile(head_dim, group)
+    block_d = triton.next_power_of_2(head_dim)
     q_blocks = tokens // (block_m // group) + num_reqs
     fp8 = fp8_path(query.device)
     _prefill_kernel[(q_blocks, pages.shape[1])](
@@ -171,6 +169,6 @@ def prefill(
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), block_table.stride(0), pages.stride(0), pages.stride(1),
         GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SINKS=sinks is not None,
         HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
-        BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=block_m, FP8=fp8,
-        num_warps=warps, num_stages=stages,
+        BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8,
+        num_warps=warps, num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens),
     )  # fmt: skip
