@@ -4,9 +4,9 @@
     python3 benchmarks/engine.py FLASH_ATTN FLASH_ATTN/fp8 SAGE SAGE:k_bits=4 \\
         --prefill 8192 32768 131072 --decode 128x1024 64x8192 --out benchmarks/results/engine-h200.json
 
-A run is BACKEND, BACKEND/KV_CACHE_DTYPE or SAGE:OPTION=VALUE,...; each gets an engine of its own, in a process of its own, with
-random weights of the given shape (default: Llama-3.1-8B) and random prompts. Prefill is the time to the first token of one
-prompt, the median of --repeat prompts after a warm-up of the same length. A decode step of BATCHxLENGTH is the time by which a
+A run is named as for `sage_backend.quality`; each gets an engine of its own, in a process of its own, with random weights of
+the given shape (default: Llama-3.1-8B) and random prompts. Prefill is the time to the first token of one prompt, the median of
+--repeat prompts after a warm-up of the same length. A decode step of BATCHxLENGTH is the time by which a
 longer generation exceeds a shorter one, for BATCH requests of LENGTH tokens.
 """
 
@@ -45,67 +45,56 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def engine_arguments(run: str) -> dict[str, Any]:
-    """What `LLM` takes for a run written as BACKEND[/KV_CACHE_DTYPE][:OPTION=VALUE,...]."""
-    name, _, options = run.partition(":")
-    backend, _, dtype = name.partition("/")
-    arguments: dict[str, Any] = {"attention_backend": backend}
-    if dtype:
-        arguments["kv_cache_dtype"] = dtype
-    if options:
-        pairs = (option.split("=") for option in options.split(","))
-        arguments["additional_config"] = {"sage": {key: int(value) for key, value in pairs}}
-    return arguments
-
-
 def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Start an engine and time it; returns the figures."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
+
+    from sage_backend import quality
 
     shape = dict(SHAPES[arguments.shape])
     if arguments.layers:
         shape["num_hidden_layers"] = arguments.layers
     longest = max([*arguments.prefill, *(length for _, length in arguments.decode)]) + 1024
     shape["max_position_embeddings"] = max(shape["max_position_embeddings"], longest)
-    began = time.perf_counter()
+    figures: dict[str, Any] = {"run": run}
+    rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(shape))
-        llm = LLM(
+        began = time.perf_counter()
+        with quality.engine(
+            quality.Run.parse(run),
             folder,
             load_format="dummy",
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
             max_model_len=longest,
             max_num_batched_tokens=arguments.chunk,
-            gpu_memory_utilization=0.9,
             enforce_eager=arguments.eager,
             disable_log_stats=True,
-            **engine_arguments(run),
-        )
-    figures: dict[str, Any] = {"run": run, "start_seconds": round(time.perf_counter() - began, 1)}
-    cache = llm.llm_engine.vllm_config.cache_config
-    figures["kv_tokens"] = (cache.num_gpu_blocks or 0) * cache.block_size
-    rng = random.Random(0)
+        ) as llm:
+            figures["start_seconds"] = round(time.perf_counter() - began, 1)
+            cache = llm.llm_engine.vllm_config.cache_config
+            figures["kv_tokens"] = (cache.num_gpu_blocks or 0) * cache.block_size
 
-    def generate(batch: int, length: int, tokens: int) -> float:
-        prompts: list[Any] = [
-            {"prompt_token_ids": [rng.randrange(shape["vocab_size"]) for _ in range(length)]} for _ in range(batch)
-        ]
-        sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
-        start = time.perf_counter()
-        llm.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - start
+            def generate(batch: int, length: int, tokens: int) -> float:
+                prompts: list[Any] = [
+                    {"prompt_token_ids": [rng.randrange(shape["vocab_size"]) for _ in range(length)]} for _ in range(batch)
+                ]
+                sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+                start = time.perf_counter()
+                llm.generate(prompts, sampling, use_tqdm=False)
+                return time.perf_counter() - start
 
-    figures["first_request_seconds"] = round(generate(1, 200, 1), 3)
-    for length in arguments.prefill:
-        generate(1, length, 1)
-        seconds = statistics.median(generate(1, length, 1) for _ in range(arguments.repeat))
-        figures[f"prefill_{length}"] = round(length / seconds)
-        print(f"  {run}: prefill {length}: {length / seconds:,.0f} tokens/s", flush=True)
-    for batch, length in arguments.decode:
-        short, long = generate(batch, length, 8), generate(batch, length, 72)
-        figures[f"decode_{batch}x{length}_ms"] = round((long - short) / 64 * 1e3, 3)
-        print(f"  {run}: decode {batch} x {length}: {figures[f'decode_{batch}x{length}_ms']} ms a step", flush=True)
+            figures["first_request_seconds"] = round(generate(1, min(200, longest - 1), 1), 3)
+            for length in arguments.prefill:
+                generate(1, length, 1)
+                seconds = statistics.median(generate(1, length, 1) for _ in range(arguments.repeat))
+                figures[f"prefill_{length}"] = round(length / seconds)
+                print(f"  {run}: prefill {length}: {length / seconds:,.0f} tokens/s", flush=True)
+            for batch, length in arguments.decode:
+                short, long = generate(batch, length, 8), generate(batch, length, 72)
+                figures[f"decode_{batch}x{length}_ms"] = round((long - short) / 64 * 1e3, 3)
+                print(f"  {run}: decode {batch} x {length}: {figures[f'decode_{batch}x{length}_ms']} ms a step", flush=True)
     return figures
 
 

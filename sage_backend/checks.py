@@ -14,6 +14,7 @@ import torch
 from sage_backend.options import SageOptions
 from sage_paged import HEAD_DIMS
 
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 _INSTEAD = "use vLLM's default backend for it"
 
 
@@ -28,7 +29,9 @@ def reasons(
     attn_type: str = "decoder",
     use_mla: bool = False,
     use_sparse: bool = False,
+    attention_free: bool = False,
     use_mm_prefix: bool = False,
+    use_alibi: bool = False,
     use_per_head_quant_scales: bool = False,
     use_non_causal: bool = False,
     use_batch_invariant: bool = False,
@@ -44,8 +47,10 @@ def reasons(
         "multi-head latent attention has its own compressed cache; " + _INSTEAD: use_mla,
         "sparse attention of the model's own is not supported; " + _INSTEAD: use_sparse,
         f"head size {head_size} has no page format (there is {', '.join(map(str, HEAD_DIMS))}); {_INSTEAD}": (
-            not use_mla and head_size not in HEAD_DIMS
+            not use_mla and not attention_free and head_size not in HEAD_DIMS
         ),
+        "the model has no attention layers; " + _INSTEAD: attention_free,
+        "attention biased by distance (ALiBi) is not supported; " + _INSTEAD: use_alibi,
         "float32 models are served on CPU only; add --dtype bfloat16": dtype == torch.float32 and capability is not None,
         f"--kv-cache-dtype {kv_cache_dtype} does not apply, the pages have their own format; leave it at auto and choose "
         'the precision of keys with --additional-config \'{"sage": {"k_bits": 8}}\'': kv_cache_dtype not in (None, "auto"),
@@ -68,7 +73,7 @@ def reasons(
 def check_config(config: Any) -> None:
     """Check an engine's configuration (VllmConfig) as soon as it is made, if it chooses this backend.
 
-    Raises ValueError with one line for wrong options, a model or a setting that cannot be served, or broken weight files.
+    Raises ValueError with one line for wrong options, or a model or a setting that cannot be served.
     """
     attention = config.attention_config
     chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
@@ -92,18 +97,49 @@ def check_config(config: Any) -> None:
         capability=None if current_platform.is_cpu() else current_platform.get_device_capability(),
         attn_type=attn_type,
         use_mla=model.use_mla,
+        attention_free=model.is_attention_free,
         use_mm_prefix=model.is_mm_prefix_lm,
+        use_alibi=model.uses_alibi,
         use_pcp=parallel.prefill_context_parallel_size > 1,
         use_dcp=parallel.decode_context_parallel_size > 1,
     )
     if found:
         raise ValueError(f"--attention-backend sage cannot serve {model.model}: {'; '.join(found)}")
-    if Path(model.model).is_dir() and config.load_config.load_format in ("auto", "safetensors", "hf"):
-        check_weight_files(Path(model.model))
+
+
+def check_arguments(arguments: Any) -> None:
+    """Check what vLLM itself stumbles over while it makes a configuration of `arguments` (EngineArgs).
+
+    Raises ValueError with one line for a folder that holds no model or broken weight files, if this backend is chosen.
+    """
+    backend = arguments.attention_backend or getattr(arguments.attention_config, "backend", None)
+    if str(getattr(backend, "name", backend)).upper() != "SAGE" or not Path(arguments.model).is_dir():
+        return
+    folder = Path(arguments.model)
+    check_model_folder(folder)
+    if arguments.load_format in ("auto", "safetensors", "hf"):
+        check_weight_files(folder)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises ValueError for a folder without a config.json, or with one that is not that of a model."""
+    if (folder / "params.json").is_file():  # Mistral's own format, which vLLM reads too
+        return
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{file} is not JSON or is cut short; fetch it again") from None
+    if not (isinstance(config, dict) and config.get("model_type")):
+        raise ValueError(f"{folder} is not a model folder: its config.json names no model_type")
 
 
 def check_weight_files(folder: Path) -> None:
-    """Raises ValueError for the first *.safetensors file in `folder` whose size is not what its header says."""
+    """Raises ValueError for no weights at all, or the first *.safetensors file whose size is not what its header says."""
+    if not any(file.suffix in _WEIGHTS for file in folder.iterdir()):
+        raise ValueError(f"{folder} has no weights (*.safetensors)")
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         try:

@@ -54,8 +54,9 @@ def _check_configurations() -> None:
     create = EngineArgs.create_engine_config
 
     def create_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from sage_backend.checks import check_config
+        from sage_backend.checks import check_arguments, check_config
 
+        check_arguments(self)
         config = create(self, *args, **kwargs)
         check_config(config)
         return config

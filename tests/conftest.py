@@ -7,6 +7,7 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined and when it runs. Engines are started without it.
     os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language  # noqa: F401  # whose functions are defined now, and not while an engine runs
 
 
 @pytest.fixture(scope="session")

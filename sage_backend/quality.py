@@ -1,0 +1,278 @@
+"""Compare attention backends on a text: `python -m sage_backend.quality CPU_ATTN SAGE SAGE:k_bits=4`.
+
+Each run starts vLLM with its backend, as a user would, and has it predict every token of windows of the text from those
+before it. Since prompts are prefilled through KV pages, the pages' precision is part of what is measured. The first run is
+the baseline that the others are compared with. Pass keys, if asked for, are recalled by greedy decoding.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from sage_backend import __version__
+from sage_backend.demo import HELDOUT, MODEL_DIR
+
+TOP = 20
+"""Likeliest tokens of each position that an engine reports."""
+KL_TOP = 10
+"""Likeliest tokens of the baseline that the KL divergence is taken over."""
+PASSKEY_PROMPTS = 10
+"""Pass-key prompts of each length; their depths go from the start of the text to its end."""
+_ANSWER_TOKENS = 8  # room for a key of five digits and a space
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration: `BACKEND`, `BACKEND/kv_cache_dtype` or `SAGE:k_bits=4,page_tokens=64`."""
+
+    name: str
+    backend: str
+    kv_cache_dtype: str = "auto"
+    options: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "Run":
+        """Raises ValueError, in one line, for what is not a run or names no backend of this vLLM."""
+        from sage_backend.options import SageOptions
+        from sage_backend.plugin import BACKEND, backend_member
+
+        head, _, tail = text.partition(":")
+        name, _, dtype = head.partition("/")
+        backend = name.upper()
+        try:
+            backend_member(backend)
+        except (KeyError, ValueError):
+            raise ValueError(f"vLLM has no attention backend {name!r}") from None
+        options: dict[str, int] = {}
+        for assignment in filter(None, tail.split(",")):
+            option, _, value = assignment.partition("=")
+            if backend != BACKEND or not value.isdecimal():
+                raise ValueError(f"{text!r} is not a run; one with options is, for example, SAGE:k_bits=4")
+            options[option] = int(value)
+        SageOptions.parse({"sage": options})
+        return cls(text, backend, dtype or "auto", options)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one run said of the text. true: float64 [positions], the log-probability of each token; tokens, logprobs:
+    [positions, TOP], the likeliest tokens, best first; passkey: the share of keys recalled by length of prompt."""
+
+    true: np.ndarray
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    passkey: dict[int, float]
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return float(-self.true.mean())
+
+    def against(self, baseline: "Scores") -> dict[str, Any]:
+        """The figures of this run, by name."""
+        return {
+            "loss": self.loss,
+            "loss_change": self.loss - baseline.loss,
+            "mean_abs_logprob_change": float(np.abs(self.true - baseline.true).mean()),
+            "top1_agreement": float((self.tokens[:, 0] == baseline.tokens[:, 0]).mean()),
+            "kl": float(_kl(baseline, self).mean()),
+            "passkey": {str(length): share for length, share in self.passkey.items()},
+        }
+
+
+def _kl(baseline: Scores, other: Scores) -> np.ndarray:
+    """KL(baseline || other) of each position over the baseline's KL_TOP likeliest tokens, renormalized over these.
+
+    A token that `other` does not report among its TOP gets the log-probability of the last that it does report, which it
+    is below: the result then is a little too small.
+    """
+    tokens = baseline.tokens[:, :KL_TOP]
+    same = tokens[:, :, None] == other.tokens[:, None, :]
+    found = np.take_along_axis(other.logprobs, same.argmax(2), 1)
+    q = _renormalized(np.where(same.any(2), found, other.logprobs[:, -1:]))
+    p = _renormalized(baseline.logprobs[:, :KL_TOP])
+    return (np.exp(p) * (p - q)).sum(1)
+
+
+def _renormalized(logprobs: np.ndarray) -> np.ndarray:
+    return logprobs - np.log(np.exp(logprobs).sum(1, keepdims=True))
+
+
+@contextmanager
+def engine(run: Run, model: str, **arguments: Any) -> Iterator[Any]:
+    """A vLLM engine (`vllm.LLM`) with the run's backend. It is shut down on leaving, so that another can follow."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    sage = {"additional_config": {"sage": run.options}} if run.options else {}
+    llm = LLM(model, attention_backend=run.backend, kv_cache_dtype=run.kv_cache_dtype, **sage, **arguments)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def measure(run: Run, model: str, text: str, tokens: int, context: int, passkey: Sequence[int] = ()) -> Scores:
+    """Run an engine over the first `tokens` tokens of `text` and over pass-key prompts of the given lengths.
+
+    The text is cut into windows of context - 1 tokens; each predicts all of its tokens but the first. Raises ValueError
+    for a text or prompt that does not fit.
+    """
+    import torch
+    from vllm import SamplingParams
+
+    from sage_backend.demo.passkey import make_passkey
+
+    memory: dict[str, Any] = {"gpu_memory_utilization": 0.8}  # the rest is for the logits of whole prompts
+    if not torch.cuda.is_available():
+        memory = {"kv_cache_memory_bytes": 1 << 30}
+    # Log-probabilities of cached tokens would not be computed again.
+    fixed: dict[str, Any] = {"enable_prefix_caching": False, "enforce_eager": True, "max_num_batched_tokens": 2048}
+    with engine(run, model, max_model_len=context, max_logprobs=TOP, **memory, **fixed) as llm:
+        tokenizer = llm.get_tokenizer()
+        ids = tokenizer.encode(text)[:tokens]
+        windows = [ids[i : i + context - 1] for i in range(0, len(ids), context - 1)]
+        windows = [window for window in windows if len(window) > 1]
+        if not windows:
+            raise ValueError("the text is empty")
+        scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=TOP, flat_logprobs=True, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": window} for window in windows], scoring)
+        flat = [output.prompt_logprobs for output in outputs]
+        # Each position but the first holds its own token and then the TOP likeliest.
+        shape = (-1, TOP + 1)
+        logprobs = np.concatenate([np.array(each.logprobs).reshape(shape) for each in flat])
+        token_ids = np.concatenate([np.array(each.token_ids).reshape(shape) for each in flat])
+
+        recalled = {}
+        greedy = SamplingParams(temperature=0, max_tokens=_ANSWER_TOKENS)
+        for length in passkey:
+            if length + _ANSWER_TOKENS > context:
+                raise ValueError(f"pass-key prompts of {length} tokens do not fit a context of {context}")
+            rng = Random(length)
+            depths = np.linspace(0, 1, PASSKEY_PROMPTS)
+            prompts, answers = zip(*(make_passkey(length, depth, rng, tokenizer) for depth in depths), strict=True)
+            texts = [output.outputs[0].text for output in llm.generate(list(prompts), greedy)]
+            right = [text.strip().startswith(answer) for text, answer in zip(texts, answers, strict=True)]
+            recalled[length] = float(np.mean(right))
+    return Scores(logprobs[:, 0], token_ids[:, 1:], logprobs[:, 1:], recalled)
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    lengths = list(results[0]["passkey"])
+    head = ["run", "loss", "change", "|d logp|", f"top-{KL_TOP} KL", "top-1 %", *(f"key@{length} %" for length in lengths)]
+    rows = [head]
+    for r in results:
+        figures = [f"{r['loss']:.4f}", f"{r['loss_change']:+.4f}", f"{r['mean_abs_logprob_change']:.4f}", f"{r['kl']:.5f}"]
+        shares = [r["top1_agreement"], *(r["passkey"][length] for length in lengths)]
+        rows.append([r["run"], *figures, *(f"{100 * share:.2f}" for share in shares)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    description = "Compare attention backends with the first of them."
+    parser = argparse.ArgumentParser(prog="python -m sage_backend.quality", description=description)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="BACKEND, BACKEND/kv_cache_dtype or SAGE:k_bits=4")
+    parser.add_argument("--model", default=str(MODEL_DIR), help="folder or name (default: the embedded small model)")
+    parser.add_argument("--text", type=Path, default=HELDOUT, help="file to predict (default: the embedded held-out text)")
+    parser.add_argument("--tokens", type=int, default=1 << 16, help="how many of its tokens (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a window (default: %(default)s)")
+    parser.add_argument("--passkey", default="", metavar="LENGTHS", help="recall pass keys from, for example, 500,1500 tokens")
+    parser.add_argument("--out", type=Path, help="write the figures to this file, as JSON")
+    return parser
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import vllm
+
+    versions = {"torch": torch.__version__, "vllm": vllm.__version__, "sage_backend": __version__}
+    return {"python": platform.python_version(), **versions}
+
+
+def _device() -> str:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return current_platform.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    return f"{os.cpu_count()} x {names[0]}" if names else platform.machine()
+
+
+def _compare(arguments: argparse.Namespace, command: str) -> None:
+    if not (arguments.text.is_file() and (text := arguments.text.read_text(encoding="utf-8").strip())):
+        raise ValueError(f"{arguments.text} is not a file with text")
+    if arguments.tokens < 2 or arguments.context < 2 * _ANSWER_TOKENS:
+        raise ValueError(f"--tokens must be at least 2 and --context at least {2 * _ANSWER_TOKENS}")
+    if Path(arguments.model).is_absolute() and not Path(arguments.model, "config.json").is_file():
+        raise ValueError(f"{arguments.model} is not a model folder: it has no config.json")
+    lengths = arguments.passkey.split(",") if arguments.passkey else []
+    if not all(length.isdecimal() for length in lengths):
+        raise ValueError(f"--passkey takes lengths such as 500,1500, not {arguments.passkey!r}")
+    runs = [Run.parse(run) for run in arguments.runs]
+
+    results: list[dict[str, Any]] = []
+    baseline = None
+    for number, run in enumerate(runs, start=1):
+        print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
+        scores = measure(run, arguments.model, text, arguments.tokens, arguments.context, [int(each) for each in lengths])
+        baseline = baseline or scores
+        results.append({"run": run.name, **scores.against(baseline)})
+    assert baseline is not None
+    print(f"{baseline.true.size} tokens predicted; loss in nats per token; changes, KL and agreement against {runs[0].name}")
+    print(_table(results))
+    if arguments.out:
+        report = {
+            "command": command,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": _device(),
+            "versions": _versions(),
+            "model": Path(arguments.model).name if Path(arguments.model).is_dir() else arguments.model,
+            "text": arguments.text.name,
+            "predicted_tokens": baseline.true.size,
+            "context": arguments.context,
+            "runs": results,
+        }
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit status; what is wrong with the input is told in one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import torch
+
+    if not torch.cuda.is_available():
+        # One process instead of three, each of which would spend half a minute on importing vLLM.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    try:
+        _compare(arguments, shlex.join(["python", "-m", "sage_backend.quality", *argv]))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

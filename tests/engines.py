@@ -1,0 +1,134 @@
+"""Engines for the tests: `vllm.LLM` in this process, so that vLLM is imported once and not three times an engine."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from sage_backend import quality
+from sage_backend.demo import HELDOUT, MODEL_DIR
+
+PLAIN = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
+"""vLLM's own backend, to compare with."""
+
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+@contextmanager
+def environment() -> Iterator[None]:
+    """What engines are started with: vLLM in one process, without Triton's interpreter, and none of the user's settings."""
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        for name in ("TRITON_INTERPRET", "VLLM_CPU_KVCACHE_SPACE"):
+            os.environ.pop(name, None)
+        # vLLM starts a process for every kind of model that it has not met before, just to look at its class.
+        with mock.patch("vllm.model_executor.models.registry._run_in_subprocess", lambda inspect: inspect()):
+            yield
+    _keep_cpu_kernels()
+
+
+def _keep_cpu_kernels() -> None:
+    """Stop later engines of this process from replacing vLLM's Triton kernels, which the first one has done.
+
+    vLLM 0.32 scans every imported module for them, and does not survive the sight of llvmlite, which ngram drafts import.
+    """
+    dispatcher = sys.modules.get("vllm.triton_utils.dispatcher")
+    if dispatcher is not None and dispatcher._registry:
+        from vllm.platforms import current_platform
+
+        current_platform.register_triton_kernel_overrides = lambda: None
+
+
+@contextmanager
+def engine(run: str = "SAGE", model: Path = MODEL_DIR, **arguments: Any) -> Iterator[Any]:
+    """An engine that runs `run` (as `sage_backend.quality` names it): small, eager and with metrics unless told otherwise."""
+    defaults = {
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "kv_cache_memory_bytes": 64 << 20,
+        "disable_log_stats": False,
+    }
+    with environment(), quality.engine(quality.Run.parse(run), str(model), **{**defaults, **arguments}) as llm:
+        yield llm
+
+
+def metric(llm: Any, name: str) -> float:
+    """The value of vLLM's counter `name` since the engine's start."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+def capacity(llm: Any) -> int:
+    """Tokens that the engine says its KV cache holds."""
+    [info] = [metric for metric in llm.get_metrics() if metric.name == "vllm:cache_config_info"]
+    return int(info.labels["num_gpu_blocks"]) * int(info.labels["block_size"])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy continuation. margins: how far the chosen token was above the next likeliest, in nats."""
+
+    tokens: list[int]
+    margins: list[float]
+    cached: int
+    """Prompt tokens that came from the prefix cache."""
+
+
+def greedy(llm: Any, prompts: Sequence[list[int]], tokens: int = 32, together: bool = True) -> list[Answer]:
+    """Continue the prompts (token ids) by `tokens` tokens, as one batch or one after another."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=2, detokenize=False)
+    batches = [prompts] if together else [[prompt] for prompt in prompts]
+    answers = []
+    for batch in batches:
+        for output in llm.generate([{"prompt_token_ids": prompt} for prompt in batch], params, use_tqdm=False):
+            best = [sorted((each.logprob for each in at.values()), reverse=True) for at in output.outputs[0].logprobs]
+            margins = [first - second for first, second, *_ in best]
+            answers.append(Answer(list(output.outputs[0].token_ids), margins, output.num_cached_tokens))
+    return answers
+
+
+def heldout_prompts(llm: Any, lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts of these lengths, each from another part of the held-out text."""
+    ids = llm.get_tokenizer().encode(HELDOUT.read_text(encoding="utf-8"))
+    return [ids[i * 2000 : i * 2000 + length] for i, length in enumerate(lengths)]
+
+
+def assert_same_tokens(actual: Sequence[Answer], expected: Sequence[Answer], near_tie: float = 0.0) -> None:
+    """The same tokens; where `near_tie` is given, a request may go another way once its margin was no larger.
+
+    The 16-bit matrix products of the model's own layers round differently for batches of different sizes, which decides
+    near ties; vLLM's own backends differ there too. In float32 that leaves no trace, and nothing is forgiven.
+    """
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        where = next((j for j, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), None)
+        if where is not None:
+            margin = max(a.margins[where], b.margins[where])
+            assert margin <= near_tie, f"request {i} differs from token {where} on, where the margin is {margin:.3f} nats"
+
+
+def prompt_logprobs(llm: Any, prompts: Sequence[list[int]]) -> torch.Tensor:
+    """The log-probability of every prompt token but the first, of all prompts in a row."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    return torch.cat([torch.tensor(output.prompt_logprobs.logprobs) for output in outputs])
+
+
+def save_random_model(folder: Path, config: Any) -> None:
+    """Make a checkpoint of `config` (from transformers) with random weights, large enough for attention to matter."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.fill_(4.0)  # as much as many keys
+    model.save_pretrained(folder)

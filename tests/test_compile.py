@@ -1,0 +1,126 @@
+"""Every Triton kernel compiles for every supported generation of GPUs, to the instructions meant, without a GPU.
+
+`python tests/test_compile.py 90` does so for one compute capability, launching the kernels through the project's own functions
+with a driver that only compiles, and prints what became of each. It is a process of its own because the other tests make
+Triton interpret kernels.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+HEAD_DIMS = (64, 80, 128, 256)
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
+"""Shared memory that a program may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+INSTRUCTIONS = {
+    "int8": r"mma\S*\.s8\.s8|tcgen05\.mma\S*kind::i8",
+    "fp8": r"mma\S*\.e4m3\.e4m3|tcgen05\.mma\S*kind::f8f6f4",
+    "half": r"mma\S*\.f16\.f16|tcgen05\.mma\S*kind::f16",
+}
+
+
+def compile_all(capability: int) -> list[dict[str, Any]]:
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from sage_kernels import device
+    from sage_paged import PageLayout
+
+    class CompilingDriver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    driver.set_active(CompilingDriver())
+    device.fp8_path = lambda _: "native" if capability >= 89 else "half"  # type: ignore[assignment]
+    device.shared_memory = lambda _: SHARED_KIB[capability] * 1024  # type: ignore[assignment]
+    from sage_kernels import decode, prefill, store
+
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        found = [name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, kernel.asm["ptx"])]
+        hopper = self.__module__.endswith("hopper")
+        name = self.__name__.strip("_").removesuffix("_kernel")
+        compiled.append({"kernel": "hopper " * hopper + name, **case, "uses": found, "shared": kernel.metadata.shared})
+
+    JITFunction.run = compile_only
+    starts, lengths, table = torch.tensor([0, 1]), torch.tensor([1]), torch.zeros(1, 2)
+    starts, lengths, table = (x.to(torch.int32) for x in (starts, lengths, table))
+    for head_dim in HEAD_DIMS:
+        for k_bits in (8, 4):
+            layout = PageLayout(head_dim, k_bits)
+            pages = layout.empty(2, 2)
+            key, query = torch.zeros(1, 2, head_dim, dtype=torch.bfloat16), torch.zeros(1, 8, head_dim, dtype=torch.bfloat16)
+            case: dict[str, Any] = {"head_dim": head_dim, "k_bits": k_bits, "mask": ""}
+            store.store(key, key, pages, torch.zeros(1, dtype=torch.int64), layout)
+            masks: dict[str, dict[str, Any]] = {"": {}}
+            if head_dim == 128:
+                masks["all"] = {"window": 100, "soft_cap": 30.0, "sinks": torch.zeros(8)}
+            attentions = [prefill.prefill, decode.decode]
+            if capability == 90:
+                from sage_kernels import hopper
+
+                if hopper.supports(layout, 4):
+                    attentions.append(hopper.prefill)
+            for case["mask"], mask in masks.items():
+                for attention in attentions:
+                    attention(query, pages, layout, table, lengths, starts, 0.1, torch.empty_like(query), **mask)
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def compilers() -> Iterator[dict[int, subprocess.Popen[str]]]:
+    """One process for each compute capability, all at once."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    processes = {each: subprocess.Popen([sys.executable, __file__, str(each)], **pipes) for each in SHARED_KIB}
+    yield processes
+    for process in processes.values():
+        process.kill()
+
+
+@pytest.fixture(scope="module", params=SHARED_KIB, ids=lambda capability: f"sm_{capability}")
+def compiled(request: pytest.FixtureRequest, compilers: dict[int, subprocess.Popen[str]]) -> tuple[int, list[dict[str, Any]]]:
+    output, errors = compilers[request.param].communicate(timeout=500)
+    assert compilers[request.param].returncode == 0, errors[-3000:]
+    return request.param, json.loads(output)
+
+
+def test_all_kernels_compile(compiled: tuple[int, list[dict[str, Any]]]) -> None:
+    _, kernels = compiled
+    for name in ("prefill", "decode", "merge", "store"):
+        cases = {(kernel["head_dim"], kernel["k_bits"]) for kernel in kernels if kernel["kernel"] == name}
+        assert len(cases) == 2 * len(HEAD_DIMS), name
+
+
+def test_shared_memory_suffices(compiled: tuple[int, list[dict[str, Any]]]) -> None:
+    capability, kernels = compiled
+    assert [kernel for kernel in kernels if kernel["shared"] > SHARED_KIB[capability] * 1024] == []
+
+
+def test_tensor_cores_are_used(compiled: tuple[int, list[dict[str, Any]]]) -> None:
+    """INT8 instructions for Q K^T everywhere; FP8 ones for P V where there are any, else FP16.
+
+    Decoding has fewer rows than the asynchronous instructions of sm_90 and later take, and with those of before Triton
+    widens FP8 to FP16 there.
+    """
+    capability, kernels = compiled
+    pv = {"decode": "fp8" if capability == 89 else "half", "prefill": "fp8" if capability >= 89 else "half"}
+    attentions = [(kernel, pv[kernel["kernel"].split()[-1]]) for kernel in kernels if kernel["kernel"].split()[-1] in pv]
+    assert attentions
+    assert [kernel for kernel, instruction in attentions if kernel["uses"] != ["int8", instruction]] == []
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(int(sys.argv[1]))))

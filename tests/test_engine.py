@@ -1,0 +1,217 @@
+"""The backend inside vLLM: whatever way a request goes through the engine, its tokens are the same."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from engines import (
+    PLAIN,
+    Answer,
+    assert_same_tokens,
+    capacity,
+    engine,
+    greedy,
+    heldout_prompts,
+    metric,
+    prompt_logprobs,
+    save_random_model,
+)
+
+pytestmark = pytest.mark.engine
+
+LENGTHS = (5, 127, 128, 129, 300, 700)
+NEAR_TIE = 0.25
+"""Nats; two steps of a BF16 logit around 16."""
+
+CASES = [("SAGE", "bfloat16"), ("SAGE", "float16")]
+if not torch.cuda.is_available():
+    # Float32 shows the backend alone, without the rounding of the model's other layers.
+    CASES.append(("SAGE:k_bits=4", "float32"))
+
+
+@dataclass
+class Plain:
+    """A run of all prompts at once, whole, with enough room and nothing cached."""
+
+    run: str
+    dtype: str
+    prompts: list[list[int]]
+    answers: list[Answer]
+    cached: list[Answer]
+    one_by_one: list[Answer]
+
+    @property
+    def near_tie(self) -> float:
+        return 0.0 if self.dtype == "float32" else NEAR_TIE
+
+
+@pytest.fixture(scope="module", params=CASES, ids=" ".join)
+def plain(request: pytest.FixtureRequest) -> Iterator[Plain]:
+    run, dtype = request.param
+    with engine(run, dtype=dtype, enable_prefix_caching=True, max_num_batched_tokens=8192) as llm:
+        prompts = heldout_prompts(llm, LENGTHS)
+        answers = greedy(llm, prompts)
+        cached = greedy(llm, prompts)
+        assert llm.reset_prefix_cache()
+        yield Plain(run, dtype, prompts, answers, cached, greedy(llm, prompts, together=False))
+
+
+def test_prefix_cache(plain: Plain) -> None:
+    assert [answer.cached for answer in plain.answers] == [0] * len(LENGTHS)
+    assert [answer.cached for answer in plain.cached] == [(length - 1) // 128 * 128 for length in LENGTHS]
+    assert_same_tokens(plain.cached, plain.answers, plain.near_tie)
+
+
+def test_one_by_one(plain: Plain) -> None:
+    assert_same_tokens(plain.one_by_one, plain.answers, plain.near_tie)
+
+
+def test_small_chunks(plain: Plain) -> None:
+    """Chunks of at most 64 tokens: prefills and decodes share batches, and pages are filled piece by piece."""
+    limits = {"max_num_batched_tokens": 64, "max_num_seqs": 16}
+    with engine(plain.run, dtype=plain.dtype, enable_prefix_caching=False, **limits) as llm:
+        assert_same_tokens(greedy(llm, plain.prompts), plain.answers, plain.near_tie)
+
+
+def test_preemption(plain: Plain) -> None:
+    """Too few blocks for all requests: some are thrown out and computed again."""
+    with engine(plain.run, dtype=plain.dtype, enable_prefix_caching=False, num_gpu_blocks_override=18) as llm:
+        # All fit as they come, on 17 pages, of which one is vLLM's own; not with what they are continued by.
+        prompts = [plain.prompts[-1][:length] for length in (510, 511, 512, 500)]
+        together = greedy(llm, prompts)
+        assert metric(llm, "vllm:num_preemptions") > 0
+        assert_same_tokens(together, greedy(llm, prompts, together=False), plain.near_tie)
+
+
+def test_speculative_decoding(plain: Plain) -> None:
+    """Drafts taken from the prompt, verified several tokens at a time."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with engine(plain.run, dtype=plain.dtype, enable_prefix_caching=False, speculative_config=drafts) as llm:
+        answers = greedy(llm, plain.prompts)
+        assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
+        assert_same_tokens(answers, plain.answers, plain.near_tie)
+
+
+def test_capacity() -> None:
+    """Heads of 128 channels: the same memory holds this many more tokens."""
+    tokens = {}
+    for run in (PLAIN, "SAGE", "SAGE:k_bits=4"):
+        with engine(run) as llm:
+            tokens[run] = capacity(llm)
+    assert tokens["SAGE"] >= 1.88 * tokens[PLAIN]
+    assert tokens["SAGE:k_bits=4"] >= 2.4 * tokens[PLAIN]
+
+
+@pytest.fixture(scope="module")
+def eager() -> tuple[list[list[int]], list[Answer]]:
+    """Prompts and the answers of an ordinary engine in BF16."""
+    with engine(dtype="bfloat16") as llm:
+        prompts = heldout_prompts(llm, LENGTHS)
+        return prompts, greedy(llm, prompts)
+
+
+def test_small_pages(eager: tuple[list[list[int]], list[Answer]]) -> None:
+    prompts, answers = eager
+    with engine("SAGE:page_tokens=64", dtype="bfloat16") as llm:
+        assert_same_tokens(greedy(llm, prompts), answers, NEAR_TIE)
+
+
+def test_compiled_model(eager: tuple[list[list[int]], list[Answer]]) -> None:
+    """Without enforce_eager: through torch.compile and, on a GPU, CUDA graphs."""
+    prompts, answers = eager
+    with engine(dtype="bfloat16", enforce_eager=False) as llm:
+        assert_same_tokens(greedy(llm, prompts), answers, NEAR_TIE)
+
+
+def test_tensor_parallel(eager: tuple[list[list[int]], list[Answer]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers in processes of their own, each with half of the heads."""
+    if torch.cuda.is_available():
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs two GPUs")
+    else:
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) < 2:
+            pytest.skip("needs two cores")
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+    prompts, answers = eager
+    with engine(dtype="bfloat16", tensor_parallel_size=2) as llm:
+        assert_same_tokens(greedy(llm, prompts), answers, NEAR_TIE)
+
+
+ATTENTION = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+SIZES = {"vocab_size": 512, "intermediate_size": 128, "max_position_embeddings": 1024, "initializer_range": 0.1}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+BASE: dict[str, Any] = {**ATTENTION, **SIZES, **TOKENS}
+SLIDING: dict[str, Any] = {"sliding_window": 100, "layer_types": ["sliding_attention", "full_attention"] * 2}
+LINEAR = ["linear_attention", "full_attention"] * 2
+MAMBA = {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
+DELTA_NET = {f"linear_{name}": 2 if name.startswith("num") else 64 for name in (
+    "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim",
+)}  # fmt: skip
+# Every expert is always taken: another choice of experts would be a difference that is not attention's.
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+GEMMA3N = {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 32, "laurel_rank": 8, "altup_num_inputs": 2}
+SHARING = {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [128] * 4}
+
+# Of each: the kind of configuration, what differs from BASE, and the attribute of SageImpl to break, if one is the point.
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "one KV head a query head": ("Llama", {"num_key_value_heads": 4, "head_dim": 96}, {}),
+    "one KV head for all": ("Llama", {"num_key_value_heads": 1, "head_dim": 80}, {}),
+    "sliding window": ("Mistral", {"sliding_window": 100}, {"window": 0}),
+    "soft cap": (
+        "Gemma2",
+        {**SLIDING, "head_dim": 256, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
+        {"soft_cap": 0.0},
+    ),
+    "sliding and full layers": ("Gemma3Text", {**SLIDING, "head_dim": 256, "query_pre_attn_scalar": 64}, {"window": 0}),
+    "sinks": ("GptOss", {**SLIDING, "num_local_experts": 2, "num_experts_per_tok": 2}, {"sinks": None}),
+    "shared KV": ("Gemma3nText", {**SLIDING, **GEMMA3N, **SHARING}, {}),
+    "attention beside Mamba": ("FalconH1", MAMBA, {}),
+    "attention between linear attention": ("Qwen3Next", {**DELTA_NET, **EXPERTS, "layer_types": LINEAR}, {}),
+}
+NOISE = 0.12
+"""Bound on the mean change of a token's log-probability in these models, in nats; a broken mask changes it by more."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_of_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models with random weights give every token nearly the log-probability that vLLM's own backend gives it."""
+    kind, values, flaw = MODELS[name]
+    save_random_model(tmp_path, getattr(transformers, f"{kind}Config")(**BASE | values))
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, 512, (length,), generator=generator).tolist() for length in (500, 130, 20)]
+
+    def logprobs(run: str) -> torch.Tensor:
+        limits = {"max_model_len": 1024, "max_num_batched_tokens": 256, "max_num_seqs": 8, "enable_prefix_caching": False}
+        with engine(run, tmp_path, skip_tokenizer_init=True, dtype="bfloat16", **limits) as llm:
+            return prompt_logprobs(llm, prompts)
+
+    expected, actual = logprobs(PLAIN), logprobs("SAGE")
+    assert expected.std() > 0.5  # the model has opinions
+    assert (actual - expected).abs().mean() < NOISE
+
+    if flaw:
+        from sage_backend.backend import SageImpl
+
+        whole = SageImpl.__init__
+
+        def flawed(self: SageImpl, *args: Any, **kwargs: Any) -> None:
+            whole(self, *args, **kwargs)
+            vars(self).update(flaw)
+
+        monkeypatch.setattr(SageImpl, "__init__", flawed)
+        assert (logprobs("SAGE") - expected).abs().mean() > 2 * NOISE, "this test would not notice"
+
+
+def test_unknown_head_sizes_are_refused_by_name(tmp_path: Path) -> None:
+    """Gemma 4 has heads of 512 channels in its full layers."""
+    values = {**SLIDING, "global_head_dim": 512}
+    save_random_model(tmp_path, transformers.Gemma4TextConfig(**BASE | values))
+    arguments = {"skip_tokenizer_init": True, "max_model_len": 1024}
+    with pytest.raises(ValueError, match="head size 512 has no page format"), engine(model=tmp_path, **arguments):
+        pass

@@ -1,0 +1,38 @@
+"""`--additional-config '{"sage": {...}}'`: what it may say, and how it is told what it may not."""
+
+from typing import Any
+
+import pytest
+
+from sage_backend.options import SageOptions
+from sage_paged import PageLayout
+
+
+@pytest.mark.parametrize("config", [None, {}, {"sage": {}}, {"other": {"k_bits": 5}}, object()])
+def test_defaults(config: object) -> None:
+    assert SageOptions.parse(config) == SageOptions(k_bits=8, page_tokens=128)
+
+
+def test_all_options() -> None:
+    options = SageOptions.parse({"sage": {"k_bits": 4, "page_tokens": 64}, "other": 1})
+    assert options == SageOptions(k_bits=4, page_tokens=64)
+    assert options.layout(80) == PageLayout(80, k_bits=4, tokens=64)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"k_bits": 5}, 'option "k_bits" in --additional-config "sage" is 5; it can be 4 or 8'),
+        ({"k_bits": "8"}, 'option "k_bits" in --additional-config "sage" is \'8\'; it can be 4 or 8'),
+        ({"k_bits": 8.0}, 'option "k_bits" in --additional-config "sage" is 8.0; it can be 4 or 8'),
+        ({"k_bits": True}, 'option "k_bits" in --additional-config "sage" is True; it can be 4 or 8'),
+        ({"page_tokens": 32}, 'option "page_tokens" in --additional-config "sage" is 32; it can be 64 or 128'),
+        ({"kbits": 8}, 'unknown option "kbits" in --additional-config "sage"; options are k_bits or page_tokens'),
+        ([8], 'option "sage" in --additional-config must be an object such as {"k_bits": 8}, not [8]'),
+        (None, 'option "sage" in --additional-config must be an object such as {"k_bits": 8}, not None'),
+    ],
+)
+def test_refusals(section: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared
+        SageOptions.parse({"sage": section})
+    assert str(caught.value) == message
