@@ -83,6 +83,9 @@ def check_config(config: Any) -> None:
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     from vllm.platforms import current_platform
 
+    if current_platform.is_cpu() and type(current_platform).__name__ != "SageCpuPlatform":
+        # vLLM's own CPU platform would take CPU_ATTN without a word.
+        raise ValueError("VLLM_TARGET_DEVICE=cpu keeps vLLM from loading this backend's CPU platform; unset it")
     attn_type = "decoder"
     if model.is_encoder_decoder:
         attn_type = "encoder_decoder"

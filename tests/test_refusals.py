@@ -45,6 +45,17 @@ def test_the_model_itself_is_accepted() -> None:
         EngineArgs(model=str(MODEL_DIR), attention_backend="SAGE").create_engine_config()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about vLLM's CPU platform")
+def test_a_platform_that_would_ignore_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM_TARGET_DEVICE=cpu makes vLLM skip platform plugins."""
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    with environment():
+        monkeypatch.setattr(vllm.platforms, "_current_platform", CpuPlatform())
+        assert "unset it" in refusal(MODEL_DIR)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
