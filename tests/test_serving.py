@@ -27,6 +27,11 @@ HOST = "127.0.0.1"
 START_SECONDS, REQUEST_SECONDS, STOP_SECONDS = 300, 60, 30
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+
 class Server:
     """A running server. `post` returns the answer to a request, or the list of its pieces if it is streamed."""
 
@@ -68,7 +73,13 @@ def server() -> Iterator[Server]:
     for name in ("TRITON_INTERPRET", "MODEL", "ARGS"):
         environment.pop(name, None)
     process = subprocess.Popen(
-        [ROOT / "deploy" / "serve.sh"], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [ROOT / "deploy" / "serve.sh"],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # As on a terminal: where the tests run in the background, SIGINT is ignored, and bash keeps it so.
+        preexec_fn=_heed_interrupts,
     )
     server = Server(process, port)
     try:
