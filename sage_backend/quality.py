@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from sage_backend import __version__
+from sage_backend.checks import check_model_folder
 from sage_backend.demo import HELDOUT, MODEL_DIR
 
 TOP = 20
@@ -224,8 +225,8 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
         raise ValueError(f"{arguments.text} is not a file with text")
     if arguments.tokens < 2 or arguments.context < 2 * _ANSWER_TOKENS:
         raise ValueError(f"--tokens must be at least 2 and --context at least {2 * _ANSWER_TOKENS}")
-    if Path(arguments.model).is_absolute() and not Path(arguments.model, "config.json").is_file():
-        raise ValueError(f"{arguments.model} is not a model folder: it has no config.json")
+    if Path(arguments.model).is_absolute():
+        check_model_folder(Path(arguments.model))
     lengths = arguments.passkey.split(",") if arguments.passkey else []
     if not all(length.isdecimal() for length in lengths):
         raise ValueError(f"--passkey takes lengths such as 500,1500, not {arguments.passkey!r}")

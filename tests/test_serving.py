@@ -31,7 +31,6 @@ def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-
 class Server:
     """A running server. `post` returns the answer to a request, or the list of its pieces if it is streamed."""
 

@@ -127,7 +127,7 @@ def _hopper(device: torch.device, layout: PageLayout, group: int) -> ModuleType 
     try:
         from sage_kernels import hopper
     except ImportError as error:
-        logger.warning("prefill takes the portable kernel, about half as fast: Triton's Gluon cannot be used (%s)", error)
+        logger.warning("prefill takes the portable kernel, which is slower: Triton's Gluon cannot be used (%s)", error)
         return None
     return hopper if hopper.supports(layout, group) else None
 
