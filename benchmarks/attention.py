@@ -1,0 +1,904 @@
+#!/usr/bin/env python3
+"""Paged attention kernels side by side on one GPU: these kernels, vLLM's, cuDNN's, SageAttention's and FlashInfer's.
+
+    python3 benchmarks/attention.py run --prefill 4096 16384 32768 131072 --store 32768 --chunk 2048x128000 \\
+        --decode 64x8192 128x1024 8x131072 1x131072 --out benchmarks/results/attention-h200.json
+    python3 benchmarks/attention.py plot benchmarks/results/attention-h200.json
+
+In each case all contenders get the same random bf16 data, with strongly biased key channels. Each is first compared with exact
+float32 attention on sampled rows, and only timed if it is close enough. Timings go round by round, one of every contender in
+an order that is drawn anew, so that clocks and temperature are the same for all. A timing is the GPU time of one call that
+finds its inputs outside the L2 cache; the host's own time to launch it is not part of it.
+
+A contender that is not installed, or fails, is listed with the reason. `plot` needs matplotlib but neither torch nor a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+try:
+    import torch
+except ModuleNotFoundError:  # all that `plot` needs is in the JSON
+    torch = None  # type: ignore[assignment]
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "paged"), str(ROOT / "kernels")]  # the kernels of this checkout, installed or not
+
+BASELINE = "fa3-bf16"
+CHECKED_ROWS = 64
+LEAST_ROUNDS = 5
+BIAS, BIASED_CHANNELS = 4.0, slice(None, None, 17)
+
+# --- cases and their data ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """`batch` requests of `length` tokens each, whose last `queries` tokens attend. store: whether writing is timed too."""
+
+    kind: str
+    batch: int
+    queries: int
+    length: int
+    store: bool = False
+
+    @property
+    def name(self) -> str:
+        sizes = {
+            "prefill": f"{self.length}",
+            "chunk": f"{self.queries}x{self.length - self.queries}",
+            "decode": f"{self.batch}x{self.length}",
+        }
+        return f"{self.kind} {sizes[self.kind]}"
+
+    @property
+    def pairs(self) -> int:
+        """(query token, visible key) pairs: what causal attention has to compute for one head."""
+        history = self.length - self.queries
+        return self.batch * (self.queries * history + self.queries * (self.queries + 1) // 2)
+
+    def description(self) -> dict[str, Any]:
+        sizes = {"kind": self.kind, "batch": self.batch, "queries": self.queries, "length": self.length}
+        return {"case": self.name, **sizes, "pairs": self.pairs}
+
+    def operations(self, shape: Shape) -> int:
+        return 4 * shape.heads * shape.head_dim * self.pairs  # a multiplication and an addition, for Q K^T and for P V
+
+
+@dataclass(frozen=True)
+class Paging:
+    """Where the tokens of a batch lie in a cache of pages; the pages of a request are in random order.
+
+    block_table: int32 [requests, pages of a request]; slots: int64 [tokens], page * tokens of a page + place in it.
+    """
+
+    page: int
+    blocks: int
+    block_table: torch.Tensor
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """query: [batch * queries, heads, head_dim]; key, value: [batch * length, kv_heads, head_dim], request after request."""
+
+    case: Case
+    shape: Shape
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    peer_page: int
+    """Tokens of a page for the contenders that leave the choice."""
+
+    @staticmethod
+    def make(case: Case, shape: Shape, device: str, peer_page: int = 64, seed: int = 0) -> Batch:
+        g = torch.Generator(device).manual_seed(seed)
+
+        def normal(tokens: int, heads: int) -> torch.Tensor:
+            return torch.randn(tokens, heads, shape.head_dim, generator=g, dtype=torch.bfloat16, device=device)
+
+        key = normal(case.batch * case.length, shape.kv_heads)
+        key[..., BIASED_CHANNELS] += BIAS
+        return Batch(
+            case,
+            shape,
+            normal(case.batch * case.queries, shape.heads),
+            key,
+            normal(case.batch * case.length, shape.kv_heads),
+            torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.queries,
+            torch.full((case.batch,), case.length, dtype=torch.int32, device=device),
+            peer_page,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def scale(self) -> float:
+        return self.shape.head_dim**-0.5
+
+    def poisoned(self) -> torch.Tensor:
+        """An output that nobody can mistake for a result."""
+        return torch.full_like(self.query, float("nan"))
+
+    def paging(self, page: int) -> Paging:
+        pages = -(-self.case.length // page)
+        blocks = self.case.batch * pages
+        g = torch.Generator(self.device).manual_seed(1)
+        table = torch.randperm(blocks, generator=g, device=self.device).view(self.case.batch, pages)
+        tokens = torch.arange(self.case.length, device=self.device)
+        slots = table[:, tokens // page] * page + tokens % page
+        return Paging(page, blocks, table.int(), slots.flatten())
+
+
+# --- contenders -------------------------------------------------------------------------------------------------------------
+
+
+class Unfit(Exception):
+    """Why a contender cannot take part in a case."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A contender with its cache filled. attend: returns the output, [tokens, heads, head_dim]; store: writes all tokens."""
+
+    attend: Callable[[], torch.Tensor]
+    store: Callable[[], object] | None = None
+
+
+def sage(batch: Batch, k_bits: int) -> Prepared:
+    from sage_kernels import decode, device, prefill, store
+    from sage_paged import PageLayout
+
+    case, shape = batch.case, batch.shape
+    layout = PageLayout(shape.head_dim, k_bits, 128)
+    paging = batch.paging(layout.tokens)
+    pages = layout.empty(paging.blocks, shape.kv_heads, batch.device)
+    write = partial(store.store, batch.key, batch.value, pages, paging.slots, layout)
+    write()
+    out = batch.poisoned()
+    where = paging.block_table, batch.seq_lens, batch.query_start_loc
+    arguments = batch.query, pages, layout, *where, batch.scale, out
+    if case.kind == "decode":
+        processors = device.multiprocessors(batch.device)
+        splits = decode.choose_splits(case.batch, shape.kv_heads, case.length, layout.tokens, processors)
+        workspace = decode.Workspace.allocate(case.batch * shape.heads * splits, shape.head_dim, batch.device)
+        launch = partial(decode.decode, *arguments, max_query_len=1, splits=splits, workspace=workspace)
+    else:
+        launch = partial(prefill.prefill, *arguments)
+
+    def attend() -> torch.Tensor:
+        launch()
+        return out
+
+    return Prepared(attend, write)
+
+
+def sage_bytes(head_dim: int, k_bits: int) -> int:
+    from sage_paged import PageLayout
+
+    return PageLayout(head_dim, k_bits, 128).bytes_per_token
+
+
+def filled(batch: Batch, paging: Paging, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values cast to dtype, [blocks, page, kv_heads, head_dim] each, interleaved as in vLLM's default layout."""
+    shape = batch.shape
+    cache = torch.zeros(paging.blocks, paging.page, shape.kv_heads, 2 * shape.head_dim, dtype=dtype, device=batch.device)
+    tokens = torch.cat([batch.key, batch.value], -1).to(dtype)
+    cache.view(torch.uint8).flatten(0, 1)[paging.slots] = tokens.view(torch.uint8)  # bytes: indexing knows no float8
+    key, value = cache.split(shape.head_dim, -1)
+    return key, value
+
+
+def flash_attention(batch: Batch, fp8: bool = False, cast: bool = False) -> Prepared:
+    """As vLLM's FLASH_ATTN backend calls it, which computes the schedule once a step, so outside of each layer's call. The
+    number of splits is left to its own heuristic.
+
+    FP8 is what vLLM does with `--kv-cache-dtype fp8` and scales of 1. cast: with the cast of Q that precedes it.
+    """
+    from vllm.vllm_flash_attn import flash_attn_interface as fa
+
+    if reason := fa.fa_version_unsupported_reason(3):
+        raise Unfit(reason)
+    case, shape = batch.case, batch.shape
+    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    paging = batch.paging(batch.peer_page)
+    key, value = filled(batch, paging, dtype)
+    query, out = batch.query.to(dtype), batch.poisoned()
+    ones = torch.ones(case.batch, shape.kv_heads, dtype=torch.float32, device=batch.device) if fp8 else None
+    one = torch.ones(1, dtype=torch.float32, device=batch.device)
+    schedule = fa.get_scheduler_metadata(
+        batch_size=case.batch,
+        max_seqlen_q=case.queries,
+        max_seqlen_k=case.length,
+        num_heads_q=shape.heads,
+        num_heads_kv=shape.kv_heads,
+        headdim=shape.head_dim,
+        cache_seqlens=batch.seq_lens,
+        qkv_dtype=dtype,
+        cu_seqlens_q=batch.query_start_loc,
+        page_size=paging.page,
+        causal=True,
+    )
+
+    def cast_query() -> None:
+        from vllm._custom_ops import scaled_fp8_quant
+
+        scaled_fp8_quant(batch.query.flatten(1), one, output=query.flatten(1))
+
+    def attend() -> torch.Tensor:
+        if cast:
+            cast_query()
+        fa.flash_attn_varlen_func(
+            q=query,
+            k=key,
+            v=value,
+            out=out,
+            cu_seqlens_q=batch.query_start_loc,
+            max_seqlen_q=case.queries,
+            seqused_k=batch.seq_lens,
+            max_seqlen_k=case.length,
+            softmax_scale=batch.scale,
+            causal=True,
+            block_table=paging.block_table,
+            scheduler_metadata=schedule,
+            q_descale=ones,
+            k_descale=ones,
+            v_descale=ones,
+            fa_version=3,
+        )
+        return out
+
+    return Prepared(attend)
+
+
+def vllm_triton(batch: Batch, cache_dtype: str) -> Prepared:
+    """vLLM's TRITON_ATTN backend itself, with the metadata that its builder makes."""
+    import vllm._custom_ops  # noqa: F401 - in an engine its operators are there, and INT4 takes a faster way with them
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+    from vllm.v1.attention.backends import triton_attn
+
+    case, shape = batch.case, batch.shape
+    quantized = cache_dtype != "auto"
+    dtype = STR_DTYPE_TO_TORCH_DTYPE[cache_dtype] if quantized else torch.bfloat16
+    paging = batch.paging(batch.peer_page)
+    content = vllm_triton_bytes(shape.head_dim, cache_dtype) // dtype.itemsize
+    raw = torch.zeros(paging.blocks, paging.page, shape.kv_heads, content, dtype=dtype, device=batch.device)
+    cache = raw.transpose(1, 2)  # vLLM's default layout, seen in its logical order
+    one = torch.ones((), dtype=torch.float32, device=batch.device)
+    layer = SimpleNamespace(_q_scale=one, _k_scale=one, _v_scale=one)
+    implementation = triton_attn.TritonAttentionImpl(
+        shape.heads, shape.head_dim, batch.scale, shape.kv_heads, None, None, cache_dtype
+    )
+    write = partial(implementation.do_kv_cache_update, layer, batch.key, batch.value, cache, paging.slots)
+    write()
+
+    threshold = triton_attn.MIN_LAUNCH_GRID_SIZE_2D // shape.kv_heads
+    segments = threshold, shape.heads, triton_attn.NUM_PAR_SOFTMAX_SEGMENTS
+    channels = 1 << (shape.head_dim - 1).bit_length()
+    metadata = triton_attn.TritonAttentionMetadata(
+        num_actual_tokens=len(batch.query),
+        max_query_len=case.queries,
+        query_start_loc=batch.query_start_loc,
+        max_seq_len=case.length,
+        seq_lens=batch.seq_lens,
+        block_table=paging.block_table,
+        slot_mapping=paging.slots,
+        seq_threshold_3D=threshold,
+        num_par_softmax_segments=segments[-1],
+        softmax_segm_output=torch.empty(*segments, channels, dtype=torch.float32, device=batch.device),
+        softmax_segm_max=torch.empty(segments, dtype=torch.float32, device=batch.device),
+        softmax_segm_expsum=torch.empty(segments, dtype=torch.float32, device=batch.device),
+        causal=True,
+    )
+    out = batch.poisoned()
+
+    def attend() -> torch.Tensor:
+        return implementation.forward(layer, batch.query, batch.key, batch.value, cache, metadata, out)
+
+    return Prepared(attend, write)
+
+
+def vllm_triton_bytes(head_dim: int, cache_dtype: str) -> int:
+    if cache_dtype == "auto":
+        return 4 * head_dim
+    data = head_dim // 2 if cache_dtype.startswith("int4") else head_dim
+    return 2 * (data + 4)  # and a float32 scale, for K and for V
+
+
+def whole_prompt(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value as [1, heads, tokens, head_dim], contiguous copies, for kernels without pages."""
+    if batch.case.kind != "prefill":
+        raise Unfit("takes whole prompts only")
+    query, key, value = (x.transpose(0, 1)[None].contiguous() for x in (batch.query, batch.key, batch.value))
+    return query, key, value
+
+
+def cudnn(batch: Batch) -> Prepared:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    tensors = whole_prompt(batch)
+
+    def attend() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = scaled_dot_product_attention(*tensors, is_causal=True, scale=batch.scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    return Prepared(attend)
+
+
+def sage_attention(batch: Batch, major: int) -> Prepared:
+    """The original SageAttention, release 1 (Triton) or 2 (CUDA). Quantizing all of K and V is part of each call."""
+    version = importlib.metadata.version("sageattention")
+    if min(int(version.split(".")[0]), 2) != major:
+        raise Unfit(f"sageattention {version} is installed, which is another release")
+    query, key, value = whole_prompt(batch)  # a copy of its own: release 1 subtracts the mean of K in place
+    if major == 1:
+        from sageattention import sageattn as kernel  # type: ignore[import-not-found]
+    else:
+        from sageattention import sageattn_qk_int8_pv_fp8_cuda_sm90 as kernel
+
+    def attend() -> torch.Tensor:
+        out = kernel(query, key, value, tensor_layout="HND", is_causal=True, sm_scale=batch.scale)
+        return out[0].transpose(0, 1)
+
+    return Prepared(attend)
+
+
+def flashinfer(batch: Batch, fp8: bool = False) -> Prepared:
+    """With the data types that vLLM's FLASHINFER backend chooses on Hopper: with an FP8 cache, Q is FP8 only for prefill."""
+    import flashinfer as fi  # type: ignore[import-not-found]
+
+    case, shape = batch.case, batch.shape
+    paging = batch.paging(batch.peer_page)
+    cache_dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    cache = tuple(x.contiguous() for x in filled(batch, paging, cache_dtype))
+    query = batch.query.to(cache_dtype) if case.kind != "decode" else batch.query
+    out = batch.poisoned()
+    pages = paging.block_table.shape[1]
+    page_starts = torch.arange(case.batch + 1, dtype=torch.int32, device=batch.device) * pages
+    in_last_page = torch.full_like(batch.seq_lens, case.length - (pages - 1) * paging.page)
+    tables = page_starts, paging.block_table.flatten(), in_last_page
+    sizes = shape.heads, shape.kv_heads, shape.head_dim, paging.page
+    types = {"q_data_type": query.dtype, "kv_data_type": cache_dtype, "o_data_type": torch.bfloat16}
+    workspace = torch.zeros(512 << 20, dtype=torch.uint8, device=batch.device)
+    if case.kind == "decode":
+        wrapper = fi.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+        wrapper.plan(*tables, *sizes, sm_scale=batch.scale, **types)
+    else:
+        wrapper = fi.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+        wrapper.plan(batch.query_start_loc, *tables, *sizes, causal=True, sm_scale=batch.scale, **types)
+    scales = {"q_scale": 1.0, "k_scale": 1.0, "v_scale": 1.0} if fp8 else {}
+
+    def attend() -> torch.Tensor:
+        wrapper.run(query, cache, out=out, **scales)
+        return out
+
+    return Prepared(attend)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """kv_bytes: of one token of one KV head, from head_dim. bound: the relative error above which something is wrong."""
+
+    name: str
+    label: str
+    kv_bytes: Callable[[int], int]
+    bound: float
+    prepare: Callable[[Batch], Prepared]
+
+
+def plain_bytes(head_dim: int, of_an_element: int) -> int:
+    return 2 * head_dim * of_an_element
+
+
+BF16, FP8 = partial(plain_bytes, of_an_element=2), partial(plain_bytes, of_an_element=1)
+EXACT, EIGHT_BITS, FOUR_BITS = 0.02, 0.15, 0.5
+
+
+def sage_contender(bits: int, bound: float) -> Contender:
+    kv_bytes = partial(sage_bytes, k_bits=bits)
+    return Contender(f"sage-int{bits}", f"SAGE, K INT{bits}", kv_bytes, bound, partial(sage, k_bits=bits))
+
+
+def triton_contender(name: str, cache_dtype: str, bound: float) -> Contender:
+    kv_bytes = partial(vllm_triton_bytes, cache_dtype=cache_dtype)
+    prepare = partial(vllm_triton, cache_dtype=cache_dtype)
+    return Contender(f"triton-{name}", f"vLLM TRITON_ATTN {name.upper()}", kv_bytes, bound, prepare)
+
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        sage_contender(8, EIGHT_BITS),
+        sage_contender(4, FOUR_BITS),
+        Contender("fa3-bf16", "FlashAttention-3 BF16", BF16, EXACT, flash_attention),
+        Contender("fa3-fp8", "FlashAttention-3 FP8", FP8, EIGHT_BITS, partial(flash_attention, fp8=True)),
+        Contender("fa3-fp8-q", "FlashAttention-3 FP8 + Q cast", FP8, EIGHT_BITS, partial(flash_attention, fp8=True, cast=True)),
+        Contender("cudnn-bf16", "cuDNN BF16", BF16, EXACT, cudnn),
+        triton_contender("bf16", "auto", EXACT),
+        triton_contender("int8", "int8_per_token_head", EIGHT_BITS),
+        triton_contender("fp8", "fp8_per_token_head", EIGHT_BITS),
+        triton_contender("int4", "int4_per_token_head", FOUR_BITS),
+        Contender("sageattention1", "SageAttention 1", BF16, EIGHT_BITS, partial(sage_attention, major=1)),
+        Contender("sageattention2", "SageAttention 2", BF16, EIGHT_BITS, partial(sage_attention, major=2)),
+        Contender("flashinfer-bf16", "FlashInfer BF16", BF16, EXACT, flashinfer),
+        Contender("flashinfer-fp8", "FlashInfer FP8", FP8, EIGHT_BITS, partial(flashinfer, fp8=True)),
+    )
+}
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Exact attention of some rows. tokens, heads: int64 [rows]; expected: float32 [rows, head_dim]."""
+
+    tokens: torch.Tensor
+    heads: torch.Tensor
+    expected: torch.Tensor
+
+    @staticmethod
+    def draw(batch: Batch, rows: int = CHECKED_ROWS) -> Sample:
+        """Random rows and, as mistakes like the ends, one of the last token."""
+        case, shape = batch.case, batch.shape
+        rng = random.Random(2)
+        chosen = [(len(batch.query) - 1, rng.randrange(shape.heads))]
+        chosen += [(rng.randrange(len(batch.query)), rng.randrange(shape.heads)) for _ in range(rows - 1)]
+        expected = []
+        for token, head in chosen:
+            request, place = divmod(token, case.queries)
+            first = request * case.length
+            visible = slice(first, first + case.length - case.queries + place + 1)
+            kv_head = head // (shape.heads // shape.kv_heads)
+            logits = batch.key[visible, kv_head].float() @ batch.query[token, head].float() * batch.scale
+            expected.append(torch.softmax(logits, 0) @ batch.value[visible, kv_head].float())
+        tokens, heads = torch.tensor(chosen, device=batch.device).T
+        return Sample(tokens, heads, torch.stack(expected))
+
+    def error(self, out: torch.Tensor) -> float:
+        """The relative L2 error of a row, as root mean square over the rows. Raises Unfit where `out` is not all finite."""
+        if not torch.isfinite(out).all():
+            raise Unfit("left NaN or infinity in its output")
+        difference = out[self.tokens, self.heads].float() - self.expected
+        return float((difference.norm(dim=-1) / self.expected.norm(dim=-1)).square().mean().sqrt())
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """GPU time of single calls, each with a cold L2 cache."""
+
+    HEAD_START = 2_000_000
+    """Cycles, about a millisecond, that the GPU spins while the host launches the call: so the host is never waited for."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def milliseconds(self, call: Callable[[], object]) -> float:
+        self.flush.zero_()
+        torch.cuda._sleep(self.HEAD_START)
+        self.start.record()
+        call()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end)
+
+
+def interleaved(
+    calls: dict[Any, Callable[[], object]], milliseconds: Callable[[Callable[[], object]], float], rounds: int, seconds: float
+) -> dict[Any, list[float]]:
+    """Time the calls in rounds. All share the time evenly: one that has used up its part leaves the later rounds."""
+    rng = random.Random(3)
+    times: dict[Any, list[float]] = {key: [] for key in calls}
+    share = seconds * 1e3 / max(len(calls), 1)
+    for _ in range(rounds):
+        remaining = [key for key in calls if len(times[key]) < LEAST_ROUNDS or sum(times[key]) < share]
+        for key in rng.sample(remaining, len(remaining)):
+            times[key].append(milliseconds(calls[key]))
+    return times
+
+
+def summary(times: Sequence[float]) -> dict[str, Any]:
+    deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]]
+    spread = {"ms": statistics.median(times), "ms_p10": deciles[0], "ms_p90": deciles[-1]}
+    return {name: round(value, 5) for name, value in spread.items()} | {"rounds": len(times)}
+
+
+def figures(contender: Contender, case: Case, shape: Shape, times: Sequence[float]) -> dict[str, Any]:
+    """What the timings of a contender say in this case."""
+    result = summary(times)
+    per_second = 1e3 / result["ms"]
+    if case.kind == "decode":
+        kv_bytes = case.batch * case.length * shape.kv_heads * contender.kv_bytes(shape.head_dim)
+        return result | {"kv_bytes": kv_bytes, "gb_per_s": round(kv_bytes * per_second / 1e9, 1)}
+    return result | {"tops": round(case.operations(shape) * per_second / 1e12, 1)}
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one short line without machine paths."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = re.sub(r"(?<![\w.])/(?:[^\s/'\"]+/)+", "", text)
+    kind = "" if isinstance(error, Unfit) else type(error).__name__
+    return ": ".join(part for part in (kind, text) if part)[:200]
+
+
+def prepare(contender: Contender, batch: Batch, sample: Sample) -> tuple[dict[str, Any], Prepared | None]:
+    """What is known before timing, and the contender, warmed up, if it may be timed."""
+    result: dict[str, Any] = {"contender": contender.name, "label": contender.label}
+    try:
+        result["kv_bytes_per_token_head"] = contender.kv_bytes(batch.shape.head_dim)
+        prepared = contender.prepare(batch)
+        error = sample.error(prepared.attend())
+        result["error"] = round(error, 6)
+        if not error <= contender.bound:
+            raise Unfit(f"relative error {error:.3g} exceeds {contender.bound}")
+        for call in (prepared.attend, prepared.store):  # once more, to warm up
+            if call:
+                call()
+    except Exception as error:  # whatever a peer raises is its result
+        return result | {"failed": one_line(error)}, None
+    return result, prepared
+
+
+def measure(case: Case, contenders: Iterable[Contender], shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.cuda.empty_cache()
+    batch = Batch.make(case, shape, "cuda", arguments.peer_page)
+    sample = Sample.draw(batch)
+    results: dict[str, dict[str, Any]] = {}
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    for contender in contenders:
+        results[contender.name], prepared = prepare(contender, batch, sample)
+        if prepared:
+            calls[contender.name, "attend"] = prepared.attend
+            if case.store and prepared.store:
+                calls[contender.name, "store"] = prepared.store
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise RuntimeError(f"{contender.label} has left the GPU unusable: {one_line(error)}") from error
+    for (name, what), times in interleaved(calls, Stopwatch().milliseconds, arguments.rounds, arguments.seconds).items():
+        if what == "store":
+            results[name]["store"] = summary(times)
+        else:
+            results[name] |= figures(CONTENDERS[name], case, shape, times)
+    return case.description() | {"results": list(results.values())}
+
+
+# --- reporting --------------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:3])), "cudnn": str(torch.backends.cudnn.version())}
+    for name in ("torch", "triton", "vllm", "sageattention", "flashinfer-python"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found | {"torch": torch.__version__}
+
+
+def device_facts() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties()
+    facts: dict[str, Any] = {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
+    asked = ["driver_version", "power.limit", "clocks.max.sm"]
+    query = ["nvidia-smi", f"--id={torch.cuda.current_device()}", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        facts |= dict(zip(asked, (value.strip() for value in answer.strip().split(",")), strict=True))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        pass  # nice to have
+    return facts
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
+def table(report: dict[str, Any]) -> str:
+    """All cases, the contenders of each from the fastest to the slowest; ratios are speed relative to FlashAttention-3 BF16."""
+    lines = []
+    for case in report["cases"]:
+        if "failed" in case:
+            lines += [f"  {case['case']}: not measured: {case['failed']}", ""]
+            continue
+        timed = sorted((result for result in case["results"] if "ms" in result), key=lambda result: result["ms"])
+        baseline = next((result["ms"] for result in timed if result["contender"] == BASELINE), None)
+        decoding, storing = case["kind"] == "decode", any("store" in result for result in timed)
+        header = [case["case"], "ms", "p10 - p90", *(["GB/s", "MB of KV"] if decoding else ["TOPS"]), "vs FA3 BF16", "error"]
+        rows = [[*header, "KV B/token/head", *(["store ms", "of attention"] if storing else [])]]
+        for result in timed:
+            row = [result["label"], f"{result['ms']:.3f}", f"{result['ms_p10']:.3f} - {result['ms_p90']:.3f}"]
+            if decoding:
+                row += [f"{result['gb_per_s']:.0f}", f"{result['kv_bytes'] / 1e6:.1f}"]
+            else:
+                row.append(f"{result['tops']:.0f}")
+            row += [f"{baseline / result['ms']:.2f}x" if baseline else "", f"{result['error']:.4f}"]
+            row.append(str(result["kv_bytes_per_token_head"]))
+            if storing:
+                store = result.get("store")
+                row += [f"{store['ms']:.3f}", f"{store['ms'] / result['ms']:.1%}"] if store else ["", ""]
+            rows.append(row)
+        lines += aligned(rows)
+        lines += [f"  {result['label']}: not timed: {result['failed']}" for result in case["results"] if "failed" in result]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if torch is None or not torch.cuda.is_available():
+        sys.exit("attention.py run: needs an NVIDIA GPU, and torch sees none here; `plot` works without")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    torch.set_float32_matmul_precision("highest")
+    shape = Shape(arguments.heads, arguments.kv_heads, arguments.head_dim)
+    report: dict[str, Any] = {
+        "command": " ".join(["benchmarks/attention.py", *(re.sub(r"(^|=)/.*/", r"\1", word) for word in arguments.words)]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_facts(),
+        "versions": versions(),
+        "shape": vars(shape),
+        "peer_page": arguments.peer_page,
+        "cases": [],
+    }
+    for case in cases(arguments):
+        try:
+            measured = measure(case, [CONTENDERS[name] for name in arguments.contenders], shape, arguments)
+        except RuntimeError as error:  # out of memory, or a device that a contender has left unusable
+            measured = case.description() | {"results": [], "failed": one_line(error)}
+        timed = sum("ms" in result for result in measured["results"])
+        print(f"{case.name}: timed {timed} of {len(arguments.contenders)} contenders", file=sys.stderr, flush=True)
+        report["cases"].append(measured)
+        if arguments.out:  # after each case, so that no later one can take it away
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report))
+    if not any("ms" in result for case in report["cases"] for result in case["results"]):
+        sys.exit("attention.py run: nothing could be timed")
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, one for a family of kernels; markers tell the formats.
+COLOURS = {
+    "sage": "#D55E00",
+    "fa3": "#000000",
+    "cudnn": "#999999",
+    "triton": "#0072B2",
+    "sageattention1": "#009E73",
+    "sageattention2": "#56B4E9",
+    "flashinfer": "#CC79A7",
+}
+MARKERS = {"bf16": "o", "fp8": "s", "fp8-q": "D", "int8": "^", "int4": "v"}
+LINES = {"bf16": "-", "fp8": "--", "fp8-q": ":", "int8": "-", "int4": "--"}
+
+
+def style(name: str) -> dict[str, Any]:
+    family, _, number = name.partition("-")
+    ours = family == "sage"
+    return {
+        "color": COLOURS.get(family, "#E69F00"),
+        "marker": MARKERS.get(number, "P"),
+        "linestyle": LINES.get(number, "-."),
+        "linewidth": 2.6 if ours else 1.5,
+        "markersize": 8 if ours else 6,
+        "zorder": 3 if ours else 2,
+    }
+
+
+def by_contender(cases: Iterable[dict[str, Any]], key: str) -> dict[str, list[tuple[dict[str, Any], dict[str, Any]]]]:
+    """(case, result) pairs of each contender that has `key`, contenders in the order of the report."""
+    found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for case in cases:
+        for result in case["results"]:
+            if key in result and "failed" not in result:
+                found.setdefault(result["contender"], []).append((case, result))
+    return found
+
+
+def short(count: int) -> str:
+    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
+        if count >= size and count % size == 0:
+            return f"{count // size}{unit}"
+    return str(count)
+
+
+def plot_prefill(plt: Any, report: dict[str, Any]) -> Any | None:
+    prompts = sorted((case for case in report["cases"] if case["kind"] == "prefill"), key=lambda case: case["length"])
+    if not (found := by_contender(prompts, "tops")):
+        return None
+    figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    for name, pairs in found.items():
+        lengths, speeds = [case["length"] for case, _ in pairs], [result["tops"] for _, result in pairs]
+        axes.plot(lengths, speeds, label=pairs[0][1]["label"], **style(name))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([case["length"] for case in prompts], [short(case["length"]) for case in prompts])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="tokens of the prompt", ylabel="TOPS, causal pairs only", title="Prefill of one prompt")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
+
+
+def plot_decode(plt: Any, report: dict[str, Any]) -> Any | None:
+    batches = [case for case in report["cases"] if case["kind"] == "decode" and by_contender([case], "ms")]
+    if not batches:
+        return None
+    columns = min(2, len(batches))
+    rows = -(-len(batches) // columns)
+    most = max(len(by_contender([case], "ms")) for case in batches)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(6.5 * columns, (0.34 * most + 1.2) * rows), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat[len(batches) :]:
+        axes.set_visible(False)
+    for axes, case in zip(grid.flat, batches, strict=False):
+        timed = sorted((pairs[0][1] for pairs in by_contender([case], "ms").values()), key=lambda result: -result["ms"])
+        longest = max(result["ms_p90"] for result in timed)
+        for place, result in enumerate(timed):
+            around = [[result["ms"] - result["ms_p10"]], [result["ms_p90"] - result["ms"]]]
+            colour = style(result["contender"])["color"]
+            axes.barh(place, result["ms"], color=colour, xerr=around, ecolor="#555555", height=0.72)
+            text = f"{result['ms']:.3f} ms, {result['gb_per_s']:.0f} GB/s"
+            axes.text(result["ms_p90"] + longest * 0.015, place, text, va="center", fontsize=8)
+        axes.set_yticks(range(len(timed)), [result["label"] for result in timed], fontsize=9)
+        axes.set_xlim(0, longest * 1.38)
+        axes.set_xlabel("ms a layer (bar: median, whisker: p10 to p90)", fontsize=9)
+        requests = "1 request" if case["batch"] == 1 else f"{case['batch']} requests"
+        axes.set_title(f"Decode, {requests} of {short(case['length'])} tokens", fontsize=11)
+        axes.grid(visible=False, axis="y")
+    return figure
+
+
+def plot_error(plt: Any, report: dict[str, Any]) -> Any | None:
+    if not (found := by_contender(report["cases"], "error")):
+        return None
+    figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    for name, pairs in found.items():
+        errors = [result["error"] for _, result in pairs]
+        middle = statistics.median(errors)
+        around = [[middle - min(errors)], [max(errors) - middle]]
+        looks = style(name) | {"linestyle": "none"}
+        axes.errorbar(pairs[0][1]["kv_bytes_per_token_head"], middle, around, label=pairs[0][1]["label"], capsize=3, **looks)
+    axes.set_yscale("log")
+    axes.set_xlim(left=0)
+    axes.set(xlabel="bytes of KV cache per token and KV head, scales included", title="Accuracy and memory")
+    axes.set_ylabel("relative L2 error of the output\n(median and range over the cases)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    try:
+        report = json.loads(arguments.file.read_text())
+        cases, device, shape = report["cases"], report["device"]["name"], report["shape"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"attention.py plot: {arguments.file} is not a report of `run` ({one_line(error)})")
+    try:
+        import matplotlib  # type: ignore[import-not-found]
+    except ModuleNotFoundError:
+        sys.exit("attention.py plot: needs matplotlib (pip install matplotlib, or this package's extra `bench`)")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    looks = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
+    footnote = f"{device}; {shape['heads']} heads, {shape['kv_heads']} KV heads of {shape['head_dim']}; {report['date'][:10]}"
+    for kind, draw in (("prefill", plot_prefill), ("decode", plot_decode), ("error", plot_error)):
+        with plt.rc_context(looks):
+            if (figure := draw(plt, report)) is None:
+                continue
+            figure.supxlabel(footnote, fontsize=8, color="#555555")
+            path = arguments.file.with_name(f"{arguments.file.stem}-{kind}.png")
+            figure.savefig(path, dpi=160)
+            plt.close(figure)
+            print(path)
+    if not cases:
+        sys.exit(f"attention.py plot: {arguments.file} holds no cases")
+
+
+# --- command line -----------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # one line, without the usage
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def pair(text: str, form: str) -> tuple[int, int]:
+    if not (match := re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}, two positive integers")
+    return int(match[1]), int(match[2])
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="attention.py", description="Compare paged attention kernels on one GPU.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_run = commands.add_parser("run", help="measure on this machine's GPU")
+    some: dict[str, Any] = {"nargs": "+", "default": []}
+    of_run.add_argument("--prefill", type=positive, **some, metavar="TOKENS", help="one prompt, causal")
+    of_run.add_argument("--store", type=positive, **some, metavar="TOKENS", help="one prompt and writing its KV")
+    of_run.add_argument("--chunk", type=partial(pair, form="QxH"), **some, metavar="QxH", help="Q tokens behind a history of H")
+    of_run.add_argument("--decode", type=partial(pair, form="BxS"), **some, metavar="BxS", help="a token for B requests of S")
+    of_run.add_argument("--contenders", nargs="+", default=list(CONTENDERS), metavar="NAME", help=f"of {', '.join(CONTENDERS)}")
+    of_run.add_argument("--heads", type=positive, default=32)
+    of_run.add_argument("--kv-heads", type=positive, default=8)
+    of_run.add_argument("--head-dim", type=positive, default=128)
+    of_run.add_argument("--peer-page", type=positive, default=64, help="tokens of the other contenders' pages (default: 64)")
+    of_run.add_argument("--rounds", type=positive, default=25)
+    of_run.add_argument("--seconds", type=positive, default=60, help="GPU time for the timings of a case (default: 60)")
+    of_run.add_argument("--out", type=Path, help="JSON file for the results")
+    of_plot = commands.add_parser("plot", help="draw the figures of a report, as PNG files next to it")
+    of_plot.add_argument("file", type=Path, metavar="FILE.json")
+    arguments = parser.parse_args(words)
+    arguments.words = list(words)
+    if arguments.command == "run":
+        if not cases(arguments):
+            of_run.error("nothing to do: give --prefill, --store, --chunk or --decode")
+        if unknown := [name for name in arguments.contenders if name not in CONTENDERS]:
+            of_run.error(f"unknown contender {unknown[0]!r}; there are {', '.join(CONTENDERS)}")
+        if arguments.heads % arguments.kv_heads:
+            of_run.error(f"--heads {arguments.heads} is not a multiple of --kv-heads {arguments.kv_heads}")
+    return arguments
+
+
+def cases(arguments: argparse.Namespace) -> list[Case]:
+    """What the command line asks for; `--store N` implies `--prefill N`, the time that it is to be compared with."""
+    prompts = dict.fromkeys([*arguments.prefill, *arguments.store])
+    return [
+        *(Case("prefill", 1, length, length, length in arguments.store) for length in prompts),
+        *(Case("chunk", 1, queries, queries + history) for queries, history in dict.fromkeys(arguments.chunk)),
+        *(Case("decode", batch, 1, length) for batch, length in dict.fromkeys(arguments.decode)),
+    ]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    arguments = parse(sys.argv[1:] if words is None else words)
+    {"run": run, "plot": plot}[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    main()

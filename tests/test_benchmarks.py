@@ -1,0 +1,216 @@
+"""benchmarks/attention.py, as far as it goes without a GPU: its figures, its judgement, its reports and its refusals."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "attention.py"
+
+
+@pytest.fixture(scope="module")
+def attention() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmarks_attention", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+CASES = [("prefill", 1, 5, 5), ("chunk", 1, 3, 7), ("decode", 4, 1, 9)]
+
+
+@pytest.mark.parametrize(("kind", "batch", "queries", "length"), CASES)
+def test_pairs(attention: ModuleType, kind: str, batch: int, queries: int, length: int) -> None:
+    case = attention.Case(kind, batch, queries, length)
+    history = length - queries
+    assert case.pairs == batch * sum(key <= history + query for query in range(queries) for key in range(length))
+    assert case.operations(attention.Shape(8, 2, 64)) == 4 * 8 * 64 * case.pairs
+
+
+def test_kv_bytes(attention: ModuleType) -> None:
+    per_token = {name: contender.kv_bytes(128) for name, contender in attention.CONTENDERS.items()}
+    assert per_token["sage-int8"] == 128 + 128 + 8
+    assert per_token["sage-int4"] == 64 + 128 + 8
+    assert per_token["triton-int8"] == per_token["triton-fp8"] == 2 * (128 + 4)
+    assert per_token["triton-int4"] == 2 * (64 + 4)
+    assert {per_token[name] for name in per_token if name.endswith("bf16") or name.startswith("sageattention")} == {512}
+    assert {per_token[name] for name in ("fa3-fp8", "fa3-fp8-q", "flashinfer-fp8")} == {256}
+
+
+def test_figures(attention: ModuleType) -> None:
+    shape, contender = attention.Shape(32, 8, 128), attention.CONTENDERS["fa3-bf16"]
+    times = [2.0, 1.0, 3.0]
+    decode = attention.figures(contender, attention.Case("decode", 64, 1, 8192), shape, times)
+    assert decode["kv_bytes"] == 64 * 8192 * 8 * 512
+    assert decode["gb_per_s"] == round(decode["kv_bytes"] / 2e-3 / 1e9, 1)
+    assert (decode["ms"], decode["ms_p10"], decode["ms_p90"], decode["rounds"]) == (2.0, 1.2, 2.8, 3)
+    prefill = attention.figures(contender, attention.Case("prefill", 1, 4096, 4096), shape, times)
+    assert prefill["tops"] == round(4 * 32 * 128 * (4096 * 4097 // 2) / 2e-3 / 1e12, 1)
+
+
+def test_interleaving(attention: ModuleType) -> None:
+    """Everyone gets every round, but for those that take more than their share of the time."""
+    cost = {"quick": 1.0, "slow": 1000.0}
+    times = attention.interleaved({name: name for name in cost}, cost.__getitem__, rounds=20, seconds=1)
+    assert {name: len(taken) for name, taken in times.items()} == {"quick": 20, "slow": attention.LEAST_ROUNDS}
+
+
+@pytest.mark.parametrize(("kind", "batch", "queries", "length"), CASES)
+def test_exact_rows_and_paging(attention: ModuleType, kind: str, batch: int, queries: int, length: int) -> None:
+    shape = attention.Shape(4, 2, 64)
+    data = attention.Batch.make(attention.Case(kind, batch, queries, length), shape, "cpu")
+    sample = attention.Sample.draw(data, rows=16)
+    query, key, value = (x.float().unflatten(0, (batch, -1)).transpose(1, 2) for x in (data.query, data.key, data.value))
+    mask = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
+    whole = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+    assert sample.error(whole.transpose(1, 2).flatten(0, 1)) < 1e-5
+    with pytest.raises(attention.Unfit, match="NaN"):
+        sample.error(data.poisoned())
+
+    paging = data.paging(4)
+    keys, values = attention.filled(data, paging, torch.float8_e4m3fn)
+    for cache, tensor in ((keys, data.key), (values, data.value)):
+        gathered = cache.float()[paging.block_table.long()].flatten(1, 2)[:, :length].flatten(0, 1)
+        assert torch.equal(gathered, tensor.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("name", ["sage-int8", "sage-int4"])
+@pytest.mark.parametrize(("kind", "batch", "queries", "length"), [("chunk", 1, 5, 200), ("decode", 2, 1, 200)])
+def test_our_contenders(attention: ModuleType, name: str, kind: str, batch: int, queries: int, length: int) -> None:
+    shape = attention.Shape(4, 2, 64)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = attention.Batch.make(attention.Case(kind, batch, queries, length), shape, device)
+    sample = attention.Sample.draw(data, rows=8)
+    result, prepared = attention.prepare(attention.CONTENDERS[name], data, sample)
+    assert prepared is not None, result
+    assert prepared.store is not None
+    assert 0 < result["error"] < attention.CONTENDERS[name].bound
+
+
+def test_failures_are_reported(attention: ModuleType) -> None:
+    data = attention.Batch.make(attention.Case("decode", 1, 1, 8), attention.Shape(2, 1, 64), "cpu")
+    sample = attention.Sample.draw(data, rows=4)
+
+    def contender(prepare: Any) -> Any:
+        return attention.Contender("x-y", "X", lambda head_dim: 1, 0.1, prepare)
+
+    def broken(batch: Any) -> Any:
+        raise ImportError("/opt/somewhere/libx.so.1: cannot open\nmore of it")
+
+    wrong = attention.Prepared(lambda: torch.zeros_like(data.query))
+    assert attention.prepare(contender(broken), data, sample)[0]["failed"] == "ImportError: libx.so.1: cannot open"
+    result, prepared = attention.prepare(contender(lambda batch: wrong), data, sample)
+    assert prepared is None
+    assert result["failed"] == "relative error 1 exceeds 0.1"
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    """Of two contenders and one that failed; the first is twice as fast as FlashAttention-3."""
+
+    def result(name: str, ms: float, bytes_per_token: int, error: float) -> dict[str, Any]:
+        figures = {"tops": 400 / ms, "gb_per_s": 2000 / ms, "kv_bytes": 1 << 30, "rounds": 25}
+        spread = {"ms": ms, "ms_p10": ms * 0.98, "ms_p90": ms * 1.05}
+        facts = {"contender": name, "label": name.upper(), "kv_bytes_per_token_head": bytes_per_token, "error": error}
+        return facts | spread | figures
+
+    def case(kind: str, name: str, batch: int, length: int) -> dict[str, Any]:
+        absent = {"contender": "cudnn-bf16", "label": "cuDNN", "failed": "takes whole prompts only"}
+        results = [result("fa3-bf16", 1.0, 512, 0.002), result("sage-int8", 0.5, 264, 0.03), absent]
+        return {"case": f"{kind} {name}", "kind": kind, "batch": batch, "length": length, "results": results}
+
+    store = case("prefill", "32768", 1, 32768)
+    store["results"][1]["store"] = {"ms": 0.025, "ms_p10": 0.02, "ms_p90": 0.03, "rounds": 25}
+    lost = case("decode", "1x99999999", 1, 99999999) | {"results": [], "failed": "out of memory"}
+    return {
+        "date": "2026-01-02T03:04:05+00:00",
+        "device": {"name": "a GPU"},
+        "shape": {"heads": 32, "kv_heads": 8, "head_dim": 128},
+        "cases": [
+            case("prefill", "4096", 1, 4096),
+            store,
+            case("decode", "64x8192", 64, 8192),
+            lost,
+        ],
+    }
+
+
+def test_table(attention: ModuleType, report: dict[str, Any]) -> None:
+    lines = attention.table(report).splitlines()
+    assert [line.split() for line in lines if "SAGE-INT8" in line] == [
+        ["SAGE-INT8", "0.500", "0.490", "-", "0.525", "800", "2.00x", "0.0300", "264"],
+        ["SAGE-INT8", "0.500", "0.490", "-", "0.525", "800", "2.00x", "0.0300", "264", "0.025", "5.0%"],
+        ["SAGE-INT8", "0.500", "0.490", "-", "0.525", "4000", "1073.7", "2.00x", "0.0300", "264"],
+    ]
+    assert lines.count("  cuDNN: not timed: takes whole prompts only") == 3
+    assert lines[-1] == "  decode 1x99999999: not measured: out of memory"
+
+
+def test_plot(attention: ModuleType, report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`")
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(report))
+    attention.main(["plot", str(file)])
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [path.name for path in written] == [f"report-{kind}.png" for kind in ("prefill", "decode", "error")]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("run", "nothing to do: give --prefill, --store, --chunk or --decode"),
+        ("run --prefill 0", "argument --prefill: '0' is not a positive integer"),
+        ("run --decode 64", "argument --decode: '64' is not BxS, two positive integers"),
+        ("run --chunk 0x5", "argument --chunk: '0x5' is not QxH, two positive integers"),
+        ("run --prefill 64 --contenders fa4", "unknown contender 'fa4'; there are sage-int8, "),
+        ("run --prefill 64 --heads 6 --kv-heads 4", "--heads 6 is not a multiple of --kv-heads 4"),
+        ("draw", "argument command: invalid choice: 'draw'"),
+    ],
+)
+def test_argument_errors(attention: ModuleType, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        attention.main(words.split())
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_command_line_to_cases(attention: ModuleType) -> None:
+    words = "run --prefill 4096 64 --store 64 128 --chunk 16x48 --decode 2x32"
+    arguments = attention.parse(words.split())
+    assert [(case.name, case.store) for case in attention.cases(arguments)] == [
+        ("prefill 4096", False),
+        ("prefill 64", True),
+        ("prefill 128", True),
+        ("chunk 16x48", False),
+        ("decode 2x32", False),
+    ]
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"cases": []}'])
+def test_plot_of_something_else(attention: ModuleType, content: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit, match=r"report\.json is not a report of `run`") as ended:
+        attention.plot(SimpleNamespace(file=file))
+    assert "\n" not in str(ended.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_run_without_a_gpu() -> None:
+    command = [sys.executable, str(SCRIPT), "run", "--prefill", "64"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "attention.py run: needs an NVIDIA GPU, and torch sees none here; `plot` works without\n"
