@@ -1,10 +1,13 @@
 """`prefill` for sm_90, in Gluon: the same arithmetic as `tiles.attend_page`, with the hardware's pieces placed by hand.
 
 One warp streams pages into shared memory with the tensor memory accelerator, one prepares their scales, and two warpgroups,
-each with 64 query rows, share what they bring: while one is in its softmax, the other has the tensor cores. The next page's
-Q K^T is started right behind this page's P V, when the registers of this page's logits are free. Starting it before the
-softmax, as FlashAttention-3 does (section 3.2), is slower here, for Triton 3.6 then keeps both logits in registers and spills;
-so are three warpgroups, and pages of 64 tokens.
+each with 64 query rows, share what they bring: while one is busy with numbers, the other has the tensor cores.
+
+A softmax has two parts that use different units: logits and their maximum (arithmetic) and exponentials (special functions),
+and the second waits for the first. Within a warpgroup the exponentials of one page are therefore computed beside the logits of
+the next, in one straight run of instructions. What was slower on an H200: P V left running during the softmax, as in
+FlashAttention-3 (section 3.2), for which registers suffice only with longer sums in the 22-bit accumulators; making the
+warpgroups take turns; three warpgroups, which spill registers; pages of 64 tokens.
 """
 
 import functools
@@ -29,7 +32,8 @@ ROWS = gl.constexpr(64)
 """Query rows of a warpgroup."""
 BLOCK_M = 128
 """Query rows of a program: two warpgroups."""
-_STAGES = 4
+STAGES = gl.constexpr(4)
+"""Pages of K, and of V with what belongs to it, that shared memory holds."""
 
 _find_request = gluon.jit(find_request.fn)
 _to_int = gluon.jit(to_int.fn)
@@ -40,19 +44,20 @@ _v_token = gluon.jit(v_token)
 @gluon.jit
 def _stream_pages(
     k_pages, v_pages, buffers, barriers, table, first_page, pages, block_rows, head_rows,
-    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """The producer of K and V. Pages are counted in rows of PAGE bytes, of which a page has bytes_per_token."""
     k_buffers, v_buffers, _, _ = buffers
-    k_full, v_full, _, empty = barriers
+    k_full, k_empty, v_full, _, v_empty = barriers
     for i in range(pages):
-        stage = i % STAGES
-        phase = (i // STAGES) & 1
         row = gl.load(table + first_page + i) * block_rows + head_rows
         k_row = row * (PAGE // HEAD_DIM) if PAGE >= HEAD_DIM else row // (HEAD_DIM // PAGE)
-        mbarrier.wait(empty.index(stage), phase ^ 1)
+        stage = i % STAGES
+        phase = ((i // STAGES) & 1) ^ 1
+        mbarrier.wait(k_empty.index(stage), phase)
         mbarrier.expect(k_full.index(stage), PAGE * HEAD_DIM)
         tma.async_copy_global_to_shared(k_pages, [k_row, 0], k_full.index(stage), k_buffers.index(stage))
+        mbarrier.wait(v_empty.index(stage), phase)
         mbarrier.expect(v_full.index(stage), PAGE * HEAD_DIM)
         tma.async_copy_global_to_shared(v_pages, [row + HEAD_DIM, 0], v_full.index(stage), v_buffers.index(stage))
 
@@ -60,7 +65,7 @@ def _stream_pages(
 @gluon.jit
 def _prepare_scales(
     scales, buffers, barriers, table, first_page, pages, seq_len, block_rows, head_rows,
-    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """The producer of what the softmax needs of the scales, worked out once for both warpgroups.
 
@@ -71,7 +76,7 @@ def _prepare_scales(
     LAYOUT: gl.constexpr = gl.BlockedLayout([8, PAGE // 32], [1, 32], [1, 1], [1, 0])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     _, _, scale_buffers, inverse_buffers = buffers
-    _, _, scales_full, empty = barriers
+    _, _, _, scales_full, v_empty = barriers
     tokens = gl.arange(0, PAGE, COLUMNS)
     in_v_order = _v_token(tokens)
     for i in range(pages):
@@ -86,7 +91,7 @@ def _prepare_scales(
         filled = in_v_order < seq_len - (first_page + i) * PAGE
         inverse = gl.where(filled, inverse, 0.0)
         inverses = gl.zeros([8, PAGE], gl.float32, LAYOUT) + inverse[None, :]
-        mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+        mbarrier.wait(v_empty.index(stage), ((i // STAGES) & 1) ^ 1)
         scale_buffers.index(2 * stage).store(k_scale)
         scale_buffers.index(2 * stage + 1).store(exponent)
         inverse_buffers.index(stage).store(inverses.to(gl.float8e4nv))
@@ -95,131 +100,186 @@ def _prepare_scales(
 
 
 @gluon.jit
-def _start_logits(q, buffers, barriers, i, PAGE: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Start Q K^T of page i: int32 [ROWS, PAGE], to be waited for."""
-    mbarrier.wait(barriers[0].index(i % STAGES), (i // STAGES) & 1)
+def _product(q, buffers, barriers, i, last, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """Q K^T of page i: int32 [ROWS, PAGE]. Behind the last page, that of the last once more, which nobody looks at."""
+    k_buffers, _, _, _ = buffers
+    k_full, k_empty, _, _, _ = barriers
+    page = gl.minimum(i, last)
+    stage = page % STAGES
+    mbarrier.wait(k_full.index(stage), (page // STAGES) & 1)
     zeros = gl.zeros([ROWS, PAGE], gl.int32, S_LAYOUT)
-    return warpgroup_mma(q, buffers[0].index(i % STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    codes = warpgroup_mma(q, k_buffers.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    codes = warpgroup_mma_wait(0, deps=[codes])
+    mbarrier.arrive(k_empty.index(stage), pred=i <= last)
+    return codes
 
 
 @gluon.jit
-def _attend(
-    codes, q, q_scale, acc, total, top, buffers, barriers, i, pages, length, first_visible, last_visible, soft_cap,
-    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr,
-    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, T_LAYOUT: gl.constexpr,
+def _logits(
+    codes, q_scale, q_bias, top, buffers, i, first_visible, last_visible, soft_cap,
+    PAGE: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr, S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """`tiles.attend_page` for page i of the stream, whose Q K^T has been started.
-
-    total: [ROWS, 8], equal columns. Returns the started Q K^T of the page after it (for the last page, once more its own),
-    acc, total and top.
-    """
+    """From Q K^T of page i, whose scales are there, to base-2 logits plus the exponent of V's scale, and the new top."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
-    _, v_buffers, scale_buffers, inverse_buffers = buffers
-    _, v_full, scales_full, empty = barriers
-    stage = i % STAGES
-    phase = (i // STAGES) & 1
-    codes = warpgroup_mma_wait(0, deps=[codes])
-    mbarrier.wait(scales_full.index(stage), phase)
-    k_scale = scale_buffers.index(2 * stage).load(COLUMNS)
-    v_exponent = scale_buffers.index(2 * stage + 1).load(COLUMNS)
+    _, _, scale_buffers, _ = buffers
+    k_scale = scale_buffers.index(2 * (i % STAGES)).load(COLUMNS)
+    v_exponent = scale_buffers.index(2 * (i % STAGES) + 1).load(COLUMNS)
     logits = codes.to(gl.float32) * k_scale[None, :]
     if SOFT_CAP:
-        capped = gl.exp2(logits * q_scale[:, None] * (2.0 / soft_cap))  # tanh(x) = 1 - 2 / (exp(2x) + 1)
-        logits = (soft_cap * LOG2E) * (1.0 - 2.0 / (capped + 1.0)) + v_exponent[None, :]
+        capped = gl.exp2((logits * q_scale[:, None] + q_bias[:, None]) * (2.0 / soft_cap))
+        logits = (soft_cap * LOG2E) * (1.0 - 2.0 / (capped + 1.0)) + v_exponent[None, :]  # tanh(x) = 1 - 2 / (exp(2x) + 1)
     else:
         logits = logits * q_scale[:, None] + v_exponent[None, :]
     if MASKED:
         tokens = gl.arange(0, PAGE, COLUMNS)
         visible = (tokens[None, :] <= last_visible[:, None]) & (tokens[None, :] >= first_visible[:, None])
         logits = gl.where(visible, logits, float("-inf"))
-    new_top = gl.maximum(top, gl.ceil(gl.max(logits, 1)) - P_BITS)
-    shift = new_top
-    if MASKED:  # a row that has seen nothing yet has no reference; any finite one keeps inf - inf out
-        shift = gl.where(new_top == float("-inf"), 0.0, new_top)
-    p = gl.exp2(logits - shift[:, None]).to(gl.float8e4nv)
-    # Into V's order, which is what makes the conversion that follows leave every number in its thread.
-    p = p.reshape([ROWS, PAGE // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, PAGE])
-    p = gl.convert_layout(p, gl.DotOperandLayout(0, O_LAYOUT, k_width=4))
+    return logits, gl.maximum(top, gl.ceil(gl.max(logits, 1)) - P_BITS)
 
-    mbarrier.wait(v_full.index(stage), phase)
-    v = v_buffers.index(stage)
-    if MASKED and length < PAGE:  # codes behind the last token may be a NaN of an earlier owner's
-        V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // PAGE, PAGE // 16], [4, 1], [1, 0])
-        filled = _v_token(gl.arange(0, PAGE, gl.SliceLayout(0, V_LAYOUT))) < length
-        bits = v.load(V_LAYOUT).to(gl.uint8, bitcast=True)
-        v.store(gl.where(filled[None, :], bits, 0).to(gl.uint8).to(gl.float8e4nv, bitcast=True))
-        fence_async_shared()
+
+@gluon.jit
+def _finite(top):
+    """A row that has seen nothing yet has no reference; any finite one keeps inf - inf out."""
+    return gl.where(top == float("-inf"), 0.0, top)
+
+
+@gluon.jit
+def _weights(logits, top, PAGE: gl.constexpr, P_LAYOUT: gl.constexpr):
+    """P as the first operand of P V, in V's order, which lets the conversion leave every number in its thread."""
+    p = gl.exp2(logits - _finite(top)[:, None]).to(gl.float8e4nv)
+    p = p.reshape([ROWS, PAGE // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, PAGE])
+    return gl.convert_layout(p, P_LAYOUT)
+
+
+@gluon.jit
+def _add_page(
+    p, acc, total, decay, buffers, barriers, i,
+    HEAD_DIM: gl.constexpr, O_LAYOUT: gl.constexpr, T_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Add P V of page i, whose V is there, and its sums of P to those of the pages before it, times decay."""
+    _, v_buffers, _, inverse_buffers = buffers
+    _, _, _, _, v_empty = barriers
+    stage = i % STAGES
     # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator (SageAttention2, section 3.4).
-    pv = warpgroup_mma(
-        p, v.permute((1, 0)), gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT), use_acc=False, is_async=True
-    )
-    row_sum = warpgroup_mma(
-        p, inverse_buffers.index(stage).permute((1, 0)), gl.zeros([ROWS, 8], gl.float32, T_LAYOUT), use_acc=False,
-        is_async=True,
-    )  # fmt: skip
-    # The registers of this page's logits are free by now: the next page's follow on the tensor cores without a gap.
-    next_codes = _start_logits(q, buffers, barriers, gl.minimum(i + 1, pages - 1), PAGE, STAGES, S_LAYOUT)
-    decay = gl.exp2(top - shift)
-    pv, row_sum = warpgroup_mma_wait(1, deps=[pv, row_sum])
-    mbarrier.arrive(empty.index(stage))
+    pv = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
+    pv = warpgroup_mma(p, v_buffers.index(stage).permute((1, 0)), pv, use_acc=False, is_async=True)
+    row_sum = gl.zeros([ROWS, 8], gl.float32, T_LAYOUT)
+    row_sum = warpgroup_mma(p, inverse_buffers.index(stage).permute((1, 0)), row_sum, use_acc=False, is_async=True)
+    pv, row_sum = warpgroup_mma_wait(0, deps=[pv, row_sum])
+    mbarrier.arrive(v_empty.index(stage))
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None] + pv
     total = total * gl.convert_layout(decay, gl.SliceLayout(1, T_LAYOUT))[:, None] + row_sum
-    return next_codes, acc, total, new_top
+    return acc, total
+
+
+@gluon.jit
+def _attend(
+    q, q_scale, q_bias, state, buffers, barriers, i, last, first_visible, last_visible, soft_cap,
+    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr,
+    S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, T_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Finish page i and begin page i + 1, of which first_visible and last_visible are.
+
+    state: codes of page i + 1; logits of page i and their top; decay, which takes the sums acc and total over the pages before
+    page i to that top. Returns the state of page i + 1.
+    """
+    codes, logits, top, decay, acc, total = state
+    _, _, v_full, scales_full, _ = barriers
+    mbarrier.wait(scales_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
+    # From here to the wait for V there is no branch, so that the compiler can mix the two.
+    p = _weights(logits, top, PAGE, P_LAYOUT)
+    logits, new_top = _logits(
+        codes, q_scale, q_bias, top, buffers, i + 1, first_visible, last_visible, soft_cap, PAGE, MASKED, SOFT_CAP, S_LAYOUT
+    )
+    mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
+    acc, total = _add_page(p, acc, total, decay, buffers, barriers, i, HEAD_DIM, O_LAYOUT, T_LAYOUT)
+    decay = gl.exp2(top - _finite(new_top))
+    codes = _product(q, buffers, barriers, i + 2, last, PAGE, S_LAYOUT)
+    return codes, logits, new_top, decay, acc, total
 
 
 @gluon.jit
 def _consume_pages(
     tensors, strides, work, buffers, barriers, q_buffers, scale, soft_cap,
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
-    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, BLOCK_Q: gl.constexpr,
+    ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: quantize its query rows, take them through all pages, and write them out."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAGE, 32])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 32])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, k_width=4)
     T_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     Q_ROWS: gl.constexpr = gl.SliceLayout(1, Q_LAYOUT)
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
 
-    query, out, sinks = tensors
+    query, out, sinks, anchor = tensors
     q_token_stride, q_head_stride, out_token_stride, out_head_stride = strides
     q_start, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages = work
-    q_buffer = q_buffers.index(WARPGROUP)
+    _, v_buffers, _, _ = buffers
+    _, _, v_full, scales_full, _ = barriers
+    q_codes = q_buffers.index(WARPGROUP)
     rows = WARPGROUP * ROWS + gl.arange(0, ROWS, Q_ROWS)
     local = q_block * BLOCK_Q + rows // GROUP
     valid = (rows < BLOCK_Q * GROUP) & (local < q_len)
     heads = kv_head * GROUP + rows % GROUP
     channels = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, Q_LAYOUT))
     offsets = (q_start + local).to(gl.int64) * q_token_stride + heads * q_head_stride
-    x = gl.load(query + offsets[:, None] + channels[None, :], mask=valid[:, None], other=0.0).to(gl.float32)
-    amax = gl.max(gl.abs(x), 1)
-    q_buffer.store(_to_int(x * _inverse_or_zero(amax, 127.0)[:, None]).to(gl.int8))
+    q = gl.load(query + offsets[:, None] + channels[None, :], mask=valid[:, None], other=0.0).to(gl.float32)
+    amax = gl.max(gl.abs(q), 1)
+    q_codes.store(_to_int(q * _inverse_or_zero(amax, 127.0)[:, None]).to(gl.int8))
     fence_async_shared()
     q_scale = gl.convert_layout(amax * (scale * LOG2E / 127.0), S_ROWS)
+    q_bias = gl.zeros_like(q_scale)
+    if ANCHOR:
+        product = gl.sum(q * gl.load(anchor + kv_head * HEAD_DIM + channels)[None, :], 1)
+        q_bias = gl.convert_layout(product * (scale * LOG2E), S_ROWS)
 
+    # Tokens are counted from the first page of the stream on. The first and the last page are masked, whatever they are.
     position = seq_len - q_len + q_block * BLOCK_Q + (WARPGROUP * ROWS + gl.arange(0, ROWS, S_ROWS)) // GROUP
+    position -= first_page * PAGE
+    last = pages - 1
+    first_visible = position - WINDOW + 1 if WINDOW > 0 else gl.zeros_like(position)
+    codes = _product(q_codes, buffers, barriers, 0, last, PAGE, S_LAYOUT)
+    mbarrier.wait(scales_full.index(0), 0)
+    top = gl.full([ROWS], float("-inf"), gl.float32, S_ROWS)
+    logits, top = _logits(
+        codes, q_scale, q_bias, top, buffers, 0, first_visible, position, soft_cap, PAGE, True, SOFT_CAP, S_LAYOUT
+    )
+    codes = _product(q_codes, buffers, barriers, 1, last, PAGE, S_LAYOUT)
     acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
     total = gl.zeros([ROWS, 8], gl.float32, T_LAYOUT)  # eight equal columns, 2**-8 times the sum of P
-    top = gl.full([ROWS], float("-inf"), gl.float32, S_ROWS)
-    codes = _start_logits(q_buffer, buffers, barriers, 0, PAGE, STAGES, S_LAYOUT)
-    for i in range(full_pages):
-        codes, acc, total, top = _attend(
-            codes, q_buffer, q_scale, acc, total, top, buffers, barriers, i, pages, PAGE, position, position, soft_cap,
-            HEAD_DIM, PAGE, STAGES, False, SOFT_CAP, S_LAYOUT, O_LAYOUT, T_LAYOUT,
+    state = (codes, logits, top, gl.zeros_like(top), acc, total)
+    unmasked = gl.minimum(gl.maximum(full_pages - 1, 0), last)
+    for i in range(unmasked):
+        state = _attend(
+            q_codes, q_scale, q_bias, state, buffers, barriers, i, last, position, position, soft_cap,
+            HEAD_DIM, PAGE, False, SOFT_CAP, S_LAYOUT, O_LAYOUT, P_LAYOUT, T_LAYOUT,
         )  # fmt: skip
-    for i in range(full_pages, pages):
-        begin = (first_page + i) * PAGE
-        last_visible = position - begin
+    for i in range(unmasked, last):
+        last_visible = position - (i + 1) * PAGE
         first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else gl.zeros_like(last_visible)
-        codes, acc, total, top = _attend(
-            codes, q_buffer, q_scale, acc, total, top, buffers, barriers, i, pages, seq_len - begin,
-            first_visible, last_visible, soft_cap,
-            HEAD_DIM, PAGE, STAGES, True, SOFT_CAP, S_LAYOUT, O_LAYOUT, T_LAYOUT,
+        state = _attend(
+            q_codes, q_scale, q_bias, state, buffers, barriers, i, last, first_visible, last_visible, soft_cap,
+            HEAD_DIM, PAGE, True, SOFT_CAP, S_LAYOUT, O_LAYOUT, P_LAYOUT, T_LAYOUT,
         )  # fmt: skip
+    _, logits, top, decay, acc, total = state
+    p = _weights(logits, top, PAGE, P_LAYOUT)
+    mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
+    length = seq_len - (first_page + last) * PAGE
+    if length < PAGE:  # codes behind the last token may be a NaN of an earlier owner's
+        V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // PAGE, PAGE // 16], [4, 1], [1, 0])
+        v = v_buffers.index(last % STAGES)
+        filled = _v_token(gl.arange(0, PAGE, gl.SliceLayout(0, V_LAYOUT))) < length
+        bits = v.load(V_LAYOUT).to(gl.uint8, bitcast=True)
+        v.store(gl.where(filled[None, :], bits, 0).to(gl.uint8).to(gl.float8e4nv, bitcast=True))
+        fence_async_shared()
+    acc, total = _add_page(p, acc, total, decay, buffers, barriers, last, HEAD_DIM, O_LAYOUT, T_LAYOUT)
 
-    warpgroup_mma_wait(0, deps=[codes])
     total = gl.convert_layout(gl.max(total, 1), S_ROWS) * 256.0
     if SINKS:
+        if not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
+            top += q_bias
         head = kv_head * GROUP + (WARPGROUP * ROWS + gl.arange(0, ROWS, S_ROWS)) % GROUP
         total += gl.exp2(gl.load(sinks + head).to(gl.float32) * LOG2E - top)
     acc = acc / gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]
@@ -230,11 +290,11 @@ def _consume_pages(
 
 @gluon.jit(do_not_specialize=["num_reqs", "q_blocks"])
 def _prefill_kernel(
-    query, out, k_pages, v_pages, scales, block_table, seq_lens, query_start_loc, sinks,
+    query, out, k_pages, v_pages, scales, block_table, seq_lens, query_start_loc, sinks, anchor,
     scale, soft_cap, num_reqs, q_blocks,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, block_rows, head_rows,
-    GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
-    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr, BLOCK_Q: gl.constexpr,
+    GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, ANCHOR: gl.constexpr,
+    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, KV heads), like the portable kernel's."""
     kv_head = gl.program_id(1)
@@ -262,18 +322,20 @@ def _prefill_kernel(
     inverse_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 8, PAGE], INVERSES)
     q_buffers = gl.allocate_shared_memory(gl.int8, [2, ROWS, HEAD_DIM], k_pages.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     scales_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(scales_full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
 
     buffers = (k_buffers, v_buffers, scale_buffers, inverse_buffers)
-    barriers = (k_full, v_full, scales_full, empty)
-    tensors = (query, out, sinks)
+    barriers = (k_full, k_empty, v_full, scales_full, v_empty)
+    tensors = (query, out, sinks, anchor)
     strides = (q_token_stride, q_head_stride, out_token_stride, out_head_stride)
     work = (q_start, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages)
     table = block_table + request.to(gl.int64) * table_stride
@@ -281,19 +343,19 @@ def _prefill_kernel(
         [
             (_consume_pages, (
                 tensors, strides, work, buffers, barriers, q_buffers, scale, soft_cap,
-                0, GROUP, WINDOW, SOFT_CAP, SINKS, HEAD_DIM, PAGE, STAGES, BLOCK_Q,
+                0, GROUP, WINDOW, SOFT_CAP, SINKS, ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
             )),
             (_consume_pages, (
                 tensors, strides, work, buffers, barriers, q_buffers, scale, soft_cap,
-                1, GROUP, WINDOW, SOFT_CAP, SINKS, HEAD_DIM, PAGE, STAGES, BLOCK_Q,
+                1, GROUP, WINDOW, SOFT_CAP, SINKS, ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
             )),
             (_stream_pages, (
                 k_pages, v_pages, buffers, barriers, table, first_page, pages, block_rows, kv_head * head_rows,
-                HEAD_DIM, PAGE, STAGES,
+                HEAD_DIM, PAGE,
             )),
             (_prepare_scales, (
                 scales, buffers, barriers, table, first_page, pages, seq_len, block_rows, kv_head * head_rows,
-                HEAD_DIM, PAGE, STAGES,
+                HEAD_DIM, PAGE,
             )),
         ],
         [4, 1, 1],
@@ -345,6 +407,7 @@ def prefill(
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    anchor: torch.Tensor | None = None,
 ) -> None:
     """`reference.attention` with the same arguments, where `supports` holds; writes `out`, which has query's shape."""
     num_reqs = seq_lens.numel()
@@ -355,9 +418,9 @@ def prefill(
     descriptors = _descriptors(pages.data_ptr(), pages.shape[0] * block_rows, layout, query.device)
     _prefill_kernel[(q_blocks, pages.shape[1])](
         query, out, *descriptors, pages.view(torch.float32), block_table, seq_lens, query_start_loc,
-        query if sinks is None else sinks,
+        query if sinks is None else sinks, query if anchor is None else anchor,
         scale, soft_cap, num_reqs, q_blocks,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), block_table.stride(0), block_rows, head_rows,
-        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SINKS=sinks is not None,
-        HEAD_DIM=head_dim, PAGE=layout.tokens, STAGES=_STAGES, BLOCK_Q=BLOCK_M // group, num_warps=4,
+        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SINKS=sinks is not None, ANCHOR=anchor is not None,
+        HEAD_DIM=head_dim, PAGE=layout.tokens, BLOCK_Q=BLOCK_M // group, num_warps=4,
     )  # fmt: skip
