@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -178,6 +179,15 @@ class SageImpl(AttentionImpl[SageMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.layout = options.current().layout(head_size)
+        self.smooth_k = options.current().smooth_k
+        self.anchor: torch.Tensor | None = None
+        """What is subtracted from this layer's keys, float32 [kv_heads, head_size]; all NaN until the first tokens fix it."""
+
+    @torch.inference_mode()  # in which it was allocated
+    def forget_anchor(self) -> None:
+        """Let the next tokens fix the anchor anew. No key that is still needed may have been stored with the present one."""
+        if self.anchor is not None:
+            self.anchor.fill_(torch.nan)
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -186,14 +196,18 @@ class SageImpl(AttentionImpl[SageMetadata]):
         slot_mapping.numel() count; kv_cache: [blocks, kv_heads, page_tokens, content] in the model's dtype."""
         if kv_cache.numel() == 0:  # the profiling run has no cache yet
             return
+        if self.smooth_k and self.anchor is None:
+            # Here and no earlier: what is allocated with the weights or with the KV cache does not survive sleep mode. vLLM
+            # runs every batch that it captures once before, so that this is no part of a graph.
+            self.anchor = torch.full(key.shape[1:], torch.nan, dtype=torch.float32, device=key.device)
         tokens = slot_mapping.numel()
         pages = self.layout.pages(kv_cache)
         if key.device.type == "cpu":
-            reference.store(key[:tokens], value[:tokens], pages, slot_mapping, self.layout)
+            reference.store(key[:tokens], value[:tokens], pages, slot_mapping, self.layout, self.anchor)
         else:
             from sage_kernels.store import store
 
-            store(key[:tokens], value[:tokens], pages, slot_mapping, self.layout)
+            store(key[:tokens], value[:tokens], pages, slot_mapping, self.layout, self.anchor)
 
     def forward(
         self,
@@ -216,6 +230,10 @@ class SageImpl(AttentionImpl[SageMetadata]):
         pages = self.layout.pages(kv_cache)
         query, out = query[: m.num_tokens], output[: m.num_tokens]
         mask: dict[str, Any] = {"window": self.window, "soft_cap": self.soft_cap, "sinks": self.sinks}
+        if self.soft_cap or self.sinks is not None:
+            # Elsewhere, attention comes out the same with any anchor. The keys may be another layer's.
+            target = layer.kv_sharing_target_layer_name
+            mask["anchor"] = self.anchor if target is None else get_forward_context().no_compile_layers[target].impl.anchor
         if query.device.type == "cpu":
             cpu.attention(
                 query, pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc, self.scale, out, **mask

@@ -39,6 +39,7 @@ def reasons(
     use_dcp: bool = False,
     use_rswa: bool = False,
     use_adaptive_verification: bool = False,
+    use_kv_transfer: bool = False,
     **_supported: Any,
 ) -> list[str]:
     """Why this layer cannot be served, in words for the user; empty if it can. Arguments are vLLM's selector's."""
@@ -66,6 +67,10 @@ def reasons(
         "decode context parallelism is not supported; use --tensor-parallel-size": use_dcp,
         "reference sliding window attention is not supported; " + _INSTEAD: use_rswa,
         "adaptive verification is not supported; turn it off in --speculative-config": use_adaptive_verification,
+        "keys are smoothed by what this process sees first, so their pages cannot leave it (--kv-transfer-config, "
+        '--kv-offloading-size); add --additional-config \'{"sage": {"smooth_k": false}}\'': (
+            use_kv_transfer and options.smooth_k
+        ),
     }
     return [reason for reason, applies in found.items() if applies]
 
@@ -105,6 +110,7 @@ def check_config(config: Any) -> None:
         use_alibi=model.uses_alibi,
         use_pcp=parallel.prefill_context_parallel_size > 1,
         use_dcp=parallel.decode_context_parallel_size > 1,
+        use_kv_transfer=config.kv_transfer_config is not None,
     )
     if found:
         raise ValueError(f"--attention-backend sage cannot serve {model.model}: {'; '.join(found)}")

@@ -1,5 +1,6 @@
 """The user's options: `--additional-config '{"sage": {...}}'`."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -9,12 +10,14 @@ from sage_paged import K_BITS, PAGE_TOKENS, PageLayout
 
 @dataclass(frozen=True)
 class SageOptions:
-    """k_bits: bits of a stored key channel. page_tokens: tokens of a KV page, which is vLLM's KV block."""
+    """k_bits: bits of a stored key channel. page_tokens: tokens of a KV page, which is vLLM's KV block. smooth_k: whether an
+    anchor is subtracted from keys (see `sage_kernels.reference`)."""
 
     k_bits: int = 8
     page_tokens: int = 128
+    smooth_k: bool = True
 
-    ALLOWED: ClassVar = {"k_bits": K_BITS, "page_tokens": PAGE_TOKENS}
+    ALLOWED: ClassVar = {"k_bits": K_BITS, "page_tokens": PAGE_TOKENS, "smooth_k": (False, True)}
 
     @classmethod
     def parse(cls, additional_config: object) -> "SageOptions":
@@ -30,8 +33,9 @@ class SageOptions:
             if name not in known:
                 raise ValueError(f'unknown option "{name}" in --additional-config "sage"; options are {_list(sorted(known))}')
             allowed = cls.ALLOWED[name]
-            if type(value) is not int or value not in allowed:
-                raise ValueError(f'option "{name}" in --additional-config "sage" is {value!r}; it can be {_list(allowed)}')
+            if type(value) is not type(allowed[0]) or value not in allowed:
+                choices = _list(map(json.dumps, allowed))
+                raise ValueError(f'option "{name}" in --additional-config "sage" is {value!r}; it can be {choices}')
         return cls(**section)
 
     def layout(self, head_dim: int) -> PageLayout:

@@ -17,6 +17,7 @@ def register() -> None:
     if not _checking:
         _warn_if_untested()
         _check_configurations()
+        _forget_warm_up()
 
 
 def backend_member(name: str) -> Any:
@@ -62,6 +63,24 @@ def _check_configurations() -> None:
         return config
 
     EngineArgs.create_engine_config = create_and_check
+
+
+def _forget_warm_up() -> None:
+    """Have workers forget the anchors that their warm-up has fixed.
+
+    The first tokens fix what keys are smoothed by, and on a GPU vLLM warms up with made-up requests that look like any other.
+    """
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        times = self.worker.compile_or_warm_up_model(*args, **kwargs)
+        for layer in self.vllm_config.compilation_config.static_forward_context.values():
+            # Layers of other backends have no anchor, and ours is not imported where it is not used.
+            if forget_anchor := getattr(getattr(layer, "impl", None), "forget_anchor", None):
+                forget_anchor()
+        return times
+
+    WorkerWrapperBase.compile_or_warm_up_model = compile_or_warm_up_model
 
 
 def _warn_if_untested() -> None:

@@ -37,7 +37,7 @@ _ANSWER_TOKENS = 8  # room for a key of five digits and a space
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration: `BACKEND`, `BACKEND/kv_cache_dtype` or `SAGE:k_bits=4,page_tokens=64`."""
+    """One configuration: `BACKEND`, `BACKEND/kv_cache_dtype` or `SAGE:k_bits=4,smooth_k=false`."""
 
     name: str
     backend: str
@@ -57,12 +57,13 @@ class Run:
             backend_member(backend)
         except (KeyError, ValueError):
             raise ValueError(f"vLLM has no attention backend {name!r}") from None
+        booleans = {"false": False, "true": True}
         options: dict[str, int] = {}
         for assignment in filter(None, tail.split(",")):
             option, _, value = assignment.partition("=")
-            if backend != BACKEND or not value.isdecimal():
+            if backend != BACKEND or not (value.isdecimal() or value in booleans):
                 raise ValueError(f"{text!r} is not a run; one with options is, for example, SAGE:k_bits=4")
-            options[option] = int(value)
+            options[option] = booleans[value] if value in booleans else int(value)
         SageOptions.parse({"sage": options})
         return cls(text, backend, dtype or "auto", options)
 

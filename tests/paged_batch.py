@@ -18,6 +18,8 @@ class Batch:
     """The cache with the batch stored by the reference."""
     garbage: torch.Tensor
     """The cache as it was before."""
+    anchor: torch.Tensor | None
+    """What the stored keys lack."""
     query: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
@@ -38,8 +40,10 @@ def make_batch(
     seed: int = 0,
     device: str = "cpu",
     channel_bias: float = 4.0,
+    smooth: bool = False,
 ) -> Batch:
-    """requests: (sequence length, query tokens) of each; channel_bias: a constant added to some key channels."""
+    """requests: (sequence length, query tokens) of each; channel_bias: a constant added to some key channels; smooth: whether
+    keys are stored less an anchor."""
     g = torch.Generator().manual_seed(seed)
     tokens = layout.tokens
     counts = [-(-length // tokens) for length, _ in requests]
@@ -69,13 +73,14 @@ def make_batch(
         torch.cat(slots),
         garbage.clone(),
         garbage,
+        key[:8].mean(0) if smooth else None,
         query,
         table,
         torch.tensor([length for length, _ in requests], dtype=torch.int32),
         starts,
         layout.head_dim**-0.5,
     )
-    reference.store(batch.key, batch.value, batch.pages, batch.slots, layout)
+    reference.store(batch.key, batch.value, batch.pages, batch.slots, layout, batch.anchor)
     for name, field in vars(batch).items():
         if isinstance(field, torch.Tensor):
             setattr(batch, name, field.to(device))

@@ -63,10 +63,13 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
             pages = layout.empty(2, 2)
             key, query = torch.zeros(1, 2, head_dim, dtype=torch.bfloat16), torch.zeros(1, 8, head_dim, dtype=torch.bfloat16)
             case: dict[str, Any] = {"head_dim": head_dim, "k_bits": k_bits, "mask": ""}
-            store.store(key, key, pages, torch.zeros(1, dtype=torch.int64), layout)
+            anchor = torch.zeros(2, head_dim)
+            for smoothed in ({}, {"anchor": anchor}):
+                store.store(key, key, pages, torch.zeros(1, dtype=torch.int64), layout, **smoothed)
             masks: dict[str, dict[str, Any]] = {"": {}}
             if head_dim == 128:
-                masks["all"] = {"window": 100, "soft_cap": 30.0, "sinks": torch.zeros(8)}
+                masks["sinks"] = {"sinks": torch.zeros(8), "anchor": anchor}
+                masks["all"] = {"window": 100, "soft_cap": 30.0, **masks["sinks"]}
             attentions = [prefill.prefill, decode.decode]
             if capability == 90:
                 from sage_kernels import hopper

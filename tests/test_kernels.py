@@ -35,6 +35,7 @@ def batches(draw: st.DrawFn, max_query: int | None = None) -> tuple[dict, dict]:
         "kv_heads": kv_heads,
         "dtype": draw(st.sampled_from([torch.bfloat16, torch.float16])),
         "seed": draw(st.integers(0, 2**31)),
+        "smooth": draw(st.booleans()),
     }
     mask = {
         "window": draw(st.sampled_from([0, 0, 1, 40, 130])),
@@ -45,10 +46,12 @@ def batches(draw: st.DrawFn, max_query: int | None = None) -> tuple[dict, dict]:
 
 
 def build(shape: dict, mask: dict, device: str) -> tuple[Batch, dict, torch.Tensor]:
-    """The batch, the mask arguments and the reference's output."""
+    """The batch, what attention takes beside it, and the reference's output."""
     sinks = torch.randn(shape["heads"]) if mask["sinks"] else None
-    expected = reference.attention(*make_batch(**shape).attention_args(), **{**mask, "sinks": sinks})
-    return make_batch(**shape, device=device), {**mask, "sinks": sinks if sinks is None else sinks.to(device)}, expected
+    batch = make_batch(**shape)
+    expected = reference.attention(*batch.attention_args(), **{**mask, "sinks": sinks, "anchor": batch.anchor})
+    batch = make_batch(**shape, device=device)
+    return batch, {**mask, "sinks": sinks if sinks is None else sinks.to(device), "anchor": batch.anchor}, expected
 
 
 def poisoned(query: torch.Tensor) -> torch.Tensor:
@@ -63,7 +66,7 @@ many = hypothesis.settings(max_examples=150 if ON_GPU else 25, deadline=None, pr
 def test_store(kernels, case) -> None:
     batch = make_batch(**case[0], device=kernels.device)
     written = batch.garbage.clone()
-    kernels.store(batch.key, batch.value, written, batch.slots, batch.layout)
+    kernels.store(batch.key, batch.value, written, batch.slots, batch.layout, batch.anchor)
     if not ON_GPU:
         assert torch.equal(written, batch.pages)
         return
@@ -77,6 +80,53 @@ def test_store(kernels, case) -> None:
     )
     assert (k - k_expected).abs().max() <= 1
     assert (k != k_expected).float().mean() < 1e-3
+
+
+def stored_keys(pages: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The keys that were written for the tokens of a batch, [tokens, kv_heads, head_dim], less their anchor."""
+    views = batch.layout.views(pages)
+    codes = reference.unpack_int4(views.k) if batch.layout.k_bits == 4 else views.k
+    slots = batch.slots[batch.slots >= 0]
+    block, offset = slots // batch.layout.tokens, slots % batch.layout.tokens
+    return codes[block, :, offset] * views.k_scale[block, :, offset, None]
+
+
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+def test_first_tokens_fix_the_anchor(kernels, head_dim: int, triton: bool) -> None:
+    store, device = (kernels.store, kernels.device) if triton else (reference.store, "cpu")
+    batch = make_batch(PageLayout(head_dim), [(100, 1), (80, 1)], heads=2, kv_heads=2, channel_bias=20.0, device=device)
+    anchor = torch.full((2, head_dim), float("nan"), device=device)
+    pages = batch.garbage.clone()
+    store(batch.key, batch.value, pages, torch.full_like(batch.slots, -1), batch.layout, anchor)
+    assert anchor.isnan().all(), "padding has no say"
+    assert torch.equal(pages, batch.garbage)
+
+    batch.slots[:3] = -1
+    store(batch.key, batch.value, pages, batch.slots, batch.layout, anchor)
+    assert torch.allclose(anchor, batch.key[3 : reference.ANCHOR_TOKENS].float().mean(0), atol=1e-5)
+    fixed = anchor.clone()
+    store(2 * batch.key, batch.value, batch.garbage.clone(), batch.slots, batch.layout, anchor)
+    assert torch.equal(anchor, fixed), "it changed"
+
+    # Every token block was stored with the same anchor: with another, errors would be of the size of the keys.
+    keys = batch.key[batch.slots >= 0].float()
+    error = stored_keys(pages, batch) + anchor - keys
+    assert error.abs().max() <= (keys - anchor).abs().max() / 200
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_anchors_are_finite(kernels, triton: bool) -> None:
+    store, device = (kernels.store, kernels.device) if triton else (reference.store, "cpu")
+    batch = make_batch(PageLayout(64), [(100, 1)], heads=2, kv_heads=2, device=device)
+    for slots, key in (
+        (torch.where(torch.arange(101, device=device) < 90, -1, batch.slots), batch.key),  # none among the first
+        (batch.slots, torch.full_like(batch.key, float("inf"))),
+        (batch.slots, torch.full_like(batch.key, float("nan"))),
+    ):
+        anchor = torch.full((2, 64), float("nan"), device=device)
+        store(key, batch.value, batch.garbage.clone(), slots, batch.layout, anchor)
+        assert torch.equal(anchor, torch.zeros_like(anchor))
 
 
 @many
@@ -121,7 +171,8 @@ def test_cpu_in_pieces(k_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("k_bits", K_BITS)
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_long_rows(kernels, head_dim: int, k_bits: int) -> None:
-    shape = {"layout": PageLayout(head_dim, k_bits), "requests": [(500, 8), (700, 8)], "heads": 8, "kv_heads": 2}
+    layout = PageLayout(head_dim, k_bits)
+    shape = {"layout": layout, "requests": [(500, 8), (700, 8)], "heads": 8, "kv_heads": 2, "smooth": True}
     batch, mask, expected = build(shape, {"window": 0, "soft_cap": 0.0, "sinks": True}, kernels.device)
     for run, options in ((kernels.prefill, {}), (kernels.decode, {"max_query_len": 8, "splits": 3})):
         out = poisoned(batch.query)
@@ -162,18 +213,29 @@ def test_requests_without_queries_and_padding_are_left_alone(kernels) -> None:
         assert torch.equal(out[:2], expected) or relative_error(out[:2], expected) < SCHEDULE_ERROR
 
 
-def test_accuracy_on_biased_keys(kernels) -> None:
-    """Against exact attention of the unquantized tensors, keys with strong channel bias."""
-    errors = {}
-    for k_bits in K_BITS:
-        batch = make_batch(PageLayout(128, k_bits), [(384, 384)], heads=8, kv_heads=2, channel_bias=8.0)
-        key, value = (x[:-1].float().transpose(0, 1) for x in (batch.key, batch.value))
-        exact = torch.nn.functional.scaled_dot_product_attention(
-            batch.query.float().transpose(0, 1), key, value, is_causal=True, enable_gqa=True
-        ).transpose(0, 1)
-        errors[k_bits] = relative_error(reference.attention(*batch.attention_args()), exact)
-    assert errors[8] < 0.05
-    assert errors[4] < 0.35  # plain per-token INT4
+def exact_attention(batch: Batch, soft_cap: float, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Of the unquantized tensors of a batch of one whole prompt."""
+    group = batch.query.shape[1] // batch.key.shape[1]
+    q, k, v = (x[: len(batch.query)].float().transpose(0, 1) for x in (batch.query, batch.key, batch.value))
+    logits = q @ k.repeat_interleave(group, 0).transpose(1, 2) * batch.scale
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    logits = logits.masked_fill(torch.ones(logits.shape[1:]).triu(1).bool(), float("-inf"))
+    if sinks is not None:
+        logits = torch.cat([logits, sinks[:, None, None].expand(-1, len(batch.query), 1)], 2)
+    return (logits.softmax(-1)[..., : len(batch.query)] @ v.repeat_interleave(group, 0)).transpose(0, 1)
+
+
+@pytest.mark.parametrize(("k_bits", "smooth", "bound"), [(8, False, 0.05), (8, True, 0.045), (4, False, 0.4), (4, True, 0.15)])
+@pytest.mark.parametrize("soft_cap", [0.0, 10.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_accuracy_on_biased_keys(k_bits: int, smooth: bool, bound: float, soft_cap: float, with_sinks: bool) -> None:
+    """Against exact attention, keys with strong channel bias."""
+    layout = PageLayout(128, k_bits)
+    batch = make_batch(layout, [(384, 384)], heads=8, kv_heads=2, channel_bias=8.0, smooth=smooth)
+    sinks = torch.linspace(-3, 6, 8) if with_sinks else None
+    actual = reference.attention(*batch.attention_args(), soft_cap=soft_cap, sinks=sinks, anchor=batch.anchor)
+    assert relative_error(actual, exact_attention(batch, soft_cap, sinks)) < bound
 
 
 def test_decode_refuses_too_many_rows_and_small_workspaces(kernels) -> None:

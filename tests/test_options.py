@@ -10,12 +10,12 @@ from sage_paged import PageLayout
 
 @pytest.mark.parametrize("config", [None, {}, {"sage": {}}, {"other": {"k_bits": 5}}, object()])
 def test_defaults(config: object) -> None:
-    assert SageOptions.parse(config) == SageOptions(k_bits=8, page_tokens=128)
+    assert SageOptions.parse(config) == SageOptions(k_bits=8, page_tokens=128, smooth_k=True)
 
 
 def test_all_options() -> None:
-    options = SageOptions.parse({"sage": {"k_bits": 4, "page_tokens": 64}, "other": 1})
-    assert options == SageOptions(k_bits=4, page_tokens=64)
+    options = SageOptions.parse({"sage": {"k_bits": 4, "page_tokens": 64, "smooth_k": False}, "other": 1})
+    assert options == SageOptions(k_bits=4, page_tokens=64, smooth_k=False)
     assert options.layout(80) == PageLayout(80, k_bits=4, tokens=64)
 
 
@@ -27,7 +27,9 @@ def test_all_options() -> None:
         ({"k_bits": 8.0}, 'option "k_bits" in --additional-config "sage" is 8.0; it can be 4 or 8'),
         ({"k_bits": True}, 'option "k_bits" in --additional-config "sage" is True; it can be 4 or 8'),
         ({"page_tokens": 32}, 'option "page_tokens" in --additional-config "sage" is 32; it can be 64 or 128'),
-        ({"kbits": 8}, 'unknown option "kbits" in --additional-config "sage"; options are k_bits or page_tokens'),
+        ({"smooth_k": 1}, 'option "smooth_k" in --additional-config "sage" is 1; it can be false or true'),
+        ({"smooth_k": "no"}, 'option "smooth_k" in --additional-config "sage" is \'no\'; it can be false or true'),
+        ({"kbits": 8}, 'unknown option "kbits" in --additional-config "sage"; options are k_bits, page_tokens or smooth_k'),
         ([8], 'option "sage" in --additional-config must be an object such as {"k_bits": 8}, not [8]'),
         (None, 'option "sage" in --additional-config must be an object such as {"k_bits": 8}, not None'),
     ],

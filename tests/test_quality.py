@@ -36,19 +36,19 @@ def test_report(report: dict[str, Any]) -> None:
 
 @pytest.mark.engine
 def test_int8_keys(report: dict[str, Any]) -> None:
-    """Without smoothing of keys, whose biases reach 21 in this model. With it, the aim is 0.002 nats and 98%."""
+    """The keys of this model have biases that reach 21, which smoothing takes out."""
     int8 = report["runs"][1]
     assert int8["passkey"] == {"1500": 1.0}
-    assert abs(int8["loss_change"]) <= 0.005
-    assert int8["top1_agreement"] >= 0.965
+    assert abs(int8["loss_change"]) <= 0.002
+    assert int8["top1_agreement"] >= 0.98
 
 
 @pytest.mark.engine
 def test_int4_keys(report: dict[str, Any]) -> None:
-    """The small model's keys are biased as strongly as those of any that is in use, which INT4 cannot well represent."""
+    """15 levels are few, so these bounds leave some room for another machine's rounding."""
     int4 = report["runs"][2]
-    assert abs(int4["loss_change"]) <= 0.8
-    assert int4["top1_agreement"] >= 0.55
+    assert abs(int4["loss_change"]) <= 0.06
+    assert int4["top1_agreement"] >= 0.88
 
 
 def _scores(logits: np.ndarray) -> Scores:
@@ -73,8 +73,8 @@ def test_figures_of_known_distributions() -> None:
 
 def test_runs() -> None:
     with environment():
-        assert Run.parse("sage:k_bits=4,page_tokens=64") == Run(
-            "sage:k_bits=4,page_tokens=64", "SAGE", "auto", {"k_bits": 4, "page_tokens": 64}
+        assert Run.parse("sage:k_bits=4,smooth_k=false") == Run(
+            "sage:k_bits=4,smooth_k=false", "SAGE", "auto", {"k_bits": 4, "smooth_k": False}
         )
         assert Run.parse("FLASH_ATTN/fp8").kv_cache_dtype == "fp8"
 
@@ -84,7 +84,9 @@ def test_runs() -> None:
     [
         (["NONE"], "vLLM has no attention backend 'NONE'"),
         (["SAGE:k_bits=5"], 'option "k_bits" in --additional-config "sage" is 5; it can be 4 or 8'),
+        (["SAGE:smooth_k=1"], 'option "smooth_k" in --additional-config "sage" is 1; it can be false or true'),
         (["SAGE:k_bits"], "'SAGE:k_bits' is not a run"),
+        (["SAGE:smooth_k=no"], "'SAGE:smooth_k=no' is not a run"),
         (["CPU_ATTN:k_bits=4"], "'CPU_ATTN:k_bits=4' is not a run"),
         (["SAGE", "--text", "EMPTY"], "EMPTY is not a file with text"),
         (["SAGE", "--text", "NOWHERE"], "NOWHERE is not a file with text"),

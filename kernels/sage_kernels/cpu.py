@@ -25,6 +25,7 @@ def attention(
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    anchor: torch.Tensor | None = None,
 ) -> None:
     """`reference.attention` with the same arguments; writes `out`, which has query's shape."""
     kv_heads = pages.shape[1]
@@ -33,6 +34,9 @@ def attention(
     q_codes = q_codes.float().unflatten(1, (kv_heads, group))
     q_scale = (q_scale * (scale * LOG2E)).unflatten(1, (kv_heads, group))
     sink = None if sinks is None else sinks.float().mul(LOG2E).view(kv_heads, group, 1, 1)
+    bias = torch.zeros_like(q_scale)
+    if anchor is not None:
+        bias = (query.float().unflatten(1, (kv_heads, group)) @ anchor[..., None]).squeeze(-1) * (scale * LOG2E)
 
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for request, length in enumerate(lengths):
@@ -52,8 +56,9 @@ def attention(
             logits = torch.matmul(q.flatten(1, 2), k.float().transpose(1, 2)).unflatten(1, q.shape[1:3])
             logits *= k_scale[:, None, None, :]
             logits *= q_scale[low:high].permute(1, 2, 0)[..., None]
+            row_bias = bias[low:high].permute(1, 2, 0)[..., None]
             if soft_cap:
-                logits = (soft_cap * LOG2E) * torch.tanh(logits / (soft_cap * LOG2E))
+                logits = (soft_cap * LOG2E) * torch.tanh((logits + row_bias) / (soft_cap * LOG2E))
             if high - low > 1 or window:
                 positions = torch.arange(last - (high - low), last)[:, None]
                 keys = torch.arange(begin, last)[None, :]
@@ -67,7 +72,7 @@ def attention(
             p8 = logits.sub_(top).exp2_().to(torch.float8_e4m3fn).float()
             total = torch.matmul(p8.flatten(1, 2), (1 / v_scale)[..., None]).unflatten(1, p8.shape[1:3])
             if sink is not None:
-                total = total + torch.exp2(sink - top)
+                total = total + torch.exp2((sink if soft_cap else sink - row_bias) - top)
             result = torch.matmul(p8.flatten(1, 2), v).unflatten(1, p8.shape[1:3])
             result /= total
             out[low:high] = result.permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)

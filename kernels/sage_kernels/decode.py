@@ -29,10 +29,10 @@ the prefill kernel."""
 
 @triton.jit
 def _decode_kernel(
-    query, partial, partial_top, partial_total, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc,
+    query, partial, partial_top, partial_total, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, anchor,
     scale, soft_cap,
     q_token_stride, q_head_stride, table_stride, block_stride, head_stride,
-    GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ANCHOR: tl.constexpr, SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
@@ -48,9 +48,10 @@ def _decode_kernel(
     local = rows // GROUP
     head = kv_head * GROUP + rows % GROUP
     valid = local < q_len
-    q_low, q_high, q_scale = quantized_query(
-        query, q_start + local, head, valid, q_token_stride, q_head_stride, scale, HEAD_DIM, K_BITS, BLOCK_D
-    )
+    q_low, q_high, q_scale, q_bias = quantized_query(
+        query, anchor + kv_head * HEAD_DIM, q_start + local, head, valid, q_token_stride, q_head_stride, scale,
+        ANCHOR, HEAD_DIM, K_BITS, BLOCK_D,
+    )  # fmt: skip
 
     position = seq_len - q_len + local
     first_page = 0
@@ -71,7 +72,7 @@ def _decode_kernel(
     for page in range(first_page, full_pages):
         offset = tl.load(table + page).to(tl.int64) * block_stride + head_offset
         acc, total, top = attend_page(
-            q_low, q_high, q_scale, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            q_low, q_high, q_scale, q_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
             PAGE, rows, rows, soft_cap, HEAD_DIM, K_BITS, PAGE, False, SOFT_CAP, FP8,
         )  # fmt: skip
     for page in range(tl.maximum(first_page, full_pages), end_page):
@@ -79,13 +80,15 @@ def _decode_kernel(
         last_visible = position - page * PAGE
         first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else tl.zeros_like(last_visible)
         acc, total, top = attend_page(
-            q_low, q_high, q_scale, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            q_low, q_high, q_scale, q_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
             seq_len - page * PAGE, first_visible, last_visible, soft_cap,
             HEAD_DIM, K_BITS, PAGE, True, SOFT_CAP, FP8,
         )  # fmt: skip
 
     # A split that saw nothing has total 0; the merge skips it by its top of -inf.
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    if ANCHOR and not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
+        top += q_bias
     channels = tl.arange(0, BLOCK_D)
     slot = ((q_start + local) * tl.num_programs(1) * GROUP + head).to(tl.int64) * SPLITS + split
     target = partial + slot[:, None] * HEAD_DIM + channels[None, :]
@@ -159,6 +162,7 @@ def decode(
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    anchor: torch.Tensor | None = None,
     *,
     max_query_len: int = 1,
     splits: int = 1,
@@ -185,9 +189,9 @@ def decode(
     _decode_kernel[(splits, kv_heads, requests)](
         query, workspace.out, workspace.top, workspace.total,
         pages.view(torch.int8), pages.view(torch.uint8 if fp8 == "half" else torch.float8_e4m3fn), pages.view(torch.float32),
-        block_table, seq_lens, query_start_loc, scale, soft_cap,
+        block_table, seq_lens, query_start_loc, query if anchor is None else anchor, scale, soft_cap,
         query.stride(0), query.stride(1), block_table.stride(0), pages.stride(0), pages.stride(1),
-        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SPLITS=splits,
+        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, ANCHOR=anchor is not None, SPLITS=splits,
         HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
         BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8, num_warps=_WARPS,
         num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens),

@@ -27,15 +27,28 @@ def load_query(query, token, head, valid, token_stride, head_stride, channels, l
 
 
 @triton.jit
+def _times_anchor(q, anchor, channels, limit, ANCHOR: tl.constexpr):
+    """Products of query rows with an anchor over the channels before `limit`, float32 [rows]; 0 without ANCHOR."""
+    if ANCHOR:
+        product = tl.sum(q * tl.load(anchor + channels, mask=channels < limit, other=0.0)[None, :], 1)
+    else:
+        product = tl.zeros([q.shape[0]], tl.float32)
+    return product
+
+
+@triton.jit
 def quantized_query(
-    query, token, head, valid, token_stride, head_stride, scale,
-    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    query, anchor, token, head, valid, token_stride, head_stride, scale,
+    ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The query tile as `attend_page` takes it: codes of the low and high half of the head (INT8 keys: all, all)."""
+    """The query tile as `attend_page` takes it: codes of the low and high half of the head (INT8 keys: all, all), q_scale and
+    q_bias. anchor: pointer to that of the KV head, if ANCHOR."""
     if K_BITS == 8:
-        q = load_query(query, token, head, valid, token_stride, head_stride, tl.arange(0, BLOCK_D), HEAD_DIM)
+        channels = tl.arange(0, BLOCK_D)
+        q = load_query(query, token, head, valid, token_stride, head_stride, channels, HEAD_DIM)
         low_codes, q_scale = quantize_q(q, scale)
         high_codes = low_codes
+        product = _times_anchor(q, anchor, channels, HEAD_DIM, ANCHOR)
     else:
         HALF: tl.constexpr = HEAD_DIM // 2
         half = tl.arange(0, BLOCK_D // 2)
@@ -44,15 +57,16 @@ def quantized_query(
         # Both halves have one scale, so they are quantized as one row.
         codes, q_scale = quantize_q(tl.reshape(tl.join(low, high), [low.shape[0], BLOCK_D]), scale)
         low_codes, high_codes = tl.split(tl.reshape(codes, [low.shape[0], BLOCK_D // 2, 2]))
-    return low_codes, high_codes, q_scale
+        product = _times_anchor(low, anchor, half, HALF, ANCHOR) + _times_anchor(high, anchor + HALF, half, HALF, ANCHOR)
+    return low_codes, high_codes, q_scale, product * (scale * LOG2E)
 
 
 @triton.jit(do_not_specialize=["num_reqs", "q_blocks"])
 def _prefill_kernel(
-    query, out, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, sinks,
+    query, out, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, sinks, anchor,
     scale, soft_cap, num_reqs, q_blocks,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, block_stride, head_stride,
-    GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr,
+    GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, ANCHOR: tl.constexpr,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
@@ -70,9 +84,10 @@ def _prefill_kernel(
     local = q_block * BLOCK_Q + rows // GROUP
     head = kv_head * GROUP + rows % GROUP
     valid = (rows < BLOCK_Q * GROUP) & (local < q_len)
-    q_low, q_high, q_scale = quantized_query(
-        query, q_start + local, head, valid, q_token_stride, q_head_stride, scale, HEAD_DIM, K_BITS, BLOCK_D
-    )
+    q_low, q_high, q_scale, q_bias = quantized_query(
+        query, anchor + kv_head * HEAD_DIM, q_start + local, head, valid, q_token_stride, q_head_stride, scale,
+        ANCHOR, HEAD_DIM, K_BITS, BLOCK_D,
+    )  # fmt: skip
 
     position = seq_len - q_len + local
     first_position = seq_len - q_len + q_block * BLOCK_Q
@@ -92,7 +107,7 @@ def _prefill_kernel(
     for page in range(first_page, full_pages):
         offset = tl.load(table + page).to(tl.int64) * block_stride + head_offset
         acc, total, top = attend_page(
-            q_low, q_high, q_scale, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            q_low, q_high, q_scale, q_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
             PAGE, rows, rows, soft_cap, HEAD_DIM, K_BITS, PAGE, False, SOFT_CAP, FP8,
         )  # fmt: skip
     for page in range(full_pages, last_page + 1):
@@ -100,12 +115,14 @@ def _prefill_kernel(
         last_visible = position - page * PAGE
         first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else tl.zeros_like(last_visible)
         acc, total, top = attend_page(
-            q_low, q_high, q_scale, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            q_low, q_high, q_scale, q_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
             seq_len - page * PAGE, first_visible, last_visible, soft_cap,
             HEAD_DIM, K_BITS, PAGE, True, SOFT_CAP, FP8,
         )  # fmt: skip
 
     if SINKS:
+        if not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
+            top += q_bias
         total += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - top)
     acc = acc / total[:, None]
     channels = tl.arange(0, BLOCK_D)
@@ -144,6 +161,7 @@ def prefill(
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    anchor: torch.Tensor | None = None,
 ) -> None:
     """`reference.attention` on a GPU, with the same arguments; writes `out`, which has query's shape.
 
@@ -152,7 +170,7 @@ def prefill(
     hopper = _hopper(query.device, layout, query.shape[1] // pages.shape[1])
     if hopper is not None:
         hopper.prefill(
-            query, pages, layout, block_table, seq_lens, query_start_loc, scale, out, window, soft_cap, sinks
+            query, pages, layout, block_table, seq_lens, query_start_loc, scale, out, window, soft_cap, sinks, anchor=anchor
         )
         return
     num_reqs = seq_lens.numel()
@@ -165,9 +183,9 @@ def prefill(
     _prefill_kernel[(q_blocks, pages.shape[1])](
         query, out, pages.view(torch.int8), pages.view(torch.uint8 if fp8 == "half" else torch.float8_e4m3fn),
         pages.view(torch.float32), block_table, seq_lens, query_start_loc, query if sinks is None else sinks,
-        scale, soft_cap, num_reqs, q_blocks,
+        query if anchor is None else anchor, scale, soft_cap, num_reqs, q_blocks,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), block_table.stride(0), pages.stride(0), pages.stride(1),
-        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SINKS=sinks is not None,
+        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SINKS=sinks is not None, ANCHOR=anchor is not None,
         HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
         BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8,
         num_warps=warps, num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens),

@@ -9,6 +9,10 @@ the token's base-2 logit. And the reference point that is subtracted before the 
 rounded up to an integer. FP8 rounding commutes with powers of two, so the result does not depend on the order in which a
 kernel walks the pages, on how it splits them, or on how the prompt was cut into chunks; only float32 summation order is left.
 Rows are normalized by the sum of the rounded P, not of the exact one: a row that looks at one token gets exactly its value.
+
+Keys are smoothed, as SageAttention does it, by subtracting a vector that all keys of a head have in common: a row's logits
+then all change by the same number, and the softmax not at all. SageAttention takes the mean of the keys at hand; pages outlive
+those, so here it is an anchor, fixed once by the first tokens (`fix_anchor`).
 """
 
 import torch
@@ -20,6 +24,9 @@ P_BITS = 8
 """The largest P of a row is at most 2**P_BITS, which uses the range of e4m3 (largest number 448)."""
 LOG2E = 1.4426950408889634
 K_MAX = {8: 127, 4: 7}
+ANCHOR_TOKENS = 32
+"""Tokens at a batch's start whose mean key an anchor becomes. Few enough that a first prompt fixes the same anchor, whatever
+the chunks are that it comes in."""
 V_SCALES = (2.0**-16, 2.0)
 """The least and the largest scale of V, between which inverses fit e4m3 as well. V beyond +-896 saturates, and numbers below
 2**-26 become 0; in between, the scale that just holds a token's largest value is taken."""
@@ -62,19 +69,40 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     return torch.cat([(packed << 4) >> 4, packed >> 4], -1)
 
 
+def fix_anchor(anchor: torch.Tensor, key: torch.Tensor, used: torch.Tensor) -> None:
+    """Fix the anchors, float32 [kv_heads, head_dim], of heads that have none yet and are NaN.
+
+    An anchor becomes the mean of the used ones among the first ANCHOR_TOKENS keys (0 if none of these is used, and in channels
+    where the mean is not finite), and never changes again. Batches of padding alone fix nothing. key: [tokens, kv_heads,
+    head_dim]; used: bool [tokens].
+    """
+    if used.any():
+        first = key[:ANCHOR_TOKENS][used[:ANCHOR_TOKENS]].float()
+        mean = first.mean(0).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        anchor.copy_(torch.where(anchor.isnan(), mean, anchor))
+
+
 def store(
-    key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    layout: PageLayout,
+    anchor: torch.Tensor | None = None,
 ) -> None:
     """Quantize tokens and write them into their pages.
 
     key, value: [tokens, kv_heads, head_dim], any float dtype. pages: uint8 [blocks, kv_heads, page_bytes], written in place.
     slots: int [tokens]; token t goes to block slots[t] // layout.tokens; a negative slot is padding and is skipped.
+    anchor: float32 [kv_heads, head_dim], what is subtracted from keys; where it is NaN, it is fixed first (`fix_anchor`).
     """
     used = slots >= 0
+    if anchor is not None:
+        fix_anchor(anchor, key, used)
     slots = slots[used].long()
     block, offset = slots // layout.tokens, slots % layout.tokens
     views = layout.views(pages)
-    k_codes, k_scale = quantize_k(key[used], layout.k_bits)
+    k_codes, k_scale = quantize_k(key[used] if anchor is None else key[used].float() - anchor, layout.k_bits)
     v_codes, v_scale = quantize_v(value[used])
     views.k[block, :, offset] = pack_int4(k_codes) if layout.k_bits == 4 else k_codes
     # torch cannot index-assign float8, so the codes travel as bytes.
@@ -108,13 +136,16 @@ def attention(
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    anchor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of every request's last tokens over its pages.
 
     query: [tokens, heads, head_dim]; request r owns rows query_start_loc[r] to query_start_loc[r + 1], and they are the
     last of its seq_lens[r] tokens. block_table: int [requests, blocks]. scale multiplies the logits. window: a query sees
     itself and the window - 1 tokens before it, 0 for all. soft_cap: logits become cap * tanh(logits / cap), 0 for none.
-    sinks: [heads], logits of an extra key without a value. Returns float32 of query's shape; rows of no request stay 0.
+    sinks: [heads], logits of an extra key without a value. anchor: that of the stored keys; only soft_cap and sinks need it,
+    for which it is not enough to know logits up to a number that a row's have in common. Returns float32 of query's shape;
+    rows of no request stay 0.
     """
     heads, kv_heads = query.shape[1], pages.shape[1]
     out = torch.zeros(query.shape, dtype=torch.float32)
@@ -131,14 +162,15 @@ def attention(
             kv = head // (heads // kv_heads)
             q, q_scale = quantize_q(query[start:end, head])
             logits = (q.float() @ k[kv].float().T) * k_scale[kv] * (q_scale * scale)[:, None]
+            bias = 0.0 if anchor is None else (query[start:end, head].float() @ anchor[kv])[:, None] * scale
             if soft_cap:
-                logits = soft_cap * torch.tanh(logits / soft_cap)
+                logits, bias = soft_cap * torch.tanh((logits + bias) / soft_cap), 0.0
             logits = (logits * LOG2E).masked_fill(~visible, float("-inf"))
             weighted = logits + v_scale[kv].log2()
             top = weighted.amax(-1, keepdim=True).ceil() - P_BITS
             p8 = torch.exp2(weighted - top).to(torch.float8_e4m3fn).float()
             total = (p8 / v_scale[kv]).sum(-1, keepdim=True)
             if sinks is not None:
-                total = total + torch.exp2(sinks[head].float() * LOG2E - top)
+                total = total + torch.exp2((sinks[head].float() - bias) * LOG2E - top)
             out[start:end, head] = (p8 @ v[kv]) / total
     return out

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from sage_kernels.device import fp8_path
+from sage_kernels.reference import ANCHOR_TOKENS
 from sage_kernels.tiles import (
     V_SCALE_MAX,
     V_SCALE_MIN,
@@ -37,14 +38,52 @@ def _quantize_v(value, tokens, used, token_stride, HEAD_DIM: tl.constexpr, BLOCK
     return codes, scale
 
 
+@triton.jit
+def _mean_key(key, slots, num_tokens, token_stride, channels, limit, TOKENS: tl.constexpr):
+    """The mean of the first TOKENS keys that are not padding, float32 [channels], as `reference.fix_anchor` takes it."""
+    tokens = tl.arange(0, TOKENS)
+    used = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1) >= 0
+    pointers = key + tokens[:, None].to(tl.int64) * token_stride + channels[None, :]
+    k = tl.load(pointers, mask=used[:, None] & (channels < limit)[None, :], other=0.0).to(tl.float32)
+    mean = tl.sum(k, 0) / tl.maximum(tl.sum(used.to(tl.int32), 0), 1)
+    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
+
+
+@triton.jit
+def _load_or_fix_anchor(anchor, key, slots, num_tokens, used, token_stride, half, HALF: tl.constexpr, TOKENS: tl.constexpr):
+    """The halves of a head's anchor, float32 [channels]; anchor and key: pointers to the head's own.
+
+    A head without an anchor gets one from every program that has tokens to store: all compute the same mean from the same
+    tokens, so it does not matter who comes first, and none waits. Channel 0 is written last and read first: what it says holds
+    for all channels. It is read by an atomic operation, which one thread does for all, for plain loads of several threads may
+    fall before and after another program's writing, and the threads of a program have to go the same way.
+    """
+    inside = half < HALF
+    channel_0 = anchor.to(tl.pointer_type(tl.int32), bitcast=True)
+    first = tl.atomic_or(channel_0, 0, sem="acquire").to(tl.float32, bitcast=True)
+    if first == first:
+        low = tl.load(anchor + half, mask=inside, other=0.0)
+        high = tl.load(anchor + HALF + half, mask=inside, other=0.0)
+    else:
+        low = _mean_key(key, slots, num_tokens, token_stride, half, HALF, TOKENS)
+        high = _mean_key(key + HALF, slots, num_tokens, token_stride, half, HALF, TOKENS)
+        if tl.max(used.to(tl.int32), 0) > 0:
+            tl.store(anchor + half, low, mask=inside & (half > 0))
+            tl.store(anchor + HALF + half, high, mask=inside)
+            tl.debug_barrier()
+            first = tl.sum(tl.where(half == 0, low, 0.0), 0)
+            tl.atomic_xchg(channel_0, first.to(tl.int32, bitcast=True), sem="release")
+    return low, high
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _store_kernel(
-    key, value, slots, cache_i8, cache_f32, num_tokens,
+    key, value, slots, cache_i8, cache_f32, anchor, num_tokens,
     key_token_stride, key_head_stride, value_token_stride, value_head_stride, block_stride, head_stride,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, FP8: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, FP8: tl.constexpr, ANCHOR_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (token blocks, KV heads)."""
+    """Grid: (token blocks, KV heads). ANCHOR_TOKENS: 0 for keys as they are."""
     HALF: tl.constexpr = HEAD_DIM // 2
     K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
     K_MAX: tl.constexpr = 127.0 if K_BITS == 8 else 7.0
@@ -61,9 +100,16 @@ def _store_kernel(
     # Keys come in two halves, which is what a packed byte pairs up; INT8 takes the same way.
     half = tl.arange(0, BLOCK_D // 2)
     half_mask = used[:, None] & (half < HALF)[None, :]
-    source = key + tokens[:, None].to(tl.int64) * key_token_stride + head * key_head_stride + half[None, :]
+    head_key = key + head * key_head_stride
+    source = head_key + tokens[:, None].to(tl.int64) * key_token_stride + half[None, :]
     low = tl.load(source, mask=half_mask, other=0.0).to(tl.float32)
     high = tl.load(source + HALF, mask=half_mask, other=0.0).to(tl.float32)
+    if ANCHOR_TOKENS > 0:
+        anchor_low, anchor_high = _load_or_fix_anchor(
+            anchor + head * HEAD_DIM, head_key, slots, num_tokens, used, key_token_stride, half, HALF, ANCHOR_TOKENS
+        )
+        low -= anchor_low[None, :]
+        high -= anchor_high[None, :]
     amax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
     inverse = inverse_or_zero(amax, K_MAX)[:, None]
     low, high = to_int(low * inverse).to(tl.int8), to_int(high * inverse).to(tl.int8)
@@ -102,15 +148,21 @@ def _store_kernel(
 
 
 def store(
-    key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    layout: PageLayout,
+    anchor: torch.Tensor | None = None,
 ) -> None:
     """`reference.store` on a GPU, with the same arguments. key and value need unit stride in head_dim only."""
     num_tokens = slots.numel()
     if num_tokens == 0:
         return
     _store_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS), pages.shape[1])](
-        key, value, slots, pages.view(torch.int8), pages.view(torch.float32), num_tokens,
+        key, value, slots, pages.view(torch.int8), pages.view(torch.float32), pages if anchor is None else anchor, num_tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
-        BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, FP8=fp8_path(key.device), num_warps=4,
+        BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, FP8=fp8_path(key.device),
+        ANCHOR_TOKENS=0 if anchor is None else ANCHOR_TOKENS, num_warps=4,
     )  # fmt: skip

@@ -129,7 +129,7 @@ def tanh(x):
 
 @triton.jit
 def attend_page(
-    q_low, q_high, q_scale, acc, total, top,
+    q_low, q_high, q_scale, q_bias, acc, total, top,
     cache_i8, cache_v, cache_f32, page_offset, length, first_visible, last_visible, soft_cap,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
     SOFT_CAP: tl.constexpr, FP8: tl.constexpr,
@@ -137,7 +137,8 @@ def attend_page(
     """One step of the online softmax: the rows of a query tile against one page.
 
     q_low, q_high: int8 [rows, channels], for INT4 the halves of the head, for INT8 the whole head in q_low.
-    q_scale: float32 [rows]. acc: float32 [rows, channels]. total: float32 [rows].
+    q_scale: float32 [rows]. q_bias: float32 [rows], what base-2 logits lack by the keys' anchor.
+    acc: float32 [rows, channels]. total: float32 [rows].
     top: float32 [rows], the integer reference of the exponentials. page_offset: int64, bytes from the cache's start.
     length: tokens of the page that are filled. first_visible, last_visible: int [rows], tokens of the page that a row may
     see. FP8: see `device.fp8_path`. Returns acc, total, top.
@@ -165,7 +166,8 @@ def attend_page(
         k_scale *= 0.0625
     logits = codes.to(tl.float32) * k_scale[None, :]
     if SOFT_CAP:
-        logits = (soft_cap * LOG2E) * tanh(logits * q_scale[:, None] / (soft_cap * LOG2E)) + v_exponent[None, :]
+        logits = logits * q_scale[:, None] + q_bias[:, None]
+        logits = (soft_cap * LOG2E) * tanh(logits / (soft_cap * LOG2E)) + v_exponent[None, :]
     else:
         logits = logits * q_scale[:, None] + v_exponent[None, :]
     if MASKED:

@@ -1,0 +1,82 @@
+"""The anchor of a layer, without an engine: which layer's it is, and when it is fixed and forgotten."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engines import environment
+
+from sage_backend import options, plugin
+
+HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 128
+
+
+@pytest.fixture
+def layer() -> Any:
+    """What `SageImpl` sees of an attention layer with a soft cap, and a KV cache for it."""
+    with environment():
+        plugin.register()
+        from sage_backend.backend import SageImpl
+
+        impl = SageImpl(HEADS, HEAD_DIM, 0.125, KV_HEADS, logits_soft_cap=5.0)
+    content = options.SageOptions().layout(HEAD_DIM).bytes_per_token // 2
+    cache = torch.zeros(2, KV_HEADS, PAGE, content, dtype=torch.bfloat16)
+    return SimpleNamespace(impl=impl, kv_cache=cache, kv_sharing_target_layer_name=None)
+
+
+def store(layer: Any, key: torch.Tensor, first_slot: int = 0) -> None:
+    slots = torch.arange(first_slot, first_slot + len(key))
+    with torch.inference_mode():
+        layer.impl.do_kv_cache_update(layer, key, key, layer.kv_cache, slots)
+
+
+def test_profiling_and_padding_fix_nothing(layer: Any) -> None:
+    key = torch.randn(20, KV_HEADS, HEAD_DIM)
+    layer.impl.do_kv_cache_update(layer, key, key, torch.empty(0), torch.arange(20))
+    assert layer.impl.anchor is None
+    layer.impl.do_kv_cache_update(layer, key, key, layer.kv_cache, torch.full((20,), -1))
+    assert layer.impl.anchor.isnan().all()
+    store(layer, key)
+    assert torch.allclose(layer.impl.anchor, key.mean(0), atol=1e-5)
+
+
+def test_anchors_of_the_warm_up_are_forgotten(layer: Any) -> None:
+    """On a GPU, vLLM's warm-up stores made-up tokens in slots that are no padding."""
+    with environment():
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    def warm_up() -> str:
+        store(layer, torch.ones(20, KV_HEADS, HEAD_DIM))
+        assert not layer.impl.anchor.isnan().any()
+        return "times"
+
+    layers = {"attention": layer, "another kind of layer": object(), "of another backend": SimpleNamespace(impl=object())}
+    wrapper = WorkerWrapperBase()
+    wrapper.worker = SimpleNamespace(compile_or_warm_up_model=warm_up)
+    wrapper.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+    assert wrapper.compile_or_warm_up_model() == "times"
+    assert layer.impl.anchor.isnan().all()
+
+
+def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
+    """A soft cap makes the result depend on it."""
+    with environment():
+        from vllm.forward_context import override_forward_context
+
+        from sage_backend.backend import SageImpl, SageMetadata
+
+        sharing = SageImpl(HEADS, HEAD_DIM, 0.125, KV_HEADS, logits_soft_cap=5.0, kv_sharing_target_layer_name="target")
+    store(layer, torch.randn(20, KV_HEADS, HEAD_DIM) + 3)
+    starts, lengths = torch.tensor([0, 20], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
+    metadata = SageMetadata(20, 0, 0, 1, 1, None, starts, lengths, torch.zeros(1, 1, dtype=torch.int32))
+    query = torch.randn(20, HEADS, HEAD_DIM)
+
+    def attend(impl: Any, target: str | None) -> torch.Tensor:
+        asking = SimpleNamespace(kv_sharing_target_layer_name=target)
+        return impl.forward(asking, query, None, None, layer.kv_cache, metadata, torch.empty_like(query))
+
+    context = SimpleNamespace(no_compile_layers={"target": layer})
+    with override_forward_context(context):
+        assert torch.equal(attend(sharing, "target"), attend(layer.impl, None))
+        assert not torch.equal(attend(sharing, None), attend(layer.impl, None)), "this test would not notice"
