@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -131,7 +132,7 @@ def main() -> None:
         Path(folder, "config.json").write_text(json.dumps(shape))
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--served-model-name", "m"]
         command += ["--load-format", "dummy", "--skip-tokenizer-init", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--max-model-len", str(arguments.longest + 1024), *serve_arguments.split()]
+        command += ["--max-model-len", str(arguments.longest + 1024), "--jit-monitor-verbose", *serve_arguments.split()]
         with Path(folder, "log").open("w") as log:
             server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -143,8 +144,11 @@ def main() -> None:
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGTERM)
                 server.wait(30)
-        errors = [line for line in Path(folder, "log").read_text().splitlines() if " ERROR " in line]
+        log = Path(folder, "log").read_text()
+    errors = [line for line in log.splitlines() if " ERROR " in line]
     report["errors_in_the_log"] = errors[:5]
+    # vLLM's monitor, which is silent with --enforce-eager, tells of kernels that requests had to wait for.
+    report["kernels_compiled_while_serving"] = re.findall(r"compilation during inference: (\S+)", log)
     report["command"] = " ".join(["benchmarks/mixed_traffic.py", *sys.argv[1:]])
     report["date"] = datetime.now(UTC).date().isoformat()
     print(json.dumps(report, indent=2))

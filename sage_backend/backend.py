@@ -130,7 +130,7 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             num_tokens=common.num_actual_tokens,
             num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
-            max_decode_query_len=min(common.max_query_len, threshold),
+            max_decode_query_len=threshold,
             splits=splits,
             workspace=self.workspace,
             query_start_loc=common.query_start_loc,

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from sage_kernels.device import fp8_path, pipeline_stages
 from sage_kernels.prefill import quantized_query
-from sage_kernels.tiles import LOG2E, attend_page
+from sage_kernels.tiles import LOG2E, TABLES, attend_page
 from sage_paged import PageLayout
 
 # Tuned on an H200 at 64 x 8K, 8 x 128K and 1 x 128K tokens: two warps read faster than four, which wait for each other, and
@@ -21,23 +21,26 @@ from sage_paged import PageLayout
 _WARPS = 2
 _PROGRAMS_PER_PROCESSOR = 8
 _MAX_SPLITS = 128
+_SPLITS_AT_ONCE = 16
+"""Partial results that the merge holds at a time."""
 
 MAX_ROWS = 64
 """Query rows (tokens times heads of a group) that one program takes; requests of several tokens with more rows belong to
 the prefill kernel."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _decode_kernel(
     query, partial, partial_top, partial_total, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, anchor,
     scale, soft_cap,
     q_token_stride, q_head_stride, table_stride, block_stride, head_stride,
-    GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ANCHOR: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ANCHOR: tl.constexpr,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Grid: (splits, KV heads, requests). partial: float32 [tokens, heads, splits, HEAD_DIM], normalized."""
     split = tl.program_id(0)
+    splits = tl.num_programs(0)
     kv_head = tl.program_id(1)
     request = tl.program_id(2)
     q_start = tl.load(query_start_loc + request)
@@ -58,7 +61,7 @@ def _decode_kernel(
     if WINDOW > 0:
         first_page = tl.maximum(seq_len - q_len - WINDOW + 1, 0) // PAGE
     pages = tl.cdiv(seq_len, PAGE) - first_page
-    per_split = tl.cdiv(pages, SPLITS)
+    per_split = tl.cdiv(pages, splits)
     first_page += split * per_split
     end_page = tl.minimum(first_page + per_split, tl.cdiv(seq_len, PAGE))
     # Pages up to this one are seen whole by every row.
@@ -90,35 +93,39 @@ def _decode_kernel(
     if ANCHOR and not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
         top += q_bias
     channels = tl.arange(0, BLOCK_D)
-    slot = ((q_start + local) * tl.num_programs(1) * GROUP + head).to(tl.int64) * SPLITS + split
+    slot = ((q_start + local) * tl.num_programs(1) * GROUP + head).to(tl.int64) * splits + split
     target = partial + slot[:, None] * HEAD_DIM + channels[None, :]
     tl.store(target, acc, mask=valid[:, None] & (channels < HEAD_DIM)[None, :])
     tl.store(partial_top + slot, top, mask=valid)
     tl.store(partial_total + slot, total, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
-    out, partial, partial_top, partial_total, sinks, out_token_stride, out_head_stride,
-    SINKS: tl.constexpr, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    out, partial, partial_top, partial_total, sinks, splits, out_token_stride, out_head_stride,
+    SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens, heads)."""
     token = tl.program_id(0)
     head = tl.program_id(1)
-    slot = (token * tl.num_programs(1) + head).to(tl.int64) * SPLITS
-    splits = tl.arange(0, BLOCK_S)
-    channels = tl.arange(0, BLOCK_D)
-    top = tl.load(partial_top + slot + splits, mask=splits < SPLITS, other=float("-inf"))
-    weight = tl.load(partial_total + slot + splits, mask=splits < SPLITS, other=0.0)
-    largest = tl.max(top, 0)
+    slot = (token * tl.num_programs(1) + head).to(tl.int64) * splits
+    every = tl.arange(0, MAX_SPLITS)
+    largest = tl.max(tl.load(partial_top + slot + every, mask=every < splits, other=float("-inf")), 0)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
-    weight = tl.where(top == float("-inf"), 0.0, weight * tl.exp2(top - shift))
-    total = tl.sum(weight, 0)
+    channels = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    total = 0.0
+    for first in range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        top = tl.load(partial_top + slot + split, mask=split < splits, other=float("-inf"))
+        weight = tl.load(partial_total + slot + split, mask=split < splits, other=0.0)
+        weight = tl.where(top == float("-inf"), 0.0, weight * tl.exp2(top - shift))
+        total += tl.sum(weight, 0)
+        source = partial + (slot + split)[:, None] * HEAD_DIM + channels[None, :]
+        mask = (weight > 0.0)[:, None] & (channels < HEAD_DIM)[None, :]
+        acc += tl.sum(tl.load(source, mask=mask, other=0.0) * weight[:, None], 0)
     if SINKS:
         total += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - shift)
-    mask = (weight > 0.0)[:, None] & (channels < HEAD_DIM)[None, :]
-    source = partial + (slot + splits)[:, None] * HEAD_DIM + channels[None, :]
-    acc = tl.sum(tl.load(source, mask=mask, other=0.0) * weight[:, None], 0)
     target = out + token.to(tl.int64) * out_token_stride + head * out_head_stride + channels
     tl.store(target, (acc / tl.where(total > 0.0, total, 1.0)).to(out.dtype.element_ty), mask=channels < HEAD_DIM)
 
@@ -191,13 +198,14 @@ def decode(
         pages.view(torch.int8), pages.view(torch.uint8 if fp8 == "half" else torch.float8_e4m3fn), pages.view(torch.float32),
         block_table, seq_lens, query_start_loc, query if anchor is None else anchor, scale, soft_cap,
         query.stride(0), query.stride(1), block_table.stride(0), pages.stride(0), pages.stride(1),
-        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, ANCHOR=anchor is not None, SPLITS=splits,
+        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, ANCHOR=anchor is not None,
         HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
         BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8, num_warps=_WARPS,
         num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens),
     )  # fmt: skip
     _merge_kernel[(tokens, heads)](
-        out, workspace.out, workspace.top, workspace.total, out if sinks is None else sinks, out.stride(0), out.stride(1),
-        SINKS=sinks is not None, SPLITS=splits, HEAD_DIM=head_dim, BLOCK_D=block_d,
-        BLOCK_S=triton.next_power_of_2(splits), num_warps=4,
+        out, workspace.out, workspace.top, workspace.total, out if sinks is None else sinks, splits,
+        out.stride(0), out.stride(1),
+        SINKS=sinks is not None, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=_SPLITS_AT_ONCE, MAX_SPLITS=_MAX_SPLITS,
+        num_warps=4,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sage_kernels.tiles import LOG2E, P_BITS, find_request, inverse_or_zero, to_int
+from sage_kernels.tiles import LOG2E, P_BITS, TABLES, find_request, inverse_or_zero, to_int
 from sage_paged import PageLayout, v_token
 
 ROWS = gl.constexpr(64)
@@ -288,7 +288,7 @@ def _consume_pages(
     gl.store(out + offsets[:, None] + channels[None, :], result, mask=valid[:, None])
 
 
-@gluon.jit(do_not_specialize=["num_reqs", "q_blocks"])
+@gluon.jit(do_not_specialize=["num_reqs", "q_blocks"], do_not_specialize_on_alignment=TABLES)
 def _prefill_kernel(
     query, out, k_pages, v_pages, scales, block_table, seq_lens, query_start_loc, sinks, anchor,
     scale, soft_cap, num_reqs, q_blocks,

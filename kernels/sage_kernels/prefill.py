@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from sage_kernels.device import fp8_path, pipeline_stages
-from sage_kernels.tiles import LOG2E, attend_page, find_request, quantize_q
+from sage_kernels.tiles import LOG2E, TABLES, attend_page, find_request, quantize_q
 from sage_paged import PageLayout
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def quantized_query(
     return low_codes, high_codes, q_scale, product * (scale * LOG2E)
 
 
-@triton.jit(do_not_specialize=["num_reqs", "q_blocks"])
+@triton.jit(do_not_specialize=["num_reqs", "q_blocks"], do_not_specialize_on_alignment=TABLES)
 def _prefill_kernel(
     query, out, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, sinks, anchor,
     scale, soft_cap, num_reqs, q_blocks,

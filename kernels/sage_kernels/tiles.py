@@ -14,6 +14,8 @@ P_BITS = tl.constexpr(8.0)
 V_SCALE_MIN = tl.constexpr(2.0**-16)
 V_SCALE_MAX = tl.constexpr(2.0)
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+TABLES = ["block_table", "seq_lens", "query_start_loc"]
+"""Arguments that are sliced where the decodes of a batch end: how a slice is aligned must not cost a compilation."""
 
 # The interpreter takes functions as they are, and jit only where `tl` is in sight.
 v_position, v_token = (f if INTERPRETED else triton.jit(f) for f in (sage_paged.v_position, sage_paged.v_token))
