@@ -137,6 +137,7 @@ def main() -> None:
             server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
             report = asyncio.run(drive(arguments, server, f"http://127.0.0.1:{port}"))
+            output = Path(folder, "log").read_text()  # before the processes are ended, which they complain about
         except BaseException:
             print(Path(folder, "log").read_text()[-3000:])
             raise
@@ -144,11 +145,10 @@ def main() -> None:
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGTERM)
                 server.wait(30)
-        log = Path(folder, "log").read_text()
-    errors = [line for line in log.splitlines() if " ERROR " in line]
+    errors = [line for line in output.splitlines() if " ERROR " in line]
     report["errors_in_the_log"] = errors[:5]
     # vLLM's monitor, which is silent with --enforce-eager, tells of kernels that requests had to wait for.
-    report["kernels_compiled_while_serving"] = re.findall(r"compilation during inference: (\S+)", log)
+    report["kernels_compiled_while_serving"] = re.findall(r"compilation during inference: (\S+)", output)
     report["command"] = " ".join(["benchmarks/mixed_traffic.py", *sys.argv[1:]])
     report["date"] = datetime.now(UTC).date().isoformat()
     print(json.dumps(report, indent=2))

@@ -136,13 +136,13 @@ def measure(run: Run, model: str, text: str, tokens: int, context: int, passkey:
     The text is cut into windows of context - 1 tokens; each predicts all of its tokens but the first. Raises ValueError
     for a text or prompt that does not fit.
     """
-    import torch
     from vllm import SamplingParams
+    from vllm.platforms import current_platform
 
     from sage_backend.demo.passkey import make_passkey
 
     memory: dict[str, Any] = {"gpu_memory_utilization": 0.8}  # the rest is for the logits of whole prompts
-    if not torch.cuda.is_available():
+    if current_platform.is_cpu():
         memory = {"kv_cache_memory_bytes": 1 << 30}
     # Log-probabilities of cached tokens would not be computed again.
     fixed: dict[str, Any] = {"enable_prefix_caching": False, "enforce_eager": True, "max_num_batched_tokens": 2048}
@@ -263,9 +263,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    import torch
+    from vllm.platforms import current_platform  # asking torch for a GPU would keep vLLM from forking
 
-    if not torch.cuda.is_available():
+    if current_platform.is_cpu():
         # One process instead of three, each of which would spend half a minute on importing vLLM.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try:

@@ -13,10 +13,11 @@ KERNEL_ERROR = 2e-2
 """Bound on relative L2 distance to the reference for any shape: a logit that is one float32 step off may move a weight over
 a rounding boundary of e4m3, which in a row of few keys is up to 3%. `test_long_rows` has the bound where that averages out."""
 
-SCHEDULE_ERROR = 1e-4
-"""The same between two schedules of one kernel: float32 summation order, and e4m3 subnormals of negligible weights."""
-
 ON_GPU = torch.cuda.is_available()
+
+SCHEDULE_ERROR = 5e-4 if ON_GPU else 1e-4
+"""The same between two schedules of one kernel: float32 summation order, e4m3 subnormals of negligible weights and, on a GPU,
+that tensor cores sum a page's FP8 products in 22 bits, the kinds of instructions for many and for few rows each in its way."""
 
 
 @st.composite

@@ -33,7 +33,8 @@ ROWS = gl.constexpr(64)
 BLOCK_M = 128
 """Query rows of a program: two warpgroups."""
 STAGES = gl.constexpr(4)
-"""Pages of K, and of V with what belongs to it, that shared memory holds."""
+"""Slots of shared memory. Slot i % STAGES holds what is free again at the same time: V of page i with its scales, and K of page
+i + 1. K of page 0 has a buffer of its own, behind the slots."""
 
 _find_request = gluon.jit(find_request.fn)
 _to_int = gluon.jit(to_int.fn)
@@ -48,18 +49,26 @@ def _stream_pages(
 ):  # fmt: skip
     """The producer of K and V. Pages are counted in rows of PAGE bytes, of which a page has bytes_per_token."""
     k_buffers, v_buffers, _, _ = buffers
-    k_full, k_empty, v_full, _, v_empty = barriers
+    k_full, v_full, _, empty = barriers
+    row = gl.load(table + first_page) * block_rows + head_rows
+    _copy_k(k_pages, row, k_buffers.index(STAGES), k_full.index(STAGES), HEAD_DIM, PAGE)
     for i in range(pages):
-        row = gl.load(table + first_page + i) * block_rows + head_rows
-        k_row = row * (PAGE // HEAD_DIM) if PAGE >= HEAD_DIM else row // (HEAD_DIM // PAGE)
-        stage = i % STAGES
-        phase = ((i // STAGES) & 1) ^ 1
-        mbarrier.wait(k_empty.index(stage), phase)
-        mbarrier.expect(k_full.index(stage), PAGE * HEAD_DIM)
-        tma.async_copy_global_to_shared(k_pages, [k_row, 0], k_full.index(stage), k_buffers.index(stage))
-        mbarrier.wait(v_empty.index(stage), phase)
-        mbarrier.expect(v_full.index(stage), PAGE * HEAD_DIM)
-        tma.async_copy_global_to_shared(v_pages, [row + HEAD_DIM, 0], v_full.index(stage), v_buffers.index(stage))
+        slot = i % STAGES
+        mbarrier.wait(empty.index(slot), ((i // STAGES) & 1) ^ 1)
+        next_row = row
+        if i + 1 < pages:
+            next_row = gl.load(table + first_page + i + 1) * block_rows + head_rows
+            _copy_k(k_pages, next_row, k_buffers.index(slot), k_full.index(slot), HEAD_DIM, PAGE)
+        mbarrier.expect(v_full.index(slot), PAGE * HEAD_DIM)
+        tma.async_copy_global_to_shared(v_pages, [row + HEAD_DIM, 0], v_full.index(slot), v_buffers.index(slot))
+        row = next_row
+
+
+@gluon.jit
+def _copy_k(k_pages, row, buffer, full, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr):
+    k_row = row * (PAGE // HEAD_DIM) if PAGE >= HEAD_DIM else row // (HEAD_DIM // PAGE)
+    mbarrier.expect(full, PAGE * HEAD_DIM)
+    tma.async_copy_global_to_shared(k_pages, [k_row, 0], full, buffer)
 
 
 @gluon.jit
@@ -76,11 +85,11 @@ def _prepare_scales(
     LAYOUT: gl.constexpr = gl.BlockedLayout([8, PAGE // 32], [1, 32], [1, 1], [1, 0])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     _, _, scale_buffers, inverse_buffers = buffers
-    _, _, _, scales_full, v_empty = barriers
+    _, _, scales_full, empty = barriers
     tokens = gl.arange(0, PAGE, COLUMNS)
     in_v_order = _v_token(tokens)
     for i in range(pages):
-        stage = i % STAGES
+        slot = i % STAGES
         row = gl.load(table + first_page + i) * block_rows + head_rows
         page_scales = scales + (row.to(gl.int64) + 2 * HEAD_DIM) * (PAGE // 4)
         k_scale = gl.load(page_scales + tokens)
@@ -91,27 +100,24 @@ def _prepare_scales(
         filled = in_v_order < seq_len - (first_page + i) * PAGE
         inverse = gl.where(filled, inverse, 0.0)
         inverses = gl.zeros([8, PAGE], gl.float32, LAYOUT) + inverse[None, :]
-        mbarrier.wait(v_empty.index(stage), ((i // STAGES) & 1) ^ 1)
-        scale_buffers.index(2 * stage).store(k_scale)
-        scale_buffers.index(2 * stage + 1).store(exponent)
-        inverse_buffers.index(stage).store(inverses.to(gl.float8e4nv))
+        mbarrier.wait(empty.index(slot), ((i // STAGES) & 1) ^ 1)
+        scale_buffers.index(2 * slot).store(k_scale)
+        scale_buffers.index(2 * slot + 1).store(exponent)
+        inverse_buffers.index(slot).store(inverses.to(gl.float8e4nv))
         fence_async_shared()
-        mbarrier.arrive(scales_full.index(stage))
+        mbarrier.arrive(scales_full.index(slot))
 
 
 @gluon.jit
-def _product(q, buffers, barriers, i, last, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Q K^T of page i: int32 [ROWS, PAGE]. Behind the last page, that of the last once more, which nobody looks at."""
+def _start_product(q, buffers, barriers, i, last, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """Start Q K^T of page i, int32 [ROWS, PAGE]; behind the last page, that of the last once more, which nobody looks at."""
     k_buffers, _, _, _ = buffers
-    k_full, k_empty, _, _, _ = barriers
-    page = gl.minimum(i, last)
-    stage = page % STAGES
-    mbarrier.wait(k_full.index(stage), (page // STAGES) & 1)
-    zeros = gl.zeros([ROWS, PAGE], gl.int32, S_LAYOUT)
-    codes = warpgroup_mma(q, k_buffers.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    codes = warpgroup_mma_wait(0, deps=[codes])
-    mbarrier.arrive(k_empty.index(stage), pred=i <= last)
-    return codes
+    k_full, _, _, _ = barriers
+    slot_page = gl.minimum(i, last) - 1
+    slot = gl.where(slot_page < 0, STAGES, slot_page % STAGES)
+    mbarrier.wait(k_full.index(slot), gl.where(slot_page < 0, 0, (slot_page // STAGES) & 1))
+    k = k_buffers.index(slot).permute((1, 0))
+    return warpgroup_mma(q, k, gl.zeros([ROWS, PAGE], gl.int32, S_LAYOUT), use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -158,15 +164,15 @@ def _add_page(
 ):  # fmt: skip
     """Add P V of page i, whose V is there, and its sums of P to those of the pages before it, times decay."""
     _, v_buffers, _, inverse_buffers = buffers
-    _, _, _, _, v_empty = barriers
-    stage = i % STAGES
+    _, _, _, empty = barriers
+    slot = i % STAGES
     # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator (SageAttention2, section 3.4).
     pv = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
-    pv = warpgroup_mma(p, v_buffers.index(stage).permute((1, 0)), pv, use_acc=False, is_async=True)
+    pv = warpgroup_mma(p, v_buffers.index(slot).permute((1, 0)), pv, use_acc=False, is_async=True)
     row_sum = gl.zeros([ROWS, 8], gl.float32, T_LAYOUT)
-    row_sum = warpgroup_mma(p, inverse_buffers.index(stage).permute((1, 0)), row_sum, use_acc=False, is_async=True)
+    row_sum = warpgroup_mma(p, inverse_buffers.index(slot).permute((1, 0)), row_sum, use_acc=False, is_async=True)
     pv, row_sum = warpgroup_mma_wait(0, deps=[pv, row_sum])
-    mbarrier.arrive(v_empty.index(stage))
+    mbarrier.arrive(empty.index(slot))
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None] + pv
     total = total * gl.convert_layout(decay, gl.SliceLayout(1, T_LAYOUT))[:, None] + row_sum
     return acc, total
@@ -180,21 +186,22 @@ def _attend(
 ):  # fmt: skip
     """Finish page i and begin page i + 1, of which first_visible and last_visible are.
 
-    state: codes of page i + 1; logits of page i and their top; decay, which takes the sums acc and total over the pages before
-    page i to that top. Returns the state of page i + 1.
+    state: started codes of page i + 1; logits of page i and their top; decay, which takes acc and total, the sums over the
+    pages before page i, to that top. Returns the state of page i + 1.
     """
     codes, logits, top, decay, acc, total = state
-    _, _, v_full, scales_full, _ = barriers
+    _, v_full, scales_full, _ = barriers
     mbarrier.wait(scales_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
     # From here to the wait for V there is no branch, so that the compiler can mix the two.
     p = _weights(logits, top, PAGE, P_LAYOUT)
+    codes = warpgroup_mma_wait(0, deps=[codes])
     logits, new_top = _logits(
         codes, q_scale, q_bias, top, buffers, i + 1, first_visible, last_visible, soft_cap, PAGE, MASKED, SOFT_CAP, S_LAYOUT
     )
     mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
     acc, total = _add_page(p, acc, total, decay, buffers, barriers, i, HEAD_DIM, O_LAYOUT, T_LAYOUT)
     decay = gl.exp2(top - _finite(new_top))
-    codes = _product(q, buffers, barriers, i + 2, last, PAGE, S_LAYOUT)
+    codes = _start_product(q, buffers, barriers, i + 2, last, PAGE, S_LAYOUT)
     return codes, logits, new_top, decay, acc, total
 
 
@@ -217,7 +224,7 @@ def _consume_pages(
     q_token_stride, q_head_stride, out_token_stride, out_head_stride = strides
     q_start, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages = work
     _, v_buffers, _, _ = buffers
-    _, _, v_full, scales_full, _ = barriers
+    _, v_full, scales_full, _ = barriers
     q_codes = q_buffers.index(WARPGROUP)
     rows = WARPGROUP * ROWS + gl.arange(0, ROWS, Q_ROWS)
     local = q_block * BLOCK_Q + rows // GROUP
@@ -240,13 +247,14 @@ def _consume_pages(
     position -= first_page * PAGE
     last = pages - 1
     first_visible = position - WINDOW + 1 if WINDOW > 0 else gl.zeros_like(position)
-    codes = _product(q_codes, buffers, barriers, 0, last, PAGE, S_LAYOUT)
+    codes = _start_product(q_codes, buffers, barriers, 0, last, PAGE, S_LAYOUT)
     mbarrier.wait(scales_full.index(0), 0)
+    codes = warpgroup_mma_wait(0, deps=[codes])
     top = gl.full([ROWS], float("-inf"), gl.float32, S_ROWS)
     logits, top = _logits(
         codes, q_scale, q_bias, top, buffers, 0, first_visible, position, soft_cap, PAGE, True, SOFT_CAP, S_LAYOUT
     )
-    codes = _product(q_codes, buffers, barriers, 1, last, PAGE, S_LAYOUT)
+    codes = _start_product(q_codes, buffers, barriers, 1, last, PAGE, S_LAYOUT)
     acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
     total = gl.zeros([ROWS, 8], gl.float32, T_LAYOUT)  # eight equal columns, 2**-8 times the sum of P
     state = (codes, logits, top, gl.zeros_like(top), acc, total)
@@ -263,7 +271,8 @@ def _consume_pages(
             q_codes, q_scale, q_bias, state, buffers, barriers, i, last, first_visible, last_visible, soft_cap,
             HEAD_DIM, PAGE, True, SOFT_CAP, S_LAYOUT, O_LAYOUT, P_LAYOUT, T_LAYOUT,
         )  # fmt: skip
-    _, logits, top, decay, acc, total = state
+    codes, logits, top, decay, acc, total = state
+    warpgroup_mma_wait(0, deps=[codes])
     p = _weights(logits, top, PAGE, P_LAYOUT)
     mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
     length = seq_len - (first_page + last) * PAGE
@@ -313,7 +322,7 @@ def _prefill_kernel(
     full_pages = gl.where(used, (first_position + 1) // PAGE, 0) if WINDOW == 0 else 0
     first_page = gl.where(used, first_page, 0)
 
-    k_buffers = gl.allocate_shared_memory(gl.int8, [STAGES, PAGE, HEAD_DIM], k_pages.layout)
+    k_buffers = gl.allocate_shared_memory(gl.int8, [STAGES + 1, PAGE, HEAD_DIM], k_pages.layout)
     v_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, HEAD_DIM, PAGE], v_pages.layout)
     scale_buffers = gl.allocate_shared_memory(
         gl.float32, [2 * STAGES, PAGE], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -321,20 +330,19 @@ def _prefill_kernel(
     INVERSES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, PAGE], gl.float8e4nv)
     inverse_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 8, PAGE], INVERSES)
     q_buffers = gl.allocate_shared_memory(gl.int8, [2, ROWS, HEAD_DIM], k_pages.layout)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     scales_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(scales_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=2)
+    mbarrier.init(k_full.index(STAGES), count=1)
 
     buffers = (k_buffers, v_buffers, scale_buffers, inverse_buffers)
-    barriers = (k_full, k_empty, v_full, scales_full, v_empty)
+    barriers = (k_full, v_full, scales_full, empty)
     tensors = (query, out, sinks, anchor)
     strides = (q_token_stride, q_head_stride, out_token_stride, out_head_stride)
     work = (q_start, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages)
