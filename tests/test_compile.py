@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 HEAD_DIMS = (64, 80, 128, 256)
-SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 """Shared memory that a program may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 INSTRUCTIONS = {
     "int8": r"mma\S*\.s8\.s8|tcgen05\.mma\S*kind::i8",
