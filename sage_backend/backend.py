@@ -4,11 +4,13 @@ A step goes: vLLM's runner builds its common metadata; `SageMetadataBuilder.buil
 first, and prefills; then for each layer `do_kv_cache_update` writes the new tokens into their pages and `forward` attends.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -23,9 +25,11 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from sage_backend import checks, options
+from sage_backend import calibration, checks, options
 from sage_backend.plugin import BACKEND
 from sage_kernels import cpu, device, reference
+
+logger = logging.getLogger(__name__)
 
 
 class SageBackend(AttentionBackend):
@@ -180,14 +184,29 @@ class SageImpl(AttentionImpl[SageMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.layout = options.current().layout(head_size)
         self.smooth_k = options.current().smooth_k
+        self.calibration = options.current().calibration
+        self.watch: calibration.KeyMean | None = None
+        """Is shown every key that is stored, if it is there (see `sage_backend.calibration`)."""
         self.anchor: torch.Tensor | None = None
         """What is subtracted from this layer's keys, float32 [kv_heads, head_size]; all NaN until the first tokens fix it."""
+        self.calibrated = False
+        """Whether the anchor is that of a calibration."""
 
     @torch.inference_mode()  # in which it was allocated
     def forget_anchor(self) -> None:
-        """Let the next tokens fix the anchor anew. No key that is still needed may have been stored with the present one."""
-        if self.anchor is not None:
+        """Let the next tokens fix the anchor anew, if they did. No key that is still needed may have been stored with it."""
+        if self.anchor is not None and not self.calibrated:
             self.anchor.fill_(torch.nan)
+
+    def load_anchor(self, anchor: torch.Tensor, file: str, layer_name: str) -> None:
+        """Take a layer's anchor from a calibration. The layers of a drafter, a model of its own, are not in it."""
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        found = calibration.anchor(file, layer_name, self.num_kv_heads, rank, ranks)
+        if found is None:
+            logger.warning("%s has no anchor for %s; the first tokens will fix it", file, layer_name)
+            return
+        anchor.copy_(found)
+        self.calibrated = True
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -200,8 +219,12 @@ class SageImpl(AttentionImpl[SageMetadata]):
             # Here and no earlier: what is allocated with the weights or with the KV cache does not survive sleep mode. vLLM
             # runs every batch that it captures once before, so that this is no part of a graph.
             self.anchor = torch.full(key.shape[1:], torch.nan, dtype=torch.float32, device=key.device)
+            if self.calibration is not None:
+                self.load_anchor(self.anchor, self.calibration, layer.layer_name)
         tokens = slot_mapping.numel()
         pages = self.layout.pages(kv_cache)
+        if self.watch is not None:
+            self.watch(key[:tokens], slot_mapping)
         if key.device.type == "cpu":
             reference.store(key[:tokens], value[:tokens], pages, slot_mapping, self.layout, self.anchor)
         else:

@@ -68,9 +68,8 @@ def reasons(
         "reference sliding window attention is not supported; " + _INSTEAD: use_rswa,
         "adaptive verification is not supported; turn it off in --speculative-config": use_adaptive_verification,
         "keys are smoothed by what this process sees first, so their pages cannot leave it (--kv-transfer-config, "
-        '--kv-offloading-size); add --additional-config \'{"sage": {"smooth_k": false}}\'': (
-            use_kv_transfer and options.smooth_k
-        ),
+        '--kv-offloading-size); make a calibration with sage calibrate, or add --additional-config '
+        '\'{"sage": {"smooth_k": false}}\'': use_kv_transfer and options.smooth_k and options.calibration is None,
     }
     return [reason for reason, applies in found.items() if applies]
 
@@ -114,6 +113,10 @@ def check_config(config: Any) -> None:
     )
     if found:
         raise ValueError(f"--attention-backend sage cannot serve {model.model}: {'; '.join(found)}")
+    if options.calibration is not None:
+        from sage_backend import calibration
+
+        calibration.check(options.calibration, model)
 
 
 def check_arguments(arguments: Any) -> None:
@@ -143,6 +146,13 @@ def check_model_folder(folder: Path) -> None:
         raise ValueError(f"{file} is not JSON or is cut short; fetch it again") from None
     if not (isinstance(config, dict) and config.get("model_type")):
         raise ValueError(f"{folder} is not a model folder: its config.json names no model_type")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line. Those of pydantic, which vLLM's configurations raise, begin with how many there are."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = next((line for line in lines if line.startswith("Value error, ")), lines[0])
+    return told.removeprefix("Value error, ").partition(" [type=")[0]
 
 
 def check_weight_files(folder: Path) -> None:

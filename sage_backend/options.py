@@ -11,11 +11,13 @@ from sage_paged import K_BITS, PAGE_TOKENS, PageLayout
 @dataclass(frozen=True)
 class SageOptions:
     """k_bits: bits of a stored key channel. page_tokens: tokens of a KV page, which is vLLM's KV block. smooth_k: whether an
-    anchor is subtracted from keys (see `sage_kernels.reference`)."""
+    anchor is subtracted from keys (see `sage_kernels.reference`). calibration: a file with the anchors (see
+    `sage_backend.calibration`); without one, the first tokens fix them."""
 
     k_bits: int = 8
     page_tokens: int = 128
     smooth_k: bool = True
+    calibration: str | None = None
 
     ALLOWED: ClassVar = {"k_bits": K_BITS, "page_tokens": PAGE_TOKENS, "smooth_k": (False, True)}
 
@@ -32,11 +34,18 @@ class SageOptions:
         for name, value in section.items():
             if name not in known:
                 raise ValueError(f'unknown option "{name}" in --additional-config "sage"; options are {_list(sorted(known))}')
+            if name == "calibration":
+                if not (isinstance(value, str) and value):
+                    raise ValueError(f'option "{name}" in --additional-config "sage" is {value!r}; it can be a file')
+                continue
             allowed = cls.ALLOWED[name]
             if type(value) is not type(allowed[0]) or value not in allowed:
                 choices = _list(map(json.dumps, allowed))
                 raise ValueError(f'option "{name}" in --additional-config "sage" is {value!r}; it can be {choices}')
-        return cls(**section)
+        options = cls(**section)
+        if options.calibration and not options.smooth_k:
+            raise ValueError('options "calibration" and "smooth_k": false in --additional-config "sage" exclude each other')
+        return options
 
     def layout(self, head_dim: int) -> PageLayout:
         return PageLayout(head_dim, self.k_bits, self.page_tokens)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from sage_backend import __version__
-from sage_backend.checks import check_model_folder
+from sage_backend.checks import check_model_folder, one_line
 from sage_backend.demo import HELDOUT, MODEL_DIR
 
 TOP = 20
@@ -42,7 +42,7 @@ class Run:
     name: str
     backend: str
     kv_cache_dtype: str = "auto"
-    options: dict[str, int] = field(default_factory=dict)
+    options: dict[str, int | str] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> "Run":
@@ -58,12 +58,12 @@ class Run:
         except (KeyError, ValueError):
             raise ValueError(f"vLLM has no attention backend {name!r}") from None
         booleans = {"false": False, "true": True}
-        options: dict[str, int] = {}
+        options: dict[str, int | str] = {}
         for assignment in filter(None, tail.split(",")):
             option, _, value = assignment.partition("=")
-            if backend != BACKEND or not (value.isdecimal() or value in booleans):
+            if backend != BACKEND or not value:
                 raise ValueError(f"{text!r} is not a run; one with options is, for example, SAGE:k_bits=4")
-            options[option] = booleans[value] if value in booleans else int(value)
+            options[option] = booleans[value] if value in booleans else int(value) if value.isdecimal() else value
         SageOptions.parse({"sage": options})
         return cls(text, backend, dtype or "auto", options)
 
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _compare(arguments, shlex.join(["python", "-m", "sage_backend.quality", *argv]))
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -29,7 +29,16 @@ def test_all_options() -> None:
         ({"page_tokens": 32}, 'option "page_tokens" in --additional-config "sage" is 32; it can be 64 or 128'),
         ({"smooth_k": 1}, 'option "smooth_k" in --additional-config "sage" is 1; it can be false or true'),
         ({"smooth_k": "no"}, 'option "smooth_k" in --additional-config "sage" is \'no\'; it can be false or true'),
-        ({"kbits": 8}, 'unknown option "kbits" in --additional-config "sage"; options are k_bits, page_tokens or smooth_k'),
+        (
+            {"kbits": 8},
+            'unknown option "kbits" in --additional-config "sage"; options are calibration, k_bits, page_tokens or smooth_k',
+        ),
+        ({"calibration": 1}, 'option "calibration" in --additional-config "sage" is 1; it can be a file'),
+        ({"calibration": ""}, 'option "calibration" in --additional-config "sage" is \'\'; it can be a file'),
+        (
+            {"calibration": "c", "smooth_k": False},
+            'options "calibration" and "smooth_k": false in --additional-config "sage" exclude each other',
+        ),
         ([8], 'option "sage" in --additional-config must be an object such as {"k_bits": 8}, not [8]'),
         (None, 'option "sage" in --additional-config must be an object such as {"k_bits": 8}, not None'),
     ],

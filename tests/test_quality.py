@@ -86,7 +86,7 @@ def test_runs() -> None:
         (["SAGE:k_bits=5"], 'option "k_bits" in --additional-config "sage" is 5; it can be 4 or 8'),
         (["SAGE:smooth_k=1"], 'option "smooth_k" in --additional-config "sage" is 1; it can be false or true'),
         (["SAGE:k_bits"], "'SAGE:k_bits' is not a run"),
-        (["SAGE:smooth_k=no"], "'SAGE:smooth_k=no' is not a run"),
+        (["SAGE:smooth_k=no"], 'option "smooth_k" in --additional-config "sage" is \'no\'; it can be false or true'),
         (["CPU_ATTN:k_bits=4"], "'CPU_ATTN:k_bits=4' is not a run"),
         (["SAGE", "--text", "EMPTY"], "EMPTY is not a file with text"),
         (["SAGE", "--text", "NOWHERE"], "NOWHERE is not a file with text"),
