@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""What codes for keys cost and are worth: error of attention against bytes of a key, for every combination of an anchor, a
+transformation and a code, on the embedded model's own activations and on random ones with outliers.
+
+    python3 benchmarks/key_codes.py --out benchmarks/results/key-codes.json
+
+All codes are token-local: a token's code depends on that token and on constants of its layer. Queries are INT8 per token,
+values and probabilities exact, so that only the keys' part of the error is seen. Plain torch on a CPU; takes some minutes.
+"""
+
+import argparse
+import json
+import math
+import platform
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sage_backend.demo import HELDOUT, MODEL_DIR
+from sage_kernels.reference import ANCHOR_TOKENS
+
+TOKENS, HEAD_DIM, SCALE_BYTES = 2047, 128, 4
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries [heads, tokens, HEAD_DIM], keys and values [kv_heads, tokens, HEAD_DIM] of a layer, rotated, float32."""
+
+
+def model_activations() -> list[Heads]:
+    """Those of the embedded model's four layers on a window of held-out text."""
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    from sage_backend.demo.llama import Attention, Llama, Shape, rotate
+
+    model = Llama(Shape()).eval()
+    weights = load_file(MODEL_DIR / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): w.float() for name, w in weights.items()}, strict=False)
+    layers: list[Heads] = []
+
+    def keep(module: Attention, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        x, cos, sin = inputs
+        q, k, v = (
+            projection(x)[0].unflatten(-1, (-1, HEAD_DIM)).transpose(0, 1)
+            for projection in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        layers.append((rotate(q, cos, sin), rotate(k, cos, sin), v))
+
+    for layer in model.layers:
+        layer.self_attn.register_forward_hook(keep)
+    ids = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json")).encode(HELDOUT.read_text(encoding="utf-8")).ids
+    model(torch.tensor(ids[:TOKENS])[None])
+    return layers
+
+
+def random_activations() -> list[Heads]:
+    """Normal data; keys with a constant of 8 in every 17th channel, and a token in 50 ten times as large."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(heads, TOKENS, HEAD_DIM, generator=g) for heads in (4, 2, 2))
+    k *= torch.where(torch.rand(2, TOKENS, 1, generator=g) < 0.02, 10.0, 1.0)
+    k[..., ::17] += 8
+    return [(q, k, v)]
+
+
+# --- anchors: float32 [kv_heads, 1, HEAD_DIM] -------------------------------------------------------------------------------
+
+ANCHORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda k: torch.zeros_like(k[:, :1]),
+    "first tokens": lambda k: k[:, :ANCHOR_TOKENS].mean(1, keepdim=True),
+    "whole text": lambda k: k.mean(1, keepdim=True),
+}
+
+# --- transformations of queries and keys that leave their products as they are ----------------------------------------------
+
+
+def hadamard(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    matrix = torch.ones(1, 1)
+    while len(matrix) < HEAD_DIM:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    signs = torch.randint(0, 2, (HEAD_DIM,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    rotation = signs[:, None] * matrix / math.sqrt(HEAD_DIM)
+    return q @ rotation, k @ rotation
+
+
+def equalized(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels divided by the root of the ratio of the largest key to the largest query of the text."""
+    group = len(q) // len(k)
+    q_max = q.unflatten(0, (len(k), group)).abs().amax((1, 2))[:, None]
+    factor = (k.abs().amax(1, keepdim=True).clamp_min(1e-3) / q_max).sqrt()
+    return q * factor.repeat_interleave(group, 0), k / factor
+
+
+TRANSFORMS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "none": lambda q, k: (q, k),
+    "Hadamard": hadamard,
+    "equalized": equalized,
+}
+
+# --- codes ------------------------------------------------------------------------------------------------------------------
+
+
+def symmetric(x: Tensor, largest: int, clip: float = 1.0) -> Tensor:
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) * clip / largest
+    return (x / scale).round().clamp(-largest, largest) * scale
+
+
+def asymmetric(x: Tensor, levels: int) -> Tensor:
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    step = ((high - low) / (levels - 1)).clamp_min(1e-12)
+    return ((x - low) / step).round() * step + low
+
+
+def best_clip(x: Tensor, largest: int) -> Tensor:
+    """For each token, the clipping that leaves the least squared error."""
+    tried = torch.stack([symmetric(x, largest, clip) for clip in (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)])
+    best = (tried - x).square().sum(-1).argmin(0)
+    return torch.take_along_dim(tried, best[None, ..., None], 0)[0]
+
+
+def grouped(code: Callable[[Tensor], Tensor], groups: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: code(x.unflatten(-1, (groups, -1))).flatten(-2)
+
+
+def int4(x: Tensor) -> Tensor:
+    return symmetric(x, 7)
+
+
+def uint4(x: Tensor) -> Tensor:
+    return asymmetric(x, 16)
+
+
+CODES: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
+    "INT8": (HEAD_DIM + SCALE_BYTES, lambda x: symmetric(x, 127)),
+    "INT4": (HEAD_DIM / 2 + SCALE_BYTES, int4),
+    "INT4, clipped": (HEAD_DIM / 2 + SCALE_BYTES, lambda x: best_clip(x, 7)),
+    "INT4, asymmetric": (HEAD_DIM / 2 + 2 * SCALE_BYTES, uint4),
+    "INT4, 2 groups": (HEAD_DIM / 2 + 2 * SCALE_BYTES, grouped(int4, 2)),
+    "INT4, 2 groups, asymmetric": (HEAD_DIM / 2 + 4 * SCALE_BYTES, grouped(uint4, 2)),
+    "INT4, 4 groups": (HEAD_DIM / 2 + 4 * SCALE_BYTES, grouped(int4, 4)),
+    "INT4, 8 groups": (HEAD_DIM / 2 + 8 * SCALE_BYTES, grouped(int4, 8)),
+}
+"""Bytes of a key of one head, with float32 scales, and the code."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+    hidden = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
+    return torch.softmax((q @ k.mT / math.sqrt(HEAD_DIM)).masked_fill(hidden, float("-inf")), -1) @ v
+
+
+def errors(layers: list[Heads]) -> list[dict[str, object]]:
+    """The relative L2 error of attention's output, as mean over the layers, of every combination."""
+    expected = [attention(*layer) for layer in layers]
+    results: list[dict[str, object]] = []
+    for code_name, (size, code) in CODES.items():
+        for anchor_name, anchor in ANCHORS.items():
+            for transform_name, transform in TRANSFORMS.items():
+                found = []
+                for (q, k, v), exact in zip(layers, expected, strict=True):
+                    new_q, new_k = transform(q, k - anchor(k))
+                    out = attention(symmetric(new_q, 127), code(new_k), v)
+                    found.append(float((out - exact).norm() / exact.norm()))
+                error = round(sum(found) / len(found), 5)
+                combination = {"code": code_name, "anchor": anchor_name, "transform": transform_name}
+                results.append({**combination, "key_bytes": size, "error": error})
+    return results
+
+
+def table(results: list[dict[str, object]]) -> str:
+    columns = [(anchor, transform) for anchor in ANCHORS for transform in TRANSFORMS]
+    error = {(r["code"], r["anchor"], r["transform"]): r["error"] for r in results}
+    lines = [f"{'':<27} bytes " + " ".join(f"{anchor:>12}" for anchor, _ in columns)]
+    lines.append(" " * 34 + " ".join(f"{transform:>12}" for _, transform in columns))
+    for code, (size, _) in CODES.items():
+        lines.append(f"{code:<27} {size:>5.0f} " + " ".join(f"{error[code, *column]:>12.4f}" for column in columns))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare codes for keys.")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    arguments = parser.parse_args()
+    report: dict[str, object] = {
+        "command": "benchmarks/key_codes.py" + (f" --out {arguments.out}" if arguments.out else ""),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "tokens": TOKENS,
+    }
+    with torch.inference_mode():
+        for name, layers in {"embedded model": model_activations(), "random": random_activations()}.items():
+            results = errors(layers)
+            print(f"{name}: relative error of attention, by anchor (first line) and transformation (second)")
+            print(table(results), end="\n\n")
+            report[name] = results
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
