@@ -25,7 +25,7 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from sage_backend import calibration, checks, options
+from sage_backend import calibration, checks, metrics, options
 from sage_backend.plugin import BACKEND
 from sage_kernels import cpu, device, reference
 
@@ -95,6 +95,8 @@ class SageMetadata(AttentionMetadata):
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    sample: metrics.Sample | None = None
+    """What to time of this step, if anything."""
 
 
 class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
@@ -109,6 +111,12 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         self.page_tokens = options.current().page_tokens
         self.processors = device.multiprocessors(device_)
         self.reorder_batch_threshold: int = max_decode_query_len(vllm_config)
+        self.recorder = metrics.recorder(vllm_config)
+        if self.recorder is not None:
+            known = vllm_config.compilation_config.static_forward_context
+            owners = [name for name in layer_names if known[name].kv_sharing_target_layer_name is None]
+            layout = options.current().layout(kv_cache_spec.head_size)
+            self.recorder.add_layers(layer_names, len(owners), layout, self.kv_heads, self.heads, device_)
         self.workspace = None
         if device_.type != "cpu":
             from sage_kernels import decode
@@ -125,6 +133,9 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         common = common_attn_metadata
         threshold = self.reorder_batch_threshold
         num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
+        sample = None
+        if self.recorder is not None and not fast_build:  # which is how drafts are built
+            sample = self.recorder.step(self.layer_names, common, num_decodes)
         splits = 1
         if self.workspace is not None and num_decodes:
             from sage_kernels import decode
@@ -140,6 +151,7 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
+            sample=sample,
         )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> SageMetadata:
@@ -257,23 +269,24 @@ class SageImpl(AttentionImpl[SageMetadata]):
             # Elsewhere, attention comes out the same with any anchor. The keys may be another layer's.
             target = layer.kv_sharing_target_layer_name
             mask["anchor"] = self.anchor if target is None else get_forward_context().no_compile_layers[target].impl.anchor
+        how: dict[str, Any] = {}
         if query.device.type == "cpu":
-            cpu.attention(
-                query, pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc, self.scale, out, **mask
-            )
-            return output
-        from sage_kernels.decode import decode
-        from sage_kernels.prefill import prefill
+            decode = prefill = cpu.attention
+        else:
+            from sage_kernels.decode import decode
+            from sage_kernels.prefill import prefill
 
+            how = {"max_query_len": m.max_decode_query_len, "splits": m.splits, "workspace": m.workspace}
         n = m.num_decodes
         if n:
-            decode(
-                query[: m.num_decode_tokens], pages, self.layout, m.block_table[:n], m.seq_lens[:n], m.query_start_loc[: n + 1],
-                self.scale, out[: m.num_decode_tokens], **mask,
-                max_query_len=m.max_decode_query_len, splits=m.splits, workspace=m.workspace,
-            )  # fmt: skip
+            with metrics.timed(m.sample, "decode", layer, query.device):
+                decode(
+                    query[: m.num_decode_tokens], pages, self.layout, m.block_table[:n], m.seq_lens[:n],
+                    m.query_start_loc[: n + 1], self.scale, out[: m.num_decode_tokens], **mask, **how,
+                )  # fmt: skip
         if n < m.seq_lens.shape[0] and m.num_decode_tokens < m.num_tokens:
-            prefill(
-                query, pages, self.layout, m.block_table[n:], m.seq_lens[n:], m.query_start_loc[n:], self.scale, out, **mask
-            )
+            with metrics.timed(m.sample, "prefill", layer, query.device):
+                prefill(
+                    query, pages, self.layout, m.block_table[n:], m.seq_lens[n:], m.query_start_loc[n:], self.scale, out, **mask
+                )
         return output

@@ -74,14 +74,19 @@ def reasons(
     return [reason for reason, applies in found.items() if applies]
 
 
+def is_chosen(config: Any) -> bool:
+    """Whether an engine of this configuration (VllmConfig) uses this backend."""
+    attention = config.attention_config
+    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+    return any(getattr(backend, "name", None) == "SAGE" for backend in chosen)
+
+
 def check_config(config: Any) -> None:
     """Check an engine's configuration (VllmConfig) as soon as it is made, if it chooses this backend.
 
     Raises ValueError with one line for wrong options, or a model or a setting that cannot be served.
     """
-    attention = config.attention_config
-    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
-    if not any(getattr(backend, "name", None) == "SAGE" for backend in chosen):
+    if not is_chosen(config):
         return
     options = SageOptions.parse(config.additional_config)
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config

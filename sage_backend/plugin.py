@@ -17,7 +17,7 @@ def register() -> None:
     if not _checking:
         _warn_if_untested()
         _check_configurations()
-        _forget_warm_up()
+        _set_apart_made_up_requests()
 
 
 def backend_member(name: str) -> Any:
@@ -55,32 +55,46 @@ def _check_configurations() -> None:
     create = EngineArgs.create_engine_config
 
     def create_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from sage_backend.checks import check_arguments, check_config
+        from sage_backend.checks import check_arguments, check_config, is_chosen
+        from sage_backend.exporter import export
 
         check_arguments(self)
         config = create(self, *args, **kwargs)
         check_config(config)
+        if is_chosen(config) and not self.disable_log_stats:
+            export(config)
         return config
 
     EngineArgs.create_engine_config = create_and_check
 
 
-def _forget_warm_up() -> None:
-    """Have workers forget the anchors that their warm-up has fixed.
+def _set_apart_made_up_requests() -> None:
+    """Have workers forget the anchors that their warm-up has fixed, and count requests of users only.
 
     The first tokens fix what keys are smoothed by, and on a GPU vLLM warms up with made-up requests that look like any other.
+    So do the dummy batches that keep idle data parallel engines in step with the others.
     """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        times = self.worker.compile_or_warm_up_model(*args, **kwargs)
+        from sage_backend import metrics
+
+        with metrics.paused():
+            times = self.worker.compile_or_warm_up_model(*args, **kwargs)
         for layer in self.vllm_config.compilation_config.static_forward_context.values():
             # Layers of other backends have no anchor, and ours is not imported where it is not used.
             if forget_anchor := getattr(getattr(layer, "impl", None), "forget_anchor", None):
                 forget_anchor()
         return times
 
+    def execute_dummy_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from sage_backend import metrics
+
+        with metrics.paused():
+            return self.worker.execute_dummy_batch(*args, **kwargs)
+
     WorkerWrapperBase.compile_or_warm_up_model = compile_or_warm_up_model
+    WorkerWrapperBase.execute_dummy_batch = execute_dummy_batch
 
 
 def _warn_if_untested() -> None:

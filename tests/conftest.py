@@ -1,8 +1,10 @@
 import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
+from server import Server, serve
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined and when it runs. Engines are started without it.
@@ -17,3 +19,10 @@ def kernels() -> SimpleNamespace:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return SimpleNamespace(store=store.store, prefill=prefill.prefill, decode=decode.decode, device=device)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all tests that need one, which test_serving.py stops."""
+    with serve(tmp_path_factory.mktemp("server")) as server:
+        yield server

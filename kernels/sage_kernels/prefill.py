@@ -137,16 +137,20 @@ def tile(head_dim: int, group: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _hopper(device: torch.device, layout: PageLayout, group: int) -> ModuleType | None:
-    """The module with a kernel made for this device and these pages, or None for the portable one."""
+def choose_kernel(device: torch.device, layout: PageLayout, group: int) -> tuple[ModuleType | None, str | None]:
+    """The module with a kernel made for this device and these pages, or None for the portable one.
+
+    Where the device has such a kernel and the portable one is taken all the same, the second element says why:
+    "gluon_missing" if it cannot be imported, "page_format" if it does not read these pages.
+    """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return None
+        return None, None
     try:
         from sage_kernels import hopper
     except ImportError as error:
         logger.warning("prefill takes the portable kernel, which is slower: Triton's Gluon cannot be used (%s)", error)
-        return None
-    return hopper if hopper.supports(layout, group) else None
+        return None, "gluon_missing"
+    return (hopper, None) if hopper.supports(layout, group) else (None, "page_format")
 
 
 def prefill(
@@ -167,7 +171,7 @@ def prefill(
 
     Only rows query_start_loc[0] to query_start_loc[-1] are read and written. query and out need unit stride in head_dim only.
     """
-    hopper = _hopper(query.device, layout, query.shape[1] // pages.shape[1])
+    hopper, _ = choose_kernel(query.device, layout, query.shape[1] // pages.shape[1])
     if hopper is not None:
         hopper.prefill(
             query, pages, layout, block_table, seq_lens, query_start_loc, scale, out, window, soft_cap, sinks, anchor=anchor

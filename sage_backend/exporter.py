@@ -1,0 +1,88 @@
+"""The server's side of `metrics`: what workers wrote, shown at its /metrics beside vLLM's own."""
+
+import atexit
+import functools
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import REGISTRY
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+from sage_backend import metrics, options
+from sage_backend.checks import is_chosen
+
+_folders: list[Path] = []  # those of engines of this process
+
+
+@functools.cache
+def _show_workers() -> None:
+    REGISTRY.register(_Workers())
+
+
+class _Workers(Collector):
+    """The sums of what the workers of this process's engines wrote."""
+
+    def collect(self) -> Iterable[Any]:
+        return MultiProcessCollector.merge([str(file) for folder in _folders for file in folder.glob("*.db")])
+
+
+def export(config: Any) -> None:
+    """Show the metrics of an engine of this configuration (VllmConfig), whose processes have not been started yet."""
+    from vllm.ray.lazy_utils import is_ray_initialized
+
+    _follow_schedulers()
+    folder = metrics.directory(config)
+    # One that exists is vLLM's, which every API server shows as it is. Under Ray, workers tell Ray.
+    if folder.exists() or is_ray_initialized():
+        return
+    folder.mkdir(mode=0o700)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _folders.append(folder)
+    _show_workers()
+
+
+@functools.cache
+def _follow_schedulers() -> None:
+    """Have vLLM's logger of metrics tell how many pages are in use, too, which only schedulers know."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    init, record = PrometheusStatLogger.__init__, PrometheusStatLogger.record
+
+    def init_pages(self: Any, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
+        init(self, vllm_config, engine_indexes)
+        self.sage_pages = _Pages(self) if is_chosen(vllm_config) else None
+
+    def record_pages(self: Any, scheduler_stats: Any, *args: Any, engine_idx: int = 0, **kwargs: Any) -> None:
+        record(self, scheduler_stats, *args, engine_idx=engine_idx, **kwargs)
+        if self.sage_pages is not None and scheduler_stats is not None:
+            self.sage_pages.set(engine_idx, scheduler_stats.kv_cache_usage)
+
+    PrometheusStatLogger.__init__ = init_pages
+    PrometheusStatLogger.record = record_pages
+
+
+class _Pages:
+    """The gauges of pages, of the kind (Prometheus's or Ray's) that one of vLLM's loggers uses itself."""
+
+    def __init__(self, logger: Any) -> None:
+        config, kind = logger.vllm_config, logger._gauge_cls
+        blocks = config.cache_config.num_gpu_blocks // len(logger.engine_indexes)  # vLLM sums them over engines
+        page_tokens = options.SageOptions.parse(config.additional_config).page_tokens
+        # Less the block that stands for none.
+        self._total = (blocks - 1) * config.cache_config.block_size // page_tokens
+        self._in_use = {}
+        for engine, labels in logger.per_engine_labelvalues.items():
+            _gauge(kind, metrics.PAGES).labels(*labels).set(self._total)
+            self._in_use[engine] = _gauge(kind, metrics.PAGES_IN_USE).labels(*labels)
+            self._in_use[engine].set(0)
+
+    def set(self, engine: int, usage: float) -> None:
+        self._in_use[engine].set(round(usage * self._total))
+
+
+@functools.cache
+def _gauge(kind: Any, metric: metrics.Metric) -> Any:
+    return kind(metric.name, metric.text, labelnames=list(metrics.COMMON_LABELS), multiprocess_mode="mostrecent")

@@ -1,0 +1,335 @@
+"""What an engine tells of its steps, as counters and gauges that Prometheus can read. docs/metrics.md is the user's side.
+
+Workers serve no HTTP. The first worker of each engine keeps its values in files of prometheus_client's multiprocess format,
+which `exporter` shows at the server's /metrics. Under Ray Serve, where no server of vLLM's is scraped, it hands them to Ray.
+The other workers of an engine attend to the same tokens, with other heads or layers, and so have nothing to add.
+"""
+
+import itertools
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+PHASES = ("prefill", "decode")
+SAMPLE_EVERY = {"prefill": 4, "decode": 16}
+"""Steps of a phase from one whose attention is timed to the next. Prefills are fewer and longer."""
+
+FALLBACKS = ("gluon_missing", "page_format")
+"""Why `sage_kernels.prefill.choose_kernel` takes the portable kernel."""
+
+COMMON_LABELS = ("model_name", "engine")
+"""Labels of every metric, as vLLM's own have them: the served model's name, and the engine's data parallel rank."""
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """labels: its labels beside the common ones, each with the values it takes; empty where that is a line of text."""
+
+    name: str
+    text: str
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return "counter" if self.name.endswith("_total") else "gauge"
+
+
+BUILD = Metric(
+    "sage_build_info",
+    "Always 1; the labels say what serves.",
+    dict.fromkeys(("version", "vllm_version", "page_format", "kernels", "architecture"), ()),
+)
+TOKENS = Metric("sage_attended_tokens_total", "Query tokens that attention was computed for.", {"phase": PHASES})
+STEPS = Metric("sage_attention_steps_total", "Engine steps with tokens of the phase.", {"phase": PHASES})
+FALLBACK_STEPS = Metric(
+    "sage_fallback_steps_total", "Steps whose prefill did not take the kernel made for the GPU.", {"reason": FALLBACKS}
+)
+SAMPLES = Metric("sage_attention_samples_total", "Calls of one attention layer that were timed.", {"phase": PHASES})
+SECONDS = Metric("sage_attention_sampled_seconds_total", "Seconds that these calls took.", {"phase": PHASES})
+OPERATIONS = Metric("sage_attention_sampled_operations_total", "Operations of Q K^T and P V in these calls.", {"phase": PHASES})
+BYTES = Metric("sage_attention_sampled_bytes_total", "Bytes of KV pages that these calls had to read.", {"phase": PHASES})
+TOKEN_BYTES = Metric("sage_kv_bytes_per_token", "Bytes of one token's keys and values in all layers of one worker.")
+COMPRESSION = Metric("sage_kv_compression_ratio", "Bytes of the same keys and values in BF16, over sage_kv_bytes_per_token.")
+PAGES = Metric("sage_kv_pages", "Pages of the KV cache.")
+PAGES_IN_USE = Metric("sage_kv_pages_in_use", "Pages that requests hold.")
+
+METRICS = (
+    BUILD, TOKENS, STEPS, FALLBACK_STEPS, SAMPLES, SECONDS, OPERATIONS, BYTES, TOKEN_BYTES, COMPRESSION, PAGES, PAGES_IN_USE,
+)  # fmt: skip
+
+
+def directory(config: Any) -> Path:
+    """Where an engine of this configuration (VllmConfig) keeps its values, if the folder exists.
+
+    Several API servers share a folder of vLLM's already, which each of them shows. A single one makes its own.
+    """
+    shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    # The number is the time at which the configuration was made, in ns, and goes with it to all processes. Data parallel
+    # engines under Ray append their rank.
+    return Path(shared) if shared else Path(tempfile.gettempdir()) / f"sage-metrics-{config.instance_id.partition('_')[0]}"
+
+
+class Values(Protocol):
+    """Where values go. `labels` are the values of the metric's own labels, in their order."""
+
+    def add(self, metric: Metric, amount: float, *labels: str) -> None: ...
+
+    def set(self, metric: Metric, value: float, *labels: str) -> None: ...
+
+
+class FileValues:
+    """Values in files that another process reads while they are written: an addition is a store into mapped memory."""
+
+    def __init__(self, folder: Path, writer: str, common: Sequence[str]) -> None:
+        """writer: a name, without underscores, that no other process and no other engine of this one has."""
+        from prometheus_client.mmap_dict import MmapedDict
+
+        self._common = tuple(common)
+        self._counters = MmapedDict(str(folder / f"counter_{writer}.db"))
+        self._gauges = MmapedDict(str(folder / f"gauge_mostrecent_{writer}.db"))
+        self._keys: dict[tuple[str, ...], str] = {}
+
+    def add(self, metric: Metric, amount: float, *labels: str) -> None:
+        key = self._key(metric, labels)
+        value, _ = self._counters.read_value(key)
+        self._counters.write_value(key, value + amount, 0.0)
+
+    def set(self, metric: Metric, value: float, *labels: str) -> None:
+        self._gauges.write_value(self._key(metric, labels), value, time.time())
+
+    def _key(self, metric: Metric, labels: tuple[str, ...]) -> str:
+        key = self._keys.get((metric.name, *labels))
+        if key is None:
+            from prometheus_client.mmap_dict import mmap_key
+
+            names, values = [*COMMON_LABELS, *metric.labels], [*self._common, *labels]
+            key = mmap_key(metric.name.removesuffix("_total"), metric.name, names, values, metric.text)
+            self._keys[(metric.name, *labels)] = key
+        return key
+
+
+class RayValues:
+    """Values in Ray's own metrics, for a worker that is a Ray actor."""
+
+    def __init__(self, common: Sequence[str]) -> None:
+        from ray.util import metrics as ray
+
+        self._common = dict(zip(COMMON_LABELS, common, strict=True))
+        kinds: dict[str, Any] = {"counter": ray.Counter, "gauge": ray.Gauge}
+        self._metrics = {
+            metric.name: kinds[metric.kind](metric.name, metric.text, (*COMMON_LABELS, *metric.labels)) for metric in METRICS
+        }
+
+    def add(self, metric: Metric, amount: float, *labels: str) -> None:
+        if amount:  # Ray refuses to add nothing
+            self._metrics[metric.name].inc(amount, self._tags(metric, labels))
+
+    def set(self, metric: Metric, value: float, *labels: str) -> None:
+        self._metrics[metric.name].set(value, self._tags(metric, labels))
+
+    def _tags(self, metric: Metric, labels: tuple[str, ...]) -> dict[str, str]:
+        return {**self._common, **dict(zip(metric.labels, labels, strict=True))}
+
+
+def _open_values(config: Any) -> Values | None:
+    """Where this worker's values go, or None if nobody asked for them or another worker tells them."""
+    if config.parallel_config.rank != 0:
+        return None
+    common = (config.model_config.served_model_name, str(config.parallel_config.data_parallel_index))
+    folder = directory(config)
+    if folder.is_dir():
+        return FileValues(folder, f"sage-{os.getpid()}-{config.instance_id.replace('_', '-')}", common)
+    from vllm.ray.lazy_utils import is_in_ray_actor
+
+    return RayValues(common) if is_in_ray_actor() else None
+
+
+@dataclass
+class Work:
+    """What attention had to do: `operations` of the two matrix products, `bytes` of pages, each read once a request."""
+
+    operations: float
+    bytes: float
+
+    @classmethod
+    def of(cls, impl: Any, query_lens: np.ndarray, seq_lens: np.ndarray) -> "Work":
+        """Of requests with these query tokens and tokens in all, int64 [requests], in the layer of `impl` (SageImpl)."""
+        if impl.window:
+            pairs = _visible(seq_lens, impl.window) - _visible(seq_lens - query_lens, impl.window)
+            keys = np.minimum(seq_lens, impl.window - 1 + query_lens)
+        else:
+            pairs = query_lens * (2 * seq_lens - query_lens + 1) // 2
+            keys = seq_lens
+        return cls(
+            operations=4.0 * impl.num_heads * impl.head_size * float(pairs.sum()),
+            bytes=float(impl.num_kv_heads * impl.layout.bytes_per_token) * float(keys[query_lens > 0].sum()),
+        )
+
+
+def _visible(tokens: np.ndarray, window: int) -> np.ndarray:
+    """How many (query, key) pairs the first `tokens` tokens make, each seeing itself and up to window - 1 before it."""
+    full = np.minimum(tokens, window)
+    return full * (full + 1) // 2 + (tokens - full) * window
+
+
+@dataclass
+class Sample:
+    """A step of which one layer's attention is timed, in `phases`. query_lens, seq_lens: int64 [requests]."""
+
+    recorder: "Recorder"
+    layer: str
+    phases: Sequence[str]
+    num_decodes: int
+    query_lens: np.ndarray
+    seq_lens: np.ndarray
+
+    @contextmanager
+    def timed(self, phase: str, impl: Any, device: torch.device) -> Iterator[None]:
+        """Time what is called inside, which attends for `phase` in the layer of `impl` (SageImpl)."""
+        if phase not in self.phases:
+            yield
+            return
+        rows = slice(self.num_decodes) if phase == "decode" else slice(self.num_decodes, None)
+        work = Work.of(impl, self.query_lens[rows], self.seq_lens[rows])
+        if device.type == "cpu":
+            began = time.perf_counter()
+            yield
+            self.recorder.add_sample(phase, work, time.perf_counter() - began)
+        else:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self.recorder.pending.append((phase, work, begin, end))
+
+
+_NOT_TIMED = nullcontext()
+
+
+def timed(sample: Sample | None, phase: str, layer: Any, device: torch.device) -> AbstractContextManager[None]:
+    """What `layer` (vLLM's Attention) has to attend for `phase` inside of, so that it is timed where `sample` says so."""
+    if sample is None or sample.layer != layer.layer_name:
+        return _NOT_TIMED
+    return sample.timed(phase, layer.impl, device)
+
+
+class Recorder:
+    """Counts the steps of one engine. All methods take microseconds and none waits for the device."""
+
+    def __init__(self, values: Values) -> None:
+        self.paused = True
+        """Whether steps are made up: those of the warm-up, and those that keep idle data parallel engines in step."""
+        self.pending: list[tuple[str, Work, Any, Any]] = []
+        """What was timed and whose CUDA events may not have passed yet: phase, work, begin, end."""
+        self._values = values
+        self._group: list[str] = []
+        self._fallback: str | None = None
+        self._steps = dict.fromkeys(PHASES, 0)
+        self._group_bytes: dict[tuple[str, ...], np.ndarray] = {}
+        # A counter that appears with its first event has no rate at that event.
+        for metric in METRICS:
+            if metric.kind == "counter":
+                for labels in itertools.product(*metric.labels.values()):
+                    values.add(metric, 0, *labels)
+
+    def add_layers(
+        self, names: list[str], owners: int, layout: Any, kv_heads: int, heads: int, device: torch.device
+    ) -> None:
+        """Tell of a group of layers, of which `owners` have pages of their own, in `layout` (PageLayout).
+
+        kv_heads, heads: of one layer in this worker.
+        """
+        if not self._group or self._group == names:
+            # Steps are counted where the first group's metadata are built. A draft model's groups come later.
+            self._group = names
+            self._tell_build(layout, heads // kv_heads, device)
+        # By name, for vLLM may make a group's metadata builder more than once.
+        self._group_bytes[tuple(names)] = np.array([layout.bytes_per_token, 2 * 2 * layout.head_dim]) * (kv_heads * owners)
+        token_bytes, bf16_bytes = np.sum(list(self._group_bytes.values()), axis=0).tolist()
+        self._values.set(TOKEN_BYTES, token_bytes)
+        self._values.set(COMPRESSION, bf16_bytes / token_bytes)
+
+    def _tell_build(self, layout: Any, group: int, device: torch.device) -> None:
+        from vllm import __version__ as vllm_version
+
+        from sage_backend import __version__ as version
+
+        kernels, architecture = "torch", platform.machine()
+        if device.type == "cuda":
+            from sage_kernels.prefill import choose_kernel
+
+            own, self._fallback = choose_kernel(device, layout, group)
+            kernels = "triton" if own is None else "gluon+triton"
+            architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        page_format = f"k_int{layout.k_bits}_v_e4m3_page{layout.tokens}"
+        self._values.set(BUILD, 1, version, vllm_version, page_format, kernels, architecture)
+
+    def step(self, names: list[str], common: Any, num_decodes: int) -> Sample | None:
+        """Count a step, of which `common` (CommonAttentionMetadata) was made for the layers `names`.
+
+        Returns what is to be timed of it, if anything.
+        """
+        if self.paused or names != self._group:
+            return None
+        self._collect()
+        starts = common.query_start_loc_cpu.numpy()
+        decode = int(starts[num_decodes])
+        prefill = int(starts[-1]) - decode  # unlike num_actual_tokens, without padding
+        sampled = []
+        for phase, tokens in zip(PHASES, (prefill, decode), strict=True):
+            if tokens:
+                self._values.add(TOKENS, tokens, phase)
+                self._values.add(STEPS, 1, phase)
+                self._steps[phase] += 1
+                if self._steps[phase] % SAMPLE_EVERY[phase] == 0:
+                    sampled.append(phase)
+        if prefill and self._fallback:
+            self._values.add(FALLBACK_STEPS, 1, self._fallback)
+        if not sampled or self.pending or common.seq_lens_cpu_upper_bound is None:
+            return None
+        query_lens = np.diff(starts).astype(np.int64)
+        seq_lens = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
+        return Sample(self, names[-1], sampled, num_decodes, query_lens, seq_lens)
+
+    def _collect(self) -> None:
+        """Add the pending samples whose events have passed."""
+        while self.pending and self.pending[0][-1].query():
+            phase, work, begin, end = self.pending.pop(0)
+            self.add_sample(phase, work, begin.elapsed_time(end) / 1000)
+
+    def add_sample(self, phase: str, work: Work, seconds: float) -> None:
+        self._values.add(SAMPLES, 1, phase)
+        self._values.add(SECONDS, seconds, phase)
+        self._values.add(OPERATIONS, work.operations, phase)
+        self._values.add(BYTES, work.bytes, phase)
+
+
+_current: tuple[str, Recorder | None] = ("", None)
+
+
+def recorder(config: Any) -> Recorder | None:
+    """The recorder of the engine that this worker runs, or None if it has nothing to tell. config: the worker's VllmConfig."""
+    global _current
+    if _current[0] != config.instance_id:
+        values = _open_values(config)
+        _current = config.instance_id, Recorder(values) if values else None
+    return _current[1]
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Do not count the steps inside, whose requests are made up. Counting begins with the first end of this."""
+    if _current[1] is not None:
+        _current[1].paused = True
+    yield
+    if _current[1] is not None:
+        _current[1].paused = False

@@ -1,0 +1,334 @@
+"""What is counted, what is exported, and that docs/metrics.md says so."""
+
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engines import environment
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.parser import text_string_to_metric_families
+from server import Server
+
+from sage_backend import exporter, metrics
+from sage_backend.metrics import COMMON_LABELS, METRICS, SAMPLE_EVERY, FileValues, Metric, Recorder, Work
+from sage_paged import PageLayout
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ["layers.0", "layers.1"]
+IMPL = SimpleNamespace(num_heads=4, num_kv_heads=2, head_size=64, window=0, layout=PageLayout(64))
+
+
+def scraped(folder: Path) -> dict[tuple[str, ...], float]:
+    """What a scrape of `folder` shows, by name and own labels."""
+    samples = (sample for family in MultiProcessCollector.merge(map(str, folder.glob("*.db"))) for sample in family.samples)
+    common = set(COMMON_LABELS)
+    return {(s.name, *(value for name, value in s.labels.items() if name not in common)): s.value for s in samples}
+
+
+def config(rank: int = 0) -> Any:
+    """What is asked of a VllmConfig."""
+    return SimpleNamespace(
+        instance_id=str(time.time_ns()),
+        parallel_config=SimpleNamespace(rank=rank, data_parallel_index=1),
+        model_config=SimpleNamespace(served_model_name="a model"),
+    )
+
+
+def batch(*requests: tuple[int, int], padded: int = 0) -> Any:
+    """What is asked of a CommonAttentionMetadata: requests of (query tokens, tokens in all), then padding."""
+    query_lens, seq_lens = zip(*requests, *[(0, 0)] * padded, strict=True)
+    return SimpleNamespace(
+        query_start_loc_cpu=torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        seq_lens_cpu_upper_bound=torch.tensor(seq_lens, dtype=torch.int32),
+    )
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Recorder:
+    recorder = Recorder(FileValues(tmp_path, "sage-1", ("a model", "0")))
+    recorder.add_layers(LAYERS, 1, PageLayout(64), 2, 4, torch.device("cpu"))
+    recorder.paused = False
+    return recorder
+
+
+def documented() -> list[tuple[str, str, frozenset[str]]]:
+    """Name, kind and labels of every row of the table."""
+    rows = re.findall(r"^\| `(sage_\w+)` +\| (\w+) +\| (.*?) +\|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    return [(name, kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows]
+
+
+def test_the_table_is_what_the_code_has() -> None:
+    assert documented() == [(metric.name, metric.kind, frozenset(metric.labels)) for metric in METRICS]
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 100])
+@pytest.mark.parametrize(("query_len", "seq_len"), [(1, 1), (1, 40), (7, 7), (7, 40), (40, 40)])
+def test_work(window: int, query_len: int, seq_len: int) -> None:
+    """Against counting one by one."""
+    seen = [range(max(0, at - window + 1) if window else 0, at + 1) for at in range(seq_len - query_len, seq_len)]
+    impl = SimpleNamespace(**{**vars(IMPL), "window": window})
+    work = Work.of(impl, np.array([query_len, 0]), np.array([seq_len, 0]))
+    assert work.operations == 2 * 2 * 4 * 64 * sum(map(len, seen))
+    assert work.bytes == 2 * PageLayout(64).bytes_per_token * len(set().union(*seen))
+
+
+def test_steps(recorder: Recorder, tmp_path: Path) -> None:
+    recorder.step(LAYERS, batch((1, 10), (2, 20), (30, 30), padded=3), 2)
+    recorder.step(LAYERS, batch((1, 11), padded=1), 2)
+    recorder.step(["another group"], batch((1, 11)), 1)
+    recorder.paused = True
+    recorder.step(LAYERS, batch((1, 12)), 1)
+    values = scraped(tmp_path)
+    assert values["sage_attended_tokens_total", "decode"] == 4
+    assert values["sage_attended_tokens_total", "prefill"] == 30
+    assert values["sage_attention_steps_total", "decode"] == 2
+    assert values["sage_attention_steps_total", "prefill"] == 1
+    assert values["sage_fallback_steps_total", "gluon_missing"] == 0
+
+
+def test_one_layer_is_timed_now_and_then(recorder: Recorder, tmp_path: Path) -> None:
+    """Only in the phase whose turn it is; its share of the batch is what it had to do."""
+    for _ in range(SAMPLE_EVERY["decode"] - 1):
+        assert recorder.step(LAYERS, batch((1, 10)), 1) is None
+    sample = recorder.step(LAYERS, batch((1, 10), (4, 20)), 1)
+    for name in LAYERS:
+        for phase in metrics.PHASES:
+            with metrics.timed(sample, phase, SimpleNamespace(layer_name=name, impl=IMPL), torch.device("cpu")):
+                time.sleep(0.01)
+    values, work = scraped(tmp_path), Work.of(IMPL, np.array([1]), np.array([10]))
+    assert values["sage_attention_samples_total", "decode"] == 1
+    assert values["sage_attention_samples_total", "prefill"] == 0
+    assert values["sage_attention_sampled_operations_total", "decode"] == work.operations
+    assert values["sage_attention_sampled_bytes_total", "decode"] == work.bytes
+    assert 0.01 <= values["sage_attention_sampled_seconds_total", "decode"] < 1
+
+
+class Event:
+    """A CUDA event that passes when it is told to, and cannot be waited for."""
+
+    made: list["Event"]
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.passed = False
+        self.made.append(self)
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return self.passed
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert end.passed
+        return 3.0  # ms
+
+
+def test_the_device_is_not_waited_for(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample counts in the first step that finds it done, and there is no other until then."""
+    Event.made = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for _ in range(3 * SAMPLE_EVERY["decode"]):
+        if sample := recorder.step(LAYERS, batch((1, 10)), 1):
+            layer = SimpleNamespace(layer_name=LAYERS[-1], impl=IMPL)
+            with metrics.timed(sample, "decode", layer, torch.device("cuda")):
+                pass
+    assert len(Event.made) == 2
+    assert scraped(tmp_path)["sage_attention_samples_total", "decode"] == 0
+    for event in Event.made:
+        event.passed = True
+    recorder.step(LAYERS, batch((1, 10)), 1)
+    assert scraped(tmp_path)["sage_attention_samples_total", "decode"] == 1
+    assert scraped(tmp_path)["sage_attention_sampled_seconds_total", "decode"] == 0.003
+
+
+def test_bytes_of_a_token(recorder: Recorder, tmp_path: Path) -> None:
+    """One layer of two KV heads so far; five of one KV head join, and vLLM may say so twice."""
+    for _ in range(2):
+        recorder.add_layers(["others"], 5, PageLayout(128, k_bits=4), 1, 4, torch.device("cpu"))
+    values = scraped(tmp_path)
+    assert values[("sage_kv_bytes_per_token",)] == 2 * (64 + 64 + 8) + 5 * (64 + 128 + 8)
+    assert values[("sage_kv_compression_ratio",)] == 4 * (2 * 64 + 5 * 128) / values[("sage_kv_bytes_per_token",)]
+    [build] = [key for key in values if key[0] == "sage_build_info"]
+    assert {"k_int8_v_e4m3_page128", "torch"} < set(build)  # of the first group
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setattr(exporter, "_folders", list(exporter._folders))
+    monkeypatch.setattr(metrics, "_current", ("", None))
+    with environment():
+        yield tmp_path
+
+
+def write(config: Any, tokens: int) -> None:
+    recorder = metrics.recorder(config)
+    assert recorder is not None
+    recorder.add_layers(LAYERS, 2, PageLayout(64), 2, 4, torch.device("cpu"))
+    with metrics.paused():
+        recorder.step(LAYERS, batch((1000, 1000)), 0)
+    recorder.step(LAYERS, batch((tokens, tokens)), 0)
+
+
+def prefill_tokens(registry: CollectorRegistry) -> float | None:
+    labels = {"model_name": "a model", "engine": "1", "phase": "prefill"}
+    return registry.get_sample_value("sage_attended_tokens_total", labels)
+
+
+def test_one_server(temporary: Path) -> None:
+    """Its registry shows what the first worker of each of its engines wrote, and nobody else can read or write it."""
+    assert metrics.recorder(config()) is None  # nobody asked
+    engines = [config(), config()]
+    for engine in engines:
+        exporter.export(engine)
+        assert stat.S_IMODE(metrics.directory(engine).stat().st_mode) == 0o700
+        write(engine, 5)
+    assert metrics.recorder(SimpleNamespace(**{**vars(engines[0]), "parallel_config": config(rank=1).parallel_config})) is None
+    assert prefill_tokens(REGISTRY) == 10
+
+
+def test_several_servers(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each shows vLLM's shared folder, and so the same."""
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(temporary))
+    engine = config()
+    exporter.export(engine)
+    write(engine, 5)
+    assert prefill_tokens(get_prometheus_registry()) == prefill_tokens(get_prometheus_registry()) == 5
+    assert not list(temporary.glob("sage-metrics-*"))
+
+
+def test_a_killed_worker_keeps_what_it_counted(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from sage_backend.metrics import TOKENS, FileValues
+values = FileValues(Path({str(tmp_path)!r}), f"sage-{{os.getpid()}}", ("a model", "0"))
+values.add(TOKENS, 7, "decode")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    FileValues(tmp_path, "sage-another", ("a model", "0")).add(metrics.TOKENS, 5, "decode")
+    assert scraped(tmp_path) == {("sage_attended_tokens_total", "decode"): 12}
+
+
+class RayMetric:
+    """Ray's counter or gauge, with what it refuses."""
+
+    told: dict[tuple[str, ...], float]
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        self.name, self.tag_keys = name, tag_keys
+
+    def inc(self, value: float, tags: dict[str, str]) -> None:
+        assert value > 0
+        self.set(self.told.get((self.name, *tags.values()), 0) + value, tags)
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        assert set(tags) == set(self.tag_keys)
+        self.told[(self.name, *tags.values())] = value
+
+
+def test_ray(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RayMetric.told = {}
+    ray_metrics = SimpleNamespace(Counter=RayMetric, Gauge=RayMetric)
+    ray = SimpleNamespace(
+        is_initialized=lambda: True, get_runtime_context=lambda: SimpleNamespace(get_actor_id=lambda: "an actor")
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace(metrics=ray_metrics))
+    engine = config()
+    exporter.export(engine)
+    assert not list(temporary.iterdir())
+    write(engine, 5)
+    assert RayMetric.told["sage_attended_tokens_total", "a model", "1", "prefill"] == 5
+    assert RayMetric.told["sage_kv_bytes_per_token", "a model", "1"] == 2 * 2 * (64 + 64 + 8)
+
+
+def exported(server: Server, prefix: str = "sage_") -> dict[str, list[Any]]:
+    """The samples of metrics with names that begin so, by name."""
+    samples: dict[str, list[Any]] = {}
+    for family in text_string_to_metric_families(server.read("/metrics")):
+        for sample in family.samples:
+            if sample.name.startswith(prefix):
+                samples.setdefault(sample.name, []).append(sample)
+    return samples
+
+
+def allowed(metric: Metric, labels: dict[str, str]) -> bool:
+    """Whether these are the labels of `metric`, with values from its lists."""
+    bounded = all(labels[name] in values for name, values in metric.labels.items() if values)
+    return set(labels) == {*COMMON_LABELS, *metric.labels} and bounded
+
+
+def step_seconds(folder: Path, layers: int, requests: int) -> float:
+    """What counting costs in a decode step of so many layers and requests, with the share of timing every so often."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = [f"layers.{i}" for i in range(layers)]
+    recorder = Recorder(FileValues(folder, "sage-overhead", ("a model", "0")))
+    recorder.add_layers(names, layers, PageLayout(64), 2, 4, torch.device("cpu"))
+    recorder.paused = False
+    common, seconds, steps = batch(*[(1, 1000)] * requests), [], 4 * SAMPLE_EVERY["decode"]
+    for _ in range(20):
+        began = time.perf_counter()
+        for _ in range(steps):
+            sample = recorder.step(names, common, requests)
+            for name in names:
+                with metrics.timed(sample, "decode", SimpleNamespace(layer_name=name, impl=IMPL), device):
+                    pass
+        seconds.append((time.perf_counter() - began) / steps)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+@pytest.mark.engine
+def test_overhead(server: Server, tmp_path: Path) -> None:
+    """Under 1% of a decode step, and that of the embedded model is a short one. Prints what it measured (pytest -s)."""
+
+    def latency() -> np.ndarray:
+        """Seconds between tokens so far, and how many tokens."""
+        samples = exported(server, "vllm:inter_token_latency_seconds_")
+        return np.array([samples[f"vllm:inter_token_latency_seconds_{each}"][0].value for each in ("sum", "count")])
+
+    before = latency()
+    server.post("/v1/completions", prompt="def f():", max_tokens=200, ignore_eos=True)
+    seconds, tokens = latency() - before
+    step = seconds / tokens
+    ours = step_seconds(tmp_path, layers=4, requests=1)
+    print(f"{ours * 1e6:.1f} us of a decode step of {step * 1e3:.2f} ms: {ours / step:.2%}")
+    assert ours < 0.01 * step
+
+
+@pytest.mark.engine
+def test_a_server_exports_the_table(server: Server) -> None:
+    """All of it and nothing else; tokens are counted to the last one, and no text of a request comes out."""
+    before = exported(server)
+    answer = server.post("/v1/completions", prompt="xylophone = quixotic(zephyr)", max_tokens=40, ignore_eos=True)
+    after, usage = exported(server), answer["usage"]
+    assert set(after) == {metric.name for metric in METRICS}
+    for metric in METRICS:
+        assert all(allowed(metric, sample.labels) for sample in after[metric.name]), metric.name
+    [build] = after["sage_build_info"]
+    assert build.labels["page_format"] == "k_int8_v_e4m3_page128"
+    assert after["sage_kv_compression_ratio"][0].value == pytest.approx(1.94, abs=0.01)
+    assert after["sage_kv_pages"][0].value > 0
+    grown = {
+        sample.labels["phase"]: sample.value - earlier.value
+        for sample, earlier in zip(after["sage_attended_tokens_total"], before["sage_attended_tokens_total"], strict=True)
+    }
+    # The first token comes from the prefill.
+    assert grown == {"prefill": usage["prompt_tokens"], "decode": usage["completion_tokens"] - 1}
+    page = server.read("/metrics")
+    assert not any(word in page for word in ("xylophone", "quixotic", "zephyr", answer["choices"][0]["text"]))
