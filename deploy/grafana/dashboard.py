@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+"""The source of dashboard.json:  python deploy/grafana/dashboard.py > deploy/grafana/dashboard.json
+
+Edit this and not the JSON; a test compares the two.
+"""
+
+from collections.abc import Sequence
+
+from grafana_foundation_sdk.builders.common import StackingConfig, VizLegendOptions
+from grafana_foundation_sdk.builders.dashboard import Dashboard, DatasourceVariable, QueryVariable, Row
+from grafana_foundation_sdk.builders.prometheus import Dataquery
+from grafana_foundation_sdk.builders.timeseries import Panel
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.common import LegendDisplayMode, LegendPlacement, StackingMode
+from grafana_foundation_sdk.models.dashboard import DataSourceRef, VariableRefresh
+
+SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
+SELECT = 'model_name=~"$model_name", instance=~"$instance"'
+WIDTH, HEIGHT = 8, 8  # of a panel; a dashboard is 24 wide
+
+
+def rate(metric: str, by: str = "instance", more: str = "") -> str:
+    """Growth of a counter a second, summed by labels."""
+    return f"sum by ({by}) (rate({metric}{{{SELECT}{more}}}[$__rate_interval]))"
+
+
+def total(metric: str) -> str:
+    return f"sum by (instance) ({metric}{{{SELECT}}})"
+
+
+def quantile(q: float, histogram: str) -> str:
+    return f"histogram_quantile({q}, {rate(f'{histogram}_bucket', 'instance, le')})"
+
+
+def panel(title: str, unit: str, description: str, *queries: tuple[str, str], stacked: bool = False) -> Panel:
+    """unit: Grafana's name of it. queries: (PromQL, legend)."""
+    result = (
+        Panel()
+        .title(title)
+        .description(description)
+        .unit(unit)
+        .min(0)
+        .datasource(SOURCE)
+        .span(WIDTH)
+        .height(HEIGHT)
+        .legend(VizLegendOptions().display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM).show_legend(True))
+    )
+    for name, (query, legend) in zip("ABCD", queries, strict=False):
+        result.with_target(Dataquery().ref_id(name).expr(query).legend_format(legend).datasource(SOURCE))
+    return result.stacking(StackingConfig().mode(StackingMode.NORMAL)).fill_opacity(20) if stacked else result
+
+
+def latencies(title: str, histogram: str, description: str) -> Panel:
+    return panel(
+        title,
+        "s",
+        description,
+        *((quantile(q, histogram), f"{{{{instance}}}} p{round(100 * q)}") for q in (0.5, 0.95)),
+    )
+
+
+SAMPLED = "sage_attention_sampled_{}_total"
+PHASE, REPLICA = "{{instance}} {{phase}}", "{{instance}}"
+BY_PHASE = "instance, phase"
+
+ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
+    (
+        "Throughput, per replica",
+        (
+            panel(
+                "Tokens computed", "short", "Query tokens a second that attention was computed for.",
+                (rate("sage_attended_tokens_total", BY_PHASE), PHASE), stacked=True,
+            ),
+            panel(
+                "Tokens generated", "short", "Output tokens a second.",
+                (rate("vllm:generation_tokens_total"), REPLICA),
+            ),
+            panel(
+                "Requests", "short", "Requests in execution and in the queue.",
+                (total("vllm:num_requests_running"), "{{instance}} running"),
+                (total("vllm:num_requests_waiting"), "{{instance}} waiting"),
+            ),
+        ),
+    ),
+    (
+        "Latency, per replica",
+        (
+            latencies("Time to first token", "vllm:time_to_first_token_seconds", "From a request's arrival."),
+            latencies("Time between tokens", "vllm:inter_token_latency_seconds", "From one output token to the next."),
+            latencies("Whole request", "vllm:e2e_request_latency_seconds", "From arrival to the last token."),
+        ),
+    ),
+    (
+        "KV cache",
+        (
+            panel(
+                "Pages in use", "percentunit", "Share of the KV cache's pages that requests hold.",
+                (f"{total('sage_kv_pages_in_use')} / {total('sage_kv_pages')}", REPLICA),
+            ),
+            panel(
+                "Bytes per token", "bytes", "One token's keys and values in all layers of one worker, and in BF16.",
+                (f"max by (instance) (sage_kv_bytes_per_token{{{SELECT}}})", "{{instance}} quantized"),
+                (
+                    f"max by (instance) (sage_kv_bytes_per_token{{{SELECT}}} * sage_kv_compression_ratio{{{SELECT}}})",
+                    "{{instance}} BF16",
+                ),
+            ),
+            panel(
+                "Prompt tokens from the prefix cache", "percentunit", "Share of the prompt tokens that were looked up.",
+                (f"{rate('vllm:prefix_cache_hits_total')} / {rate('vllm:prefix_cache_queries_total')}", REPLICA),
+            ),
+        ),
+    ),
+    (
+        "Prefill and decode",
+        (
+            panel(
+                "Attention, operations", "ops", "Operations a second of Q K^T and P V while attention runs, in sampled calls.",
+                (f"{rate(SAMPLED.format('operations'), BY_PHASE)} / {rate(SAMPLED.format('seconds'), BY_PHASE)}", PHASE),
+            ),
+            panel(
+                "Attention, bytes", "Bps", "Bytes a second of KV pages that attention reads while it runs, in sampled calls.",
+                (f"{rate(SAMPLED.format('bytes'), BY_PHASE)} / {rate(SAMPLED.format('seconds'), BY_PHASE)}", PHASE),
+            ),
+            panel(
+                "Attention, time of a layer", "s", "Mean time of a sampled call, which is one layer in one step.",
+                (f"{rate(SAMPLED.format('seconds'), BY_PHASE)} / {rate('sage_attention_samples_total', BY_PHASE)}", PHASE),
+            ),
+            panel(
+                "Steps", "short", "Engine steps a second with tokens of the phase; a mixed step counts for both.",
+                (rate("sage_attention_steps_total", BY_PHASE), PHASE),
+            ),
+            panel(
+                "Tokens a step", "short", "Tokens of the phase in a step that has some.",
+                (f"{rate('sage_attended_tokens_total', BY_PHASE)} / {rate('sage_attention_steps_total', BY_PHASE)}", PHASE),
+            ),
+            panel(
+                "Fallbacks", "percentunit", "Share of steps with prefills that did not take the kernel made for the GPU.",
+                (
+                    f"{rate('sage_fallback_steps_total', 'instance, reason')} / on (instance) group_left "
+                    + rate("sage_attention_steps_total", more=', phase="prefill"'),
+                    "{{instance}} {{reason}}",
+                ),
+            ),
+        ),
+    ),
+    (
+        "What serves",
+        (
+            panel(
+                "Builds", "short", "Engines by version, page format, kernels and architecture.",
+                (
+                    f"count by (instance, version, page_format, kernels, architecture) (sage_build_info{{{SELECT}}})",
+                    "{{instance}} {{version}} {{page_format}} {{kernels}} {{architecture}}",
+                ),
+            ),
+            panel(
+                "Targets that answer", "short", "1 while Prometheus can scrape a replica.",
+                ('up{job="sage", instance=~"$instance"}', REPLICA),
+            ),
+        ),
+    ),
+)  # fmt: skip
+
+
+def choice(name: str, label: str) -> QueryVariable:
+    """A variable with the values that a label of sage_build_info has, of which any number can be chosen."""
+    return (
+        QueryVariable(name)
+        .label(label)
+        .datasource(SOURCE)
+        .query(f"label_values(sage_build_info, {name})")
+        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .multi(True)
+        .include_all(True)
+        .all_value(".*")
+    )
+
+
+def dashboard() -> Dashboard:
+    result = (
+        Dashboard("sage-backend")
+        .uid("sage-backend")
+        .tags(["sage", "vllm"])
+        .time("now-1h", "now")
+        .refresh("30s")
+        .readonly()
+        .with_variable(DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
+        .with_variable(choice("model_name", "Model"))
+        .with_variable(choice("instance", "Replica"))
+    )
+    for title, panels in ROWS:
+        result.with_row(Row(title))
+        for each in panels:
+            result.with_panel(each)
+    return result
+
+
+def to_json() -> str:
+    return JSONEncoder(indent=2, sort_keys=True).encode(dashboard().build()) + "\n"
+
+
+if __name__ == "__main__":
+    print(to_json(), end="")

@@ -1,0 +1,160 @@
+"""Prometheus and Grafana: the files of deploy/, and what a real Prometheus makes of a server under load."""
+
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from server import HOST, Server, free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "deploy" / "prometheus"
+sys.path.append(str(ROOT / "deploy" / "grafana"))
+import dashboard  # noqa: E402
+from prometheus import DASHBOARD, Prometheus, panels  # noqa: E402
+
+CLIENTS, WARM_SECONDS, SECONDS = 4, 3, 20
+
+
+def program(name: str) -> str:
+    """A program that deploy/prometheus/install.sh has put into the environment, or that was there before."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:{Path(sys.prefix) / 'bin'}") or shutil.which(name)
+    assert found, f"no {name} in PATH: run deploy/setup.sh --dev"
+    return found
+
+
+def promtool(*arguments: str | Path) -> None:
+    run = subprocess.run([program("promtool"), *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_rules() -> None:
+    promtool("test", "rules", CONFIG / "rules_test.yml")
+
+
+@pytest.mark.parametrize("name", ["static", "ray", "kubernetes"])
+def test_scrape_configurations(name: str, tmp_path: Path) -> None:
+    """Debian builds Prometheus without Kubernetes, so that file is checked without the two lines of its discovery."""
+    text = (CONFIG / f"{name}.yml").read_text()
+    text, replaced = re.subn(r"kubernetes_sd_configs:\n +- role: pod\n", "static_configs: []\n", text)
+    assert replaced == (name == "kubernetes")
+    (tmp_path / "prometheus.yml").write_text(text.replace("rules.yml", str(CONFIG / "rules.yml")))
+    promtool("check", "config", tmp_path / "prometheus.yml")
+
+
+def test_the_dashboard_is_what_its_source_makes() -> None:
+    again = "python deploy/grafana/dashboard.py > deploy/grafana/dashboard.json"
+    assert DASHBOARD.read_text(encoding="utf-8") == dashboard.to_json(), again
+
+
+@pytest.fixture(scope="module")
+def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """A Prometheus of its own with the configuration for static hosts, that looks every second."""
+    folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
+    text = (CONFIG / "static.yml").read_text()
+    for old, new in {
+        "127.0.0.1:8000": f"{HOST}:{server.port}",
+        "rules.yml": str(CONFIG / "rules.yml"),
+        "scrape_interval: 15s": "scrape_interval: 1s",
+        "evaluation_interval: 15s": "evaluation_interval: 1s",
+    }.items():
+        assert old in text
+        text = text.replace(old, new)
+    config = folder / "prometheus.yml"
+    config.write_text(text)
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                program("prometheus"), f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address={HOST}:{port}",
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            prometheus, deadline = Prometheus(f"http://{HOST}:{port}"), time.monotonic() + 30
+            while True:
+                try:
+                    if prometheus.query("up == 1", time.time()):
+                        break
+                except OSError:
+                    pass
+                assert process.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < deadline, (folder / "log").read_text()
+                time.sleep(0.2)
+            yield prometheus
+        finally:
+            process.terminate()
+            process.wait(timeout=10)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a client measured: tokens a second that attention had to be computed for, and output tokens a second."""
+
+    ended: float
+    attended: float
+    generated: float
+
+
+@pytest.fixture(scope="module")
+def load(server: Server, prometheus: Prometheus) -> Load:
+    """Clients that each ask one request after another, and count the tokens that come in the last SECONDS."""
+    ended = time.time() + WARM_SECONDS + SECONDS
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+
+    def ask(client: int) -> tuple[int, int]:
+        attended = generated = 0
+        while (now := time.time()) < ended:
+            # No two begin alike, so that the prefix cache saves nothing.
+            prompt, before = f"# {client} {now}\n" + "value = compute(value)\n" * 8, (0, 0)
+            for piece in server.stream("/v1/completions", prompt=prompt, max_tokens=24, ignore_eos=True, stream_options=usage):
+                # The latest token has not been attended to yet.
+                so_far = piece["usage"]["total_tokens"] - 1, piece["usage"]["completion_tokens"]
+                if ended - SECONDS <= time.time() < ended:
+                    attended += so_far[0] - before[0]
+                    generated += so_far[1] - before[1]
+                before = so_far
+        return attended, generated
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        attended, generated = (sum(tokens) / SECONDS for tokens in zip(*pool.map(ask, range(CLIENTS)), strict=True))
+    time.sleep(2)  # for Prometheus to see the end of it
+    return Load(ended, attended, generated)
+
+
+@pytest.mark.engine
+def test_throughput_is_what_the_client_measured(prometheus: Prometheus, load: Load) -> None:
+    """Prints both (pytest -s)."""
+    [(_, attended)] = prometheus.query(f"sum(rate(sage_attended_tokens_total[{SECONDS}s]))", load.ended)
+    [(_, generated)] = prometheus.query(f"sum(rate(vllm:generation_tokens_total[{SECONDS}s]))", load.ended)
+    print(f"attended {attended:.1f}/s, client {load.attended:.1f}; generated {generated:.1f}/s, client {load.generated:.1f}")
+    assert attended == pytest.approx(load.attended, rel=0.1)
+    assert generated == pytest.approx(load.generated, rel=0.1)
+
+
+@pytest.mark.engine
+def test_every_panel_has_data(prometheus: Prometheus, load: Load) -> None:
+    empty = []
+    for panel in panels(rate_interval=f"{SECONDS}s"):
+        for query in panel.queries:
+            values = [value for _, value in prometheus.query(query.expression, load.ended)]
+            if not values or any(map(math.isnan, values)):
+                empty.append((panel.title, query.expression, values))
+    assert not empty
+
+
+@pytest.mark.engine
+def test_every_recording_rule_has_data_and_no_alert_fires(prometheus: Prometheus, load: Load) -> None:
+    for rule in re.findall(r"- record: (\S+)", (CONFIG / "rules.yml").read_text()):
+        values = [value for _, value in prometheus.query(rule, load.ended)]
+        assert values, rule
+        assert not any(map(math.isnan, values)), rule
+    assert not prometheus.query("ALERTS", load.ended)
