@@ -102,10 +102,10 @@ def distribution() -> importlib.metadata.Distribution:
 
 def test_only_our_three_packages_are_installed(distribution):
     assert set((distribution.read_text("top_level.txt") or "").split()) == set(PACKAGES)
-    # What else the installation put in place: its metadata, an editable installation's finder,
-    # and compiled files next to these.
+    # What else the installation put in place: its metadata, the command, an editable installation's
+    # finder, and compiled files next to these.
     ours = re.compile(
-        r"(__pycache__/)?__editable__[\w.]*sage_backend|sage_backend-[^/]*/|sage_(backend|kernels|paged)/"
+        r"(__pycache__/)?__editable__[\w.]*sage_backend|sage_backend-[^/]*/|sage_(backend|kernels|paged)/|(\.\./)+bin/sage$"
     )
     stray = [str(file) for file in distribution.files or [] if not ours.match(str(file))]
     assert not stray
