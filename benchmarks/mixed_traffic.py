@@ -115,7 +115,6 @@ async def drive(arguments: argparse.Namespace, server: subprocess.Popen, base: s
 
 
 def main() -> None:
-    own, _, serve_arguments = " ".join(sys.argv[1:]).partition("-- ")
     parser = argparse.ArgumentParser(description="Send mixed traffic to a `vllm serve` with random weights.")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
@@ -123,7 +122,8 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=32768, help="tokens of the longest prompt")
     parser.add_argument("--limit", type=float, default=300, help="seconds to wait for the server, and for the answers")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args(own.split())
+    parser.add_argument("serve_arguments", nargs="*", metavar="ARGUMENT", help="for `vllm serve`, behind --")
+    arguments = parser.parse_args()
     shape = dict(SHAPES[arguments.shape])
     if arguments.layers:
         shape["num_hidden_layers"] = arguments.layers
@@ -132,7 +132,7 @@ def main() -> None:
         Path(folder, "config.json").write_text(json.dumps(shape))
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--served-model-name", "m"]
         command += ["--load-format", "dummy", "--skip-tokenizer-init", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--max-model-len", str(arguments.longest + 1024), "--jit-monitor-verbose", *serve_arguments.split()]
+        command += ["--max-model-len", str(arguments.longest + 1024), "--jit-monitor-verbose", *arguments.serve_arguments]
         with Path(folder, "log").open("w") as log:
             server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:

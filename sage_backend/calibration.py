@@ -13,14 +13,13 @@ import hashlib
 import json
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sage_backend.checks import one_line
+from sage_backend import cli
 from sage_backend.demo import HELDOUT
 
 FORMAT = "sage-calibration-1"
@@ -133,18 +132,16 @@ def calibrate(model: str, text: str, tokens: int, context: int, **arguments: Any
     """
     from vllm import SamplingParams
 
-    from sage_backend.quality import Run, engine
+    from sage_backend.quality import Run, engine, windows
 
     fixed = {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": context}
     with engine(Run.parse("SAGE"), model, **fixed, **arguments) as llm:
         config = llm.llm_engine.vllm_config
-        ids = llm.get_tokenizer().encode(text)[:tokens]
-        if not ids:
+        prompts: list[Any] = [{"prompt_token_ids": each} for each in windows(llm.get_tokenizer(), text, tokens, context)]
+        if not prompts:
             raise ValueError("the text is empty")
-        size = context - 1  # room for a token that the engine insists on generating
-        windows: list[Any] = [{"prompt_token_ids": ids[i : i + size]} for i in range(0, len(ids), size)]
         llm.collective_rpc(_watch)
-        llm.generate(windows, SamplingParams(max_tokens=1, temperature=0, detokenize=False))
+        llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0, detokenize=False))
         of_workers = llm.collective_rpc(_means)
     heads = config.model_config.get_total_num_kv_heads()
     anchors: dict[str, torch.Tensor] = {}
@@ -166,24 +163,22 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is asked for what only its workers know
-    try:
-        if not (arguments.text.is_file() and (text := arguments.text.read_text(encoding="utf-8").strip())):
-            raise ValueError(f"{arguments.text} is not a file with text")
-        if arguments.tokens < 1 or arguments.context < 2:
-            raise ValueError("--tokens must be at least 1 and --context at least 2")
-        if not arguments.out.absolute().parent.is_dir():
-            raise ValueError(f"there is no folder {arguments.out.absolute().parent} for --out")
-        from vllm.platforms import current_platform
+    return cli.run(lambda: _write(arguments))
 
-        memory = {"kv_cache_memory_bytes": 1 << 30} if current_platform.is_cpu() else {}
-        anchors, model_config = calibrate(
-            arguments.model, text, arguments.tokens, arguments.context,
-            tensor_parallel_size=arguments.tensor_parallel_size, **memory,
-        )  # fmt: skip
-        save(arguments.out, anchors, model_config)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
+
+def _write(arguments: argparse.Namespace) -> None:
+    text = cli.read_text(arguments.text)
+    if arguments.tokens < 1 or arguments.context < 2:
+        raise ValueError("--tokens must be at least 1 and --context at least 2")
+    if not arguments.out.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {arguments.out.absolute().parent} for --out")
+    from vllm.platforms import current_platform
+
+    memory = {"kv_cache_memory_bytes": 1 << 30} if current_platform.is_cpu() else {}
+    anchors, model_config = calibrate(
+        arguments.model, text, arguments.tokens, arguments.context,
+        tensor_parallel_size=arguments.tensor_parallel_size, **memory,
+    )  # fmt: skip
+    save(arguments.out, anchors, model_config)
     option = json.dumps({"sage": {"calibration": str(arguments.out)}})
     print(f"{arguments.out}: anchors of {len(anchors)} layers. Serve with --additional-config {shlex.quote(option)}")
-    return 0

@@ -1,6 +1,27 @@
 """The `sage` command: `sage eval ...` and `sage calibrate ...`."""
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sage_backend.checks import one_line
+
+
+def run(command: Callable[[], None]) -> int:
+    """Run a command; returns its exit status. What is wrong with its input is told in one line on stderr."""
+    try:
+        command()
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def read_text(file: Path) -> str:
+    """A text that a command is to read. Raises ValueError where there is none."""
+    if not (file.is_file() and (text := file.read_text(encoding="utf-8").strip())):
+        raise ValueError(f"{file} is not a file with text")
+    return text
 
 
 def main() -> int:

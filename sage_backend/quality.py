@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from sage_backend import __version__
-from sage_backend.checks import check_model_folder, one_line
+from sage_backend import __version__, cli
+from sage_backend.checks import check_model_folder
 from sage_backend.demo import HELDOUT, MODEL_DIR
 
 TOP = 20
@@ -130,6 +130,13 @@ def engine(run: Run, model: str, **arguments: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
+def windows(tokenizer: Any, text: str, tokens: int, context: int) -> list[list[int]]:
+    """The first `tokens` tokens of a text, cut into prompts that leave room in the context for a token to generate, without
+    which no engine runs."""
+    ids = tokenizer.encode(text)[:tokens]
+    return [ids[i : i + context - 1] for i in range(0, len(ids), context - 1)]
+
+
 def measure(run: Run, model: str, text: str, tokens: int, context: int, passkey: Sequence[int] = ()) -> Scores:
     """Run an engine over the first `tokens` tokens of `text` and over pass-key prompts of the given lengths.
 
@@ -148,13 +155,11 @@ def measure(run: Run, model: str, text: str, tokens: int, context: int, passkey:
     fixed: dict[str, Any] = {"enable_prefix_caching": False, "enforce_eager": True, "max_num_batched_tokens": 2048}
     with engine(run, model, max_model_len=context, max_logprobs=TOP, **memory, **fixed) as llm:
         tokenizer = llm.get_tokenizer()
-        ids = tokenizer.encode(text)[:tokens]
-        windows = [ids[i : i + context - 1] for i in range(0, len(ids), context - 1)]
-        windows = [window for window in windows if len(window) > 1]
-        if not windows:
+        read = [window for window in windows(tokenizer, text, tokens, context) if len(window) > 1]
+        if not read:
             raise ValueError("the text is empty")
         scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=TOP, flat_logprobs=True, detokenize=False)
-        outputs = llm.generate([{"prompt_token_ids": window} for window in windows], scoring)
+        outputs = llm.generate([{"prompt_token_ids": window} for window in read], scoring)
         flat = [output.prompt_logprobs for output in outputs]
         # Each position but the first holds its own token and then the TOP likeliest.
         shape = (-1, TOP + 1)
@@ -222,8 +227,7 @@ def _device() -> str:
 
 
 def _compare(arguments: argparse.Namespace, command: str) -> None:
-    if not (arguments.text.is_file() and (text := arguments.text.read_text(encoding="utf-8").strip())):
-        raise ValueError(f"{arguments.text} is not a file with text")
+    text = cli.read_text(arguments.text)
     if arguments.tokens < 2 or arguments.context < 2 * _ANSWER_TOKENS:
         raise ValueError(f"--tokens must be at least 2 and --context at least {2 * _ANSWER_TOKENS}")
     if Path(arguments.model).is_absolute():
@@ -268,12 +272,8 @@ def main(argv: list[str] | None = None) -> int:
     if current_platform.is_cpu():
         # One process instead of three, each of which would spend half a minute on importing vLLM.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    try:
-        _compare(arguments, shlex.join(["python", "-m", "sage_backend.quality", *argv]))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+    command = shlex.join(["python", "-m", "sage_backend.quality", *argv])
+    return cli.run(lambda: _compare(arguments, command))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 128
 
 
 @pytest.fixture
-def layer() -> Any:
+def layer(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What `SageImpl` sees of an attention layer with a soft cap, and a KV cache for it."""
+    monkeypatch.setattr(options, "_current", options.SageOptions())  # and not those of an engine before
     with environment():
         plugin.register()
         from sage_backend.backend import SageImpl

@@ -76,7 +76,7 @@ def fix_anchor(anchor: torch.Tensor, key: torch.Tensor, used: torch.Tensor) -> N
     where the mean is not finite), and never changes again. Batches of padding alone fix nothing. key: [tokens, kv_heads,
     head_dim]; used: bool [tokens].
     """
-    if used.any():
+    if anchor.isnan().any() and used.any():
         first = key[:ANCHOR_TOKENS][used[:ANCHOR_TOKENS]].float()
         mean = first.mean(0).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         anchor.copy_(torch.where(anchor.isnan(), mean, anchor))
