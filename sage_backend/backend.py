@@ -12,6 +12,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -25,9 +26,10 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from sage_backend import calibration, checks, metrics, options
+from sage_backend import calibration, checks, metrics, options, positions
 from sage_backend.plugin import BACKEND
 from sage_kernels import cpu, device, reference
+from sage_paged import Memory
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,7 @@ class SageMetadata(AttentionMetadata):
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    max_seq_len: int
     sample: metrics.Sample | None = None
     """What to time of this step, if anything."""
 
@@ -109,6 +112,7 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         self.kv_heads = kv_cache_spec.num_kv_heads
         self.heads = get_num_attention_heads_from_layers(vllm_config, layer_names) or self.kv_heads
         self.page_tokens = options.current().page_tokens
+        self.memory = options.current().memory
         self.processors = device.multiprocessors(device_)
         self.reorder_batch_threshold: int = max_decode_query_len(vllm_config)
         self.recorder = metrics.recorder(vllm_config)
@@ -151,6 +155,7 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
+            max_seq_len=common.max_seq_len,
             sample=sample,
         )
 
@@ -158,7 +163,12 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         metadata = self.build(0, common_attn_metadata)
         # The captured grid fits any length; running it at max_model_len for every captured size would take minutes.
         metadata.seq_lens.fill_(metadata.max_decode_query_len)
+        metadata.max_seq_len = self.vllm_config.model_config.max_model_len
         return metadata
+
+
+Requests = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""block_table, seq_lens and query_start_loc, as attention takes them."""
 
 
 class SageImpl(AttentionImpl[SageMetadata]):
@@ -203,6 +213,15 @@ class SageImpl(AttentionImpl[SageMetadata]):
         """What is subtracted from this layer's keys, float32 [kv_heads, head_size]; all NaN until the first tokens fix it."""
         self.calibrated = False
         """Whether the anchor is that of a calibration."""
+        self.memory = None if self.window else options.current().memory
+        """What is read of long contexts, unless the layer is one of those that are left dense."""
+        self.frequencies: tuple[float, ...] = ()
+        self.max_pages = 0
+        """Of the model's positions and of the longest context, if pages are turned (see `sage_backend.positions`)."""
+
+    @property
+    def turns_pages(self) -> bool:
+        return self.memory is not None and bool(self.memory.extrapolate)
 
     @torch.inference_mode()  # in which it was allocated
     def forget_anchor(self) -> None:
@@ -264,11 +283,13 @@ class SageImpl(AttentionImpl[SageMetadata]):
         m = attn_metadata
         pages = self.layout.pages(kv_cache)
         query, out = query[: m.num_tokens], output[: m.num_tokens]
+        memory = self.memory_of(layer)
+        # The keys may be another layer's.
+        target = layer.kv_sharing_target_layer_name
+        anchor = self.anchor if target is None else get_forward_context().no_compile_layers[target].impl.anchor
         mask: dict[str, Any] = {"window": self.window, "soft_cap": self.soft_cap, "sinks": self.sinks}
-        if self.soft_cap or self.sinks is not None:
-            # Elsewhere, attention comes out the same with any anchor. The keys may be another layer's.
-            target = layer.kv_sharing_target_layer_name
-            mask["anchor"] = self.anchor if target is None else get_forward_context().no_compile_layers[target].impl.anchor
+        if self.soft_cap or self.sinks is not None or self.turns_pages:
+            mask["anchor"] = anchor  # elsewhere, attention comes out the same with any
         how: dict[str, Any] = {}
         if query.device.type == "cpu":
             decode = prefill = cpu.attention
@@ -278,15 +299,54 @@ class SageImpl(AttentionImpl[SageMetadata]):
 
             how = {"max_query_len": m.max_decode_query_len, "splits": m.splits, "workspace": m.workspace}
         n = m.num_decodes
+        decodes: Requests = m.block_table[:n], m.seq_lens[:n], m.query_start_loc[: n + 1]
+        prefills: Requests = m.block_table[n:], m.seq_lens[n:], m.query_start_loc[n:]
+        if memory is not None and target is None:
+            self.store_bounds(pages, m, anchor)
         if n:
+            q = query[: m.num_decode_tokens]
             with metrics.timed(m.sample, "decode", layer, query.device):
-                decode(
-                    query[: m.num_decode_tokens], pages, self.layout, m.block_table[:n], m.seq_lens[:n],
-                    m.query_start_loc[: n + 1], self.scale, out[: m.num_decode_tokens], **mask, **how,
-                )  # fmt: skip
+                if memory is not None and not memory.reads_all(self.layout.tokens, m.max_seq_len):
+                    decodes, mask["turns"] = self.recall(q, pages, decodes, memory, 0, m.max_decode_query_len)
+                decode(q, pages, self.layout, *decodes, self.scale, out[: m.num_decode_tokens], **mask, **how)
         if n < m.seq_lens.shape[0] and m.num_decode_tokens < m.num_tokens:
             with metrics.timed(m.sample, "prefill", layer, query.device):
-                prefill(
-                    query, pages, self.layout, m.block_table[n:], m.seq_lens[n:], m.query_start_loc[n:], self.scale, out, **mask
-                )
+                mask["turns"] = None
+                if memory is not None and not memory.reads_all(self.layout.tokens, m.max_seq_len):
+                    prefills, mask["turns"] = self.recall(query, pages, prefills, memory, memory.query_block)
+                prefill(query, pages, self.layout, *prefills, self.scale, out, **mask)
         return output
+
+    def memory_of(self, layer: Any) -> Memory | None:
+        """What this layer, whose index is in its name, reads of long contexts."""
+        if self.memory is None or extract_layer_index(layer.layer_name) in self.memory.dense_layers:
+            return None
+        return self.memory.policy
+
+    def turn_table(self, device_: torch.device) -> torch.Tensor | None:
+        if not self.turns_pages:
+            return None
+        return positions.turn_table(self.frequencies, self.max_pages, self.layout.tokens, device_)
+
+    def store_bounds(self, pages: torch.Tensor, m: SageMetadata, anchor: torch.Tensor | None) -> None:
+        args: Any = pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc
+        if pages.device.type == "cpu":
+            reference.store_bounds(*args, self.turn_table(pages.device), anchor)
+        else:
+            from sage_kernels.recall import store_bounds
+
+            store_bounds(*args, m.num_tokens, self.turn_table(pages.device), anchor)
+
+    def recall(
+        self, query: torch.Tensor, pages: torch.Tensor, requests: Requests, memory: Memory, query_block: int,
+        max_query_len: int = 1,
+    ) -> tuple[Requests, reference.Turns | None]:  # fmt: skip
+        """What to attend to instead of all of the requests' contexts, and how."""
+        args: Any = query, pages, self.layout, *requests, memory, query_block, self.turn_table(query.device)
+        if query.device.type == "cpu":
+            lists = reference.recall(*args)
+        else:
+            from sage_kernels.recall import recall
+
+            lists = recall(*args, max_query_len=max_query_len)
+        return (lists.block_table, lists.seq_lens, lists.query_start_loc), lists.turns

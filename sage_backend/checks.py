@@ -118,6 +118,18 @@ def check_config(config: Any) -> None:
     )
     if found:
         raise ValueError(f"--attention-backend sage cannot serve {model.model}: {'; '.join(found)}")
+    if options.memory is not None:
+        memory = options.memory.policy
+        listed = memory.list_pages(options.page_tokens, memory.query_block) * options.page_tokens
+        if listed >= model.max_model_len:
+            raise ValueError(
+                f'option "memory" in --additional-config "sage" reads up to {listed} tokens, which is all of the '
+                f"{model.max_model_len} of --max-model-len; lower local_tokens or topk_pages, or leave it out"
+            )
+        if options.memory.extrapolate:
+            from sage_backend import positions
+
+            positions.check(model)
     if options.calibration is not None:
         from sage_backend import calibration
 

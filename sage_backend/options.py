@@ -2,22 +2,76 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from sage_paged import K_BITS, PAGE_TOKENS, PageLayout
+from sage_paged import K_BITS, PAGE_TOKENS, Memory, PageLayout
+
+MAX_TOPK = 128
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What is read of long contexts (see `sage_paged.memory`). extrapolate: the length in tokens that the model was trained
+    for, past which distances are held inside it; False to leave positions as they are. dense_layers: indices of layers that
+    read everything."""
+
+    sink_tokens: int = 128
+    local_tokens: int = 4096
+    topk_pages: int = 32
+    query_block: int = 512
+    extrapolate: int | bool = False
+    dense_layers: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, section: object, page_tokens: int) -> "MemoryOptions":
+        """Raises ValueError, in one line, for what is no such option or contradicts another."""
+        place = 'option "memory" in --additional-config "sage"'
+        if not isinstance(section, Mapping):
+            raise ValueError(f'{place} must be an object such as {{"local_tokens": 4096}}, not {section!r}')
+        known = [field.name for field in fields(cls)]
+        for name, value in section.items():
+            if name not in known:
+                raise ValueError(f'{place} has no "{name}"; there is {_list(sorted(known))}')
+            least, most = {"topk_pages": (1, MAX_TOPK), "local_tokens": (page_tokens, None)}.get(name, (1, None))
+            if name == "dense_layers":
+                if not (isinstance(value, list | tuple) and all(type(each) is int and each >= 0 for each in value)):
+                    raise ValueError(f'"dense_layers" in {place} is {value!r}; it must be a list of indices such as [0, 1]')
+            elif name == "extrapolate" and value is False:
+                continue
+            elif type(value) is not int or value < least or (most and value > most):
+                what = " or false" if name == "extrapolate" else ""
+                what = f"a number of pages from {least} to {most}" if most else f"a number of tokens, at least {least}{what}"
+                raise ValueError(f'"{name}" in {place} is {json.dumps(value)}; it must be {what}')
+        options = cls(**{**section, "dense_layers": tuple(section.get("dense_layers", ()))})
+        if options.query_block % page_tokens:
+            raise ValueError(
+                f'"query_block" in {place} is {options.query_block}; it must be a multiple of page_tokens, {page_tokens}'
+            )
+        farthest = options.policy.farthest(page_tokens)
+        if options.extrapolate and farthest > options.extrapolate:
+            raise ValueError(
+                f'"extrapolate": {options.extrapolate} in {place} leaves no room for what is read at distances of up to '
+                f"{farthest} tokens; lower local_tokens or query_block"
+            )
+        return options
+
+    @property
+    def policy(self) -> Memory:
+        return Memory(self.sink_tokens, self.local_tokens, self.topk_pages, self.query_block, int(self.extrapolate))
 
 
 @dataclass(frozen=True)
 class SageOptions:
     """k_bits: bits of a stored key channel. page_tokens: tokens of a KV page, which is vLLM's KV block. smooth_k: whether an
     anchor is subtracted from keys (see `sage_kernels.reference`). calibration: a file with the anchors (see
-    `sage_backend.calibration`); without one, the first tokens fix them."""
+    `sage_backend.calibration`); without one, the first tokens fix them. memory: None to read all of every context."""
 
     k_bits: int = 8
     page_tokens: int = 128
     smooth_k: bool = True
     calibration: str | None = None
+    memory: MemoryOptions | None = None
 
     ALLOWED: ClassVar = {"k_bits": K_BITS, "page_tokens": PAGE_TOKENS, "smooth_k": (False, True)}
 
@@ -38,17 +92,21 @@ class SageOptions:
                 if not (isinstance(value, str) and value):
                     raise ValueError(f'option "{name}" in --additional-config "sage" is {value!r}; it can be a file')
                 continue
+            if name == "memory":
+                continue  # read below, when it is known what a page is
             allowed = cls.ALLOWED[name]
             if type(value) is not type(allowed[0]) or value not in allowed:
                 choices = _list(map(json.dumps, allowed))
                 raise ValueError(f'option "{name}" in --additional-config "sage" is {value!r}; it can be {choices}')
-        options = cls(**section)
+        options = cls(**{name: value for name, value in section.items() if name != "memory"})
+        if section.get("memory") is not None:
+            options = replace(options, memory=MemoryOptions.parse(section["memory"], options.page_tokens))
         if options.calibration and not options.smooth_k:
             raise ValueError('options "calibration" and "smooth_k": false in --additional-config "sage" exclude each other')
         return options
 
     def layout(self, head_dim: int) -> PageLayout:
-        return PageLayout(head_dim, self.k_bits, self.page_tokens)
+        return PageLayout(head_dim, self.k_bits, self.page_tokens, has_bounds=self.memory is not None)
 
 
 def _list(values: Any) -> str:

@@ -93,6 +93,16 @@ def _set_apart_made_up_requests() -> None:
         with metrics.paused():
             return self.worker.execute_dummy_batch(*args, **kwargs)
 
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = self.worker.load_model(*args, **kwargs)
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        if any(getattr(getattr(layer, "impl", None), "turns_pages", False) for layer in layers):
+            from sage_backend import positions
+
+            positions.find_frequencies(self.worker.get_model(), self.vllm_config)
+        return result
+
+    WorkerWrapperBase.load_model = load_model
     WorkerWrapperBase.compile_or_warm_up_model = compile_or_warm_up_model
     WorkerWrapperBase.execute_dummy_batch = execute_dummy_batch
 

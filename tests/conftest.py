@@ -15,10 +15,17 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def kernels() -> SimpleNamespace:
     """The Triton kernels and the device they run on: the GPU, or Triton's interpreter on the CPU."""
-    from sage_kernels import decode, prefill, store
+    from sage_kernels import decode, prefill, recall, store
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return SimpleNamespace(store=store.store, prefill=prefill.prefill, decode=decode.decode, device=device)
+    return SimpleNamespace(
+        store=store.store,
+        prefill=prefill.prefill,
+        decode=decode.decode,
+        store_bounds=recall.store_bounds,
+        recall=recall.recall,
+        device=device,
+    )
 
 
 @pytest.fixture(scope="session")

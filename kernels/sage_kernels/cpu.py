@@ -6,7 +6,7 @@ the fast way to do them. The store needs no version of its own: `reference.store
 
 import torch
 
-from sage_kernels.reference import LOG2E, P_BITS, load, quantize_q
+from sage_kernels.reference import LOG2E, P_BITS, Turns, load, quantize_q, turned
 from sage_paged import PageLayout
 
 MAX_LOGITS = 1 << 24
@@ -26,6 +26,7 @@ def attention(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
+    turns: Turns | None = None,
 ) -> None:
     """`reference.attention` with the same arguments; writes `out`, which has query's shape."""
     kv_heads = pages.shape[1]
@@ -49,7 +50,8 @@ def attention(
             last = length - (end - high)  # one past the position of the last query of this piece
             first_page = max(0, last - (high - low) - window + 1) // layout.tokens if window else 0
             begin = first_page * layout.tokens
-            table = block_table[request, first_page : -(-last // layout.tokens)]
+            used = slice(first_page, -(-last // layout.tokens))
+            table = block_table[request, ..., used]
             k, k_scale, v, v_scale = (x[:, : last - begin] for x in load(pages, table, layout))
 
             q = q_codes[low:high].permute(1, 2, 0, 3)  # [kv_heads, group, queries, head_dim]
@@ -57,6 +59,18 @@ def attention(
             logits *= k_scale[:, None, None, :]
             logits *= q_scale[low:high].permute(1, 2, 0)[..., None]
             row_bias = bias[low:high].permute(1, 2, 0)[..., None]
+            if turns is not None:
+                whole = query[low:high].float().unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)
+                for page, turn in enumerate(turns.pages[request, :, used].T):
+                    if not turn.any():
+                        continue
+                    nearer = turned(whole, turns.table[turn.long()][:, None, None])
+                    codes, code_scale = quantize_q(nearer)
+                    own = slice(page * layout.tokens, (page + 1) * layout.tokens)
+                    product = torch.matmul(codes.float(), k[:, None, own].float().transpose(2, 3)) * k_scale[:, None, None, own]
+                    logits[..., own] = product * (code_scale * (scale * LOG2E))[..., None]
+                    if anchor is not None:
+                        logits[..., own] += torch.matmul(nearer, anchor[:, None, :, None]) * (scale * LOG2E) - row_bias
             if soft_cap:
                 logits = (soft_cap * LOG2E) * torch.tanh((logits + row_bias) / (soft_cap * LOG2E))
             if high - low > 1 or window:

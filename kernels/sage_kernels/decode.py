@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from sage_kernels.device import fp8_path, pipeline_stages
-from sage_kernels.prefill import quantized_query
+from sage_kernels.prefill import quantized_query, table_strides, turn_arguments
+from sage_kernels.reference import Turns
 from sage_kernels.tiles import LOG2E, TABLES, attend_page
 from sage_paged import PageLayout
 
@@ -33,10 +34,10 @@ the prefill kernel."""
 def _decode_kernel(
     query, partial, partial_top, partial_total, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, anchor,
     scale, soft_cap,
-    q_token_stride, q_head_stride, table_stride, block_stride, head_stride,
+    turns, turn_table, q_token_stride, q_head_stride, table_stride, table_head_stride, block_stride, head_stride,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ANCHOR: tl.constexpr,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Grid: (splits, KV heads, requests). partial: float32 [tokens, heads, splits, HEAD_DIM], normalized."""
     split = tl.program_id(0)
@@ -52,9 +53,10 @@ def _decode_kernel(
     head = kv_head * GROUP + rows % GROUP
     valid = local < q_len
     q_low, q_high, q_scale, q_bias = quantized_query(
-        query, anchor + kv_head * HEAD_DIM, q_start + local, head, valid, q_token_stride, q_head_stride, scale,
-        ANCHOR, HEAD_DIM, K_BITS, BLOCK_D,
+        query, anchor + kv_head * HEAD_DIM, turn_table, q_start + local, head, valid, q_token_stride, q_head_stride, scale,
+        ANCHOR, False, HEAD_DIM, K_BITS, BLOCK_D,
     )  # fmt: skip
+    page_bias = q_bias
 
     position = seq_len - q_len + local
     first_page = 0
@@ -70,22 +72,37 @@ def _decode_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    table = block_table + request.to(tl.int64) * table_stride
+    table_offset = request.to(tl.int64) * table_stride + kv_head * table_head_stride
+    table = block_table + table_offset
     head_offset = kv_head.to(tl.int64) * head_stride
     for page in range(first_page, full_pages):
         offset = tl.load(table + page).to(tl.int64) * block_stride + head_offset
+        if TURN:
+            q_low, q_high, q_scale, page_bias = quantized_query(
+                query, anchor + kv_head * HEAD_DIM, turn_table + tl.load(turns + table_offset + page) * HEAD_DIM,
+                q_start + local, head, valid, q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D,
+            )  # fmt: skip
+            if not SOFT_CAP:
+                page_bias -= q_bias
         acc, total, top = attend_page(
-            q_low, q_high, q_scale, q_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
-            PAGE, rows, rows, soft_cap, HEAD_DIM, K_BITS, PAGE, False, SOFT_CAP, FP8,
+            q_low, q_high, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            PAGE, rows, rows, soft_cap, HEAD_DIM, K_BITS, PAGE, False, SOFT_CAP, FP8, TURN,
         )  # fmt: skip
     for page in range(tl.maximum(first_page, full_pages), end_page):
         offset = tl.load(table + page).to(tl.int64) * block_stride + head_offset
         last_visible = position - page * PAGE
         first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else tl.zeros_like(last_visible)
+        if TURN:
+            q_low, q_high, q_scale, page_bias = quantized_query(
+                query, anchor + kv_head * HEAD_DIM, turn_table + tl.load(turns + table_offset + page) * HEAD_DIM,
+                q_start + local, head, valid, q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D,
+            )  # fmt: skip
+            if not SOFT_CAP:
+                page_bias -= q_bias
         acc, total, top = attend_page(
-            q_low, q_high, q_scale, q_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            q_low, q_high, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
             seq_len - page * PAGE, first_visible, last_visible, soft_cap,
-            HEAD_DIM, K_BITS, PAGE, True, SOFT_CAP, FP8,
+            HEAD_DIM, K_BITS, PAGE, True, SOFT_CAP, FP8, TURN,
         )  # fmt: skip
 
     # A split that saw nothing has total 0; the merge skips it by its top of -inf.
@@ -170,6 +187,7 @@ def decode(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
+    turns: Turns | None = None,
     *,
     max_query_len: int = 1,
     splits: int = 1,
@@ -197,10 +215,11 @@ def decode(
         query, workspace.out, workspace.top, workspace.total,
         pages.view(torch.int8), pages.view(torch.uint8 if fp8 == "half" else torch.float8_e4m3fn), pages.view(torch.float32),
         block_table, seq_lens, query_start_loc, query if anchor is None else anchor, scale, soft_cap,
-        query.stride(0), query.stride(1), block_table.stride(0), pages.stride(0), pages.stride(1),
+        *turn_arguments(turns, query), query.stride(0), query.stride(1), *table_strides(block_table), pages.stride(0),
+        pages.stride(1),
         GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, ANCHOR=anchor is not None,
         HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
-        BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8, num_warps=_WARPS,
+        BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8, TURN=turns is not None, num_warps=_WARPS,
         num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens),
     )  # fmt: skip
     _merge_kernel[(tokens, heads)](

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sage_kernels.prefill import table_strides
 from sage_kernels.tiles import LOG2E, P_BITS, TABLES, find_request, inverse_or_zero, to_int
 from sage_paged import PageLayout, v_token
 
@@ -301,7 +302,8 @@ def _consume_pages(
 def _prefill_kernel(
     query, out, k_pages, v_pages, scales, block_table, seq_lens, query_start_loc, sinks, anchor,
     scale, soft_cap, num_reqs, q_blocks,
-    q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, block_rows, head_rows,
+    q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_rows,
+    head_rows,
     GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, ANCHOR: gl.constexpr,
     HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
@@ -346,7 +348,7 @@ def _prefill_kernel(
     tensors = (query, out, sinks, anchor)
     strides = (q_token_stride, q_head_stride, out_token_stride, out_head_stride)
     work = (q_start, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages)
-    table = block_table + request.to(gl.int64) * table_stride
+    table = block_table + request.to(gl.int64) * table_stride + kv_head * table_head_stride
     gl.warp_specialize(
         [
             (_consume_pages, (
@@ -428,7 +430,8 @@ def prefill(
         query, out, *descriptors, pages.view(torch.float32), block_table, seq_lens, query_start_loc,
         query if sinks is None else sinks, query if anchor is None else anchor,
         scale, soft_cap, num_reqs, q_blocks,
-        query.stride(0), query.stride(1), out.stride(0), out.stride(1), block_table.stride(0), block_rows, head_rows,
+        query.stride(0), query.stride(1), out.stride(0), out.stride(1), *table_strides(block_table), block_rows,
+        head_rows,
         GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SINKS=sinks is not None, ANCHOR=anchor is not None,
         HEAD_DIM=head_dim, PAGE=layout.tokens, BLOCK_Q=BLOCK_M // group, num_warps=4,
     )  # fmt: skip

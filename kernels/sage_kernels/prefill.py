@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from sage_kernels.device import fp8_path, pipeline_stages
+from sage_kernels.reference import Turns
 from sage_kernels.tiles import LOG2E, TABLES, attend_page, find_request, quantize_q
 from sage_paged import PageLayout
 
@@ -38,22 +39,34 @@ def _times_anchor(q, anchor, channels, limit, ANCHOR: tl.constexpr):
 
 @triton.jit
 def quantized_query(
-    query, anchor, token, head, valid, token_stride, head_stride, scale,
-    ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    query, anchor, turn, token, head, valid, token_stride, head_stride, scale,
+    ANCHOR: tl.constexpr, TURN: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The query tile as `attend_page` takes it: codes of the low and high half of the head (INT8 keys: all, all), q_scale and
-    q_bias. anchor: pointer to that of the KV head, if ANCHOR."""
+    q_bias. anchor: pointer to that of the KV head, if ANCHOR. turn: pointer to a row of a turn table, if TURN."""
+    HALF: tl.constexpr = HEAD_DIM // 2
     if K_BITS == 8:
         channels = tl.arange(0, BLOCK_D)
         q = load_query(query, token, head, valid, token_stride, head_stride, channels, HEAD_DIM)
+        if TURN:
+            low_half = channels < HALF
+            angle = tl.where(low_half, channels, channels - HALF)
+            cos = tl.load(turn + angle, mask=channels < HEAD_DIM, other=1.0)
+            sin = tl.load(turn + HALF + angle, mask=channels < HEAD_DIM, other=0.0)
+            partner = tl.where(low_half, channels + HALF, channels - HALF)
+            other = load_query(query, token, head, valid, token_stride, head_stride, partner, HEAD_DIM)
+            q = q * cos[None, :] + other * tl.where(low_half, sin, -sin)[None, :]
         low_codes, q_scale = quantize_q(q, scale)
         high_codes = low_codes
         product = _times_anchor(q, anchor, channels, HEAD_DIM, ANCHOR)
     else:
-        HALF: tl.constexpr = HEAD_DIM // 2
         half = tl.arange(0, BLOCK_D // 2)
         low = load_query(query, token, head, valid, token_stride, head_stride, half, HALF)
         high = load_query(query + HALF, token, head, valid, token_stride, head_stride, half, HALF)
+        if TURN:
+            cos = tl.load(turn + half, mask=half < HALF, other=1.0)[None, :]
+            sin = tl.load(turn + HALF + half, mask=half < HALF, other=0.0)[None, :]
+            low, high = low * cos + high * sin, high * cos - low * sin
         # Both halves have one scale, so they are quantized as one row.
         codes, q_scale = quantize_q(tl.reshape(tl.join(low, high), [low.shape[0], BLOCK_D]), scale)
         low_codes, high_codes = tl.split(tl.reshape(codes, [low.shape[0], BLOCK_D // 2, 2]))
@@ -64,11 +77,12 @@ def quantized_query(
 @triton.jit(do_not_specialize=["num_reqs", "q_blocks"], do_not_specialize_on_alignment=TABLES)
 def _prefill_kernel(
     query, out, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, sinks, anchor,
-    scale, soft_cap, num_reqs, q_blocks,
-    q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, block_stride, head_stride,
+    turns, turn_table, scale, soft_cap, num_reqs, q_blocks,
+    q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_stride,
+    head_stride,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, ANCHOR: tl.constexpr,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, KV heads). The last blocks have the most keys, so they are started first."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -85,9 +99,10 @@ def _prefill_kernel(
     head = kv_head * GROUP + rows % GROUP
     valid = (rows < BLOCK_Q * GROUP) & (local < q_len)
     q_low, q_high, q_scale, q_bias = quantized_query(
-        query, anchor + kv_head * HEAD_DIM, q_start + local, head, valid, q_token_stride, q_head_stride, scale,
-        ANCHOR, HEAD_DIM, K_BITS, BLOCK_D,
+        query, anchor + kv_head * HEAD_DIM, turn_table, q_start + local, head, valid, q_token_stride, q_head_stride, scale,
+        ANCHOR, False, HEAD_DIM, K_BITS, BLOCK_D,
     )  # fmt: skip
+    page_bias = q_bias
 
     position = seq_len - q_len + local
     first_position = seq_len - q_len + q_block * BLOCK_Q
@@ -102,22 +117,37 @@ def _prefill_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    table = block_table + request.to(tl.int64) * table_stride
+    table_offset = request.to(tl.int64) * table_stride + kv_head * table_head_stride
+    table = block_table + table_offset
     head_offset = kv_head.to(tl.int64) * head_stride
     for page in range(first_page, full_pages):
         offset = tl.load(table + page).to(tl.int64) * block_stride + head_offset
+        if TURN:
+            q_low, q_high, q_scale, page_bias = quantized_query(
+                query, anchor + kv_head * HEAD_DIM, turn_table + tl.load(turns + table_offset + page) * HEAD_DIM,
+                q_start + local, head, valid, q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D,
+            )  # fmt: skip
+            if not SOFT_CAP:
+                page_bias -= q_bias
         acc, total, top = attend_page(
-            q_low, q_high, q_scale, q_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
-            PAGE, rows, rows, soft_cap, HEAD_DIM, K_BITS, PAGE, False, SOFT_CAP, FP8,
+            q_low, q_high, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            PAGE, rows, rows, soft_cap, HEAD_DIM, K_BITS, PAGE, False, SOFT_CAP, FP8, TURN,
         )  # fmt: skip
     for page in range(full_pages, last_page + 1):
         offset = tl.load(table + page).to(tl.int64) * block_stride + head_offset
         last_visible = position - page * PAGE
         first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else tl.zeros_like(last_visible)
+        if TURN:
+            q_low, q_high, q_scale, page_bias = quantized_query(
+                query, anchor + kv_head * HEAD_DIM, turn_table + tl.load(turns + table_offset + page) * HEAD_DIM,
+                q_start + local, head, valid, q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D,
+            )  # fmt: skip
+            if not SOFT_CAP:
+                page_bias -= q_bias
         acc, total, top = attend_page(
-            q_low, q_high, q_scale, q_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            q_low, q_high, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
             seq_len - page * PAGE, first_visible, last_visible, soft_cap,
-            HEAD_DIM, K_BITS, PAGE, True, SOFT_CAP, FP8,
+            HEAD_DIM, K_BITS, PAGE, True, SOFT_CAP, FP8, TURN,
         )  # fmt: skip
 
     if SINKS:
@@ -128,6 +158,16 @@ def _prefill_kernel(
     channels = tl.arange(0, BLOCK_D)
     target = out + ((q_start + local).to(tl.int64) * out_token_stride + head * out_head_stride)[:, None] + channels[None, :]
     tl.store(target, acc.to(out.dtype.element_ty), mask=valid[:, None] & (channels < HEAD_DIM)[None, :])
+
+
+def table_strides(block_table: torch.Tensor) -> tuple[int, int]:
+    """Of requests and of KV heads, which may share a list."""
+    return block_table.stride(0), block_table.stride(1) if block_table.dim() == 3 else 0
+
+
+def turn_arguments(turns: Turns | None, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernels take for turns: its tensors, or some other where there are none."""
+    return (unused, unused) if turns is None else (turns.pages, turns.table)
 
 
 def tile(head_dim: int, group: int) -> tuple[int, int]:
@@ -166,13 +206,14 @@ def prefill(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
+    turns: Turns | None = None,
 ) -> None:
     """`reference.attention` on a GPU, with the same arguments; writes `out`, which has query's shape.
 
     Only rows query_start_loc[0] to query_start_loc[-1] are read and written. query and out need unit stride in head_dim only.
     """
     hopper, _ = choose_kernel(query.device, layout, query.shape[1] // pages.shape[1])
-    if hopper is not None:
+    if hopper is not None and turns is None:
         hopper.prefill(
             query, pages, layout, block_table, seq_lens, query_start_loc, scale, out, window, soft_cap, sinks, anchor=anchor
         )
@@ -187,10 +228,11 @@ def prefill(
     _prefill_kernel[(q_blocks, pages.shape[1])](
         query, out, pages.view(torch.int8), pages.view(torch.uint8 if fp8 == "half" else torch.float8_e4m3fn),
         pages.view(torch.float32), block_table, seq_lens, query_start_loc, query if sinks is None else sinks,
-        query if anchor is None else anchor, scale, soft_cap, num_reqs, q_blocks,
-        query.stride(0), query.stride(1), out.stride(0), out.stride(1), block_table.stride(0), pages.stride(0), pages.stride(1),
+        query if anchor is None else anchor, *turn_arguments(turns, query), scale, soft_cap, num_reqs, q_blocks,
+        query.stride(0), query.stride(1), out.stride(0), out.stride(1), *table_strides(block_table), pages.stride(0),
+        pages.stride(1),
         GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SINKS=sinks is not None, ANCHOR=anchor is not None,
         HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
-        BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8,
+        BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8, TURN=turns is not None,
         num_warps=warps, num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens),
     )  # fmt: skip

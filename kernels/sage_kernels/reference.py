@@ -15,9 +15,11 @@ then all change by the same number, and the softmax not at all. SageAttention ta
 those, so here it is an anchor, fixed once by the first tokens (`fix_anchor`).
 """
 
+from dataclasses import dataclass
+
 import torch
 
-from sage_paged import PageLayout, v_position
+from sage_paged import Memory, PageLayout, v_position
 
 FP8_MAX = 448.0
 P_BITS = 8
@@ -116,13 +118,40 @@ def load(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gather the pages of one request.
 
-    block_table: int [n]. Returns K codes int8 [kv_heads, n * tokens, head_dim], their scales float32
-    [kv_heads, n * tokens], V codes float32 of the same shape as K's, and their scales.
+    block_table: int [n], or [kv_heads, n] where heads read different pages. Returns K codes int8
+    [kv_heads, n * tokens, head_dim], their scales float32 [kv_heads, n * tokens], V codes float32 of the same shape as K's, and
+    their scales.
     """
-    views = layout.views(pages[block_table.long()].transpose(0, 1))
+    heads = torch.arange(pages.shape[1], device=pages.device)[:, None]
+    views = layout.views(pages[block_table.long().expand(pages.shape[1], -1), heads])
     k_codes = unpack_int4(views.k) if layout.k_bits == 4 else views.k
     v_codes = views.v.float()[..., v_position(torch.arange(layout.tokens, device=pages.device))].transpose(-1, -2)
     return k_codes.flatten(1, 2), views.k_scale.flatten(1), v_codes.flatten(1, 2), views.v_scale.flatten(1)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How far queries are turned for each page, so that the page is read as if it were nearer.
+
+    pages: int32 [requests, kv_heads, blocks], by how many pages, entry by entry of a block table. table: float32
+    [pages, head_dim], the cosines of a turn's angles and, in the second half of the channels, their sines (`turn_table`).
+    """
+
+    pages: torch.Tensor
+    table: torch.Tensor
+
+
+def turn_table(frequencies: torch.Tensor, pages: int, page_tokens: int) -> torch.Tensor:
+    """The `Turns.table` for up to `pages` pages. frequencies: [head_dim // 2], radians a token, of a rotary embedding that
+    pairs channel c with channel c + head_dim // 2."""
+    angles = torch.arange(pages, dtype=torch.float64)[:, None] * page_tokens * frequencies.double()
+    return torch.cat([angles.cos(), angles.sin()], -1).float()
+
+
+def turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """x: float32 [..., head_dim], moved towards the start of the context by turns, rows of a `turn_table` [..., head_dim]."""
+    (low, high), (cos, sin) = x.chunk(2, -1), turn.chunk(2, -1)
+    return torch.cat([low * cos + high * sin, high * cos - low * sin], -1)
 
 
 def attention(
@@ -137,22 +166,26 @@ def attention(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
+    turns: Turns | None = None,
 ) -> torch.Tensor:
     """Causal attention of every request's last tokens over its pages.
 
     query: [tokens, heads, head_dim]; request r owns rows query_start_loc[r] to query_start_loc[r + 1], and they are the
-    last of its seq_lens[r] tokens. block_table: int [requests, blocks]. scale multiplies the logits. window: a query sees
-    itself and the window - 1 tokens before it, 0 for all. soft_cap: logits become cap * tanh(logits / cap), 0 for none.
-    sinks: [heads], logits of an extra key without a value. anchor: that of the stored keys; only soft_cap and sinks need it,
-    for which it is not enough to know logits up to a number that a row's have in common. Returns float32 of query's shape;
-    rows of no request stay 0.
+    last of its seq_lens[r] tokens. block_table: int [requests, blocks], or [requests, kv_heads, blocks] where heads read
+    different pages. scale multiplies the logits. window: a query sees itself and the window - 1 tokens before it, 0 for all.
+    soft_cap: logits become cap * tanh(logits / cap), 0 for none. sinks: [heads], logits of an extra key without a value.
+    anchor: that of the stored keys; only soft_cap, sinks and turns need it, for which it is not enough to know logits up to a
+    number that a row's have in common. turns: how queries are turned for each page. Returns float32 of query's shape; rows of
+    no request stay 0.
     """
     heads, kv_heads = query.shape[1], pages.shape[1]
     out = torch.zeros(query.shape, dtype=torch.float32)
     for r in range(seq_lens.numel()):
         start, end, length = int(query_start_loc[r]), int(query_start_loc[r + 1]), int(seq_lens[r])
+        if start == end:
+            continue
         used_pages = -(-length // layout.tokens)
-        k, k_scale, v, v_scale = (x[:, :length] for x in load(pages, block_table[r, :used_pages], layout))
+        k, k_scale, v, v_scale = (x[:, :length] for x in load(pages, block_table[r, ..., :used_pages], layout))
         positions = torch.arange(length - (end - start), length)[:, None]
         keys = torch.arange(length)[None, :]
         visible = keys <= positions
@@ -163,6 +196,14 @@ def attention(
             q, q_scale = quantize_q(query[start:end, head])
             logits = (q.float() @ k[kv].float().T) * k_scale[kv] * (q_scale * scale)[:, None]
             bias = 0.0 if anchor is None else (query[start:end, head].float() @ anchor[kv])[:, None] * scale
+            if turns is not None:
+                for page, turn in enumerate(turns.pages[r, kv, :used_pages].tolist()):
+                    turned_query = turned(query[start:end, head].float(), turns.table[turn])
+                    q, q_scale = quantize_q(turned_query)
+                    own = slice(page * layout.tokens, (page + 1) * layout.tokens)
+                    logits[:, own] = (q.float() @ k[kv, own].float().T) * k_scale[kv, own] * (q_scale * scale)[:, None]
+                    if anchor is not None:
+                        logits[:, own] += (turned_query @ anchor[kv])[:, None] * scale - bias
             if soft_cap:
                 logits, bias = soft_cap * torch.tanh((logits + bias) / soft_cap), 0.0
             logits = (logits * LOG2E).masked_fill(~visible, float("-inf"))
@@ -174,3 +215,115 @@ def attention(
                 total = total + torch.exp2((sinks[head].float() - bias) * LOG2E - top)
             out[start:end, head] = (p8 @ v[kv]) / total
     return out
+
+
+def store_bounds(
+    pages: torch.Tensor,
+    layout: PageLayout,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    turn_table: torch.Tensor | None = None,
+    anchor: torch.Tensor | None = None,
+) -> None:
+    """Write the bounds of the pages that a step has filled: of each channel, the least and the largest key.
+
+    The tensors are those of `attention`, block_table with one list for all heads; the step's tokens are stored already. With a
+    turn_table, keys are taken as they would be if the page were the first of its context, for which their anchor is needed.
+    A page whose last token is stored anew, as those of rejected drafts are, gets its bounds anew.
+    """
+    views = layout.views(pages)
+    assert views.bounds is not None
+    for r in range(seq_lens.numel()):
+        length, queries = int(seq_lens[r]), int(query_start_loc[r + 1] - query_start_loc[r])
+        for page in range((length - queries) // layout.tokens, length // layout.tokens):
+            block = int(block_table[r, page])
+            codes = unpack_int4(views.k[block]) if layout.k_bits == 4 else views.k[block]
+            keys = codes * views.k_scale[block][..., None]
+            if turn_table is not None:
+                keys = turned(keys if anchor is None else keys + anchor[:, None], turn_table[page])
+            views.bounds[block] = torch.stack([keys.amin(1), keys.amax(1)], 1).half()
+
+
+@dataclass(frozen=True)
+class PageLists:
+    """What rows of queries read, as `attention` takes it, with rows in the place of requests.
+
+    block_table: int32 [rows, kv_heads, pages]; seq_lens: int32 [rows]; query_start_loc: int32 [rows + 1].
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    turns: Turns | None
+
+
+def max_rows(tokens: int, requests: int, query_block: int) -> int:
+    """The most rows of a step: blocks of query_block positions that some request has a token in, or, without, requests."""
+    return tokens // query_block + 2 * requests if query_block else requests
+
+
+def recall(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    memory: Memory,
+    query_block: int,
+    turn_table: torch.Tensor | None = None,
+) -> PageLists:
+    """Choose the pages that each row of queries reads (see `sage_paged.memory`).
+
+    The tensors are those of `attention`, block_table with one list for all heads. query_block: positions of a row; 0 for one
+    row a request. turn_table: needed where memory.trained_tokens is not 0.
+
+    A page's score is the mean over the row's queries, of all heads that share the KV head, of the largest logit that a key
+    within the page's bounds could have (Quest, Tang et al., ICML 2024, section 3.2). With a turn_table, it is that at the
+    distance of the page before the local ones, for every query as if it stood in the first local_tokens behind it.
+    """
+    kv_heads, tokens = pages.shape[1], layout.tokens
+    bounds = layout.views(pages).bounds
+    assert bounds is not None
+    first_token = int(query_start_loc[0])
+    rows = max_rows(query.shape[0], seq_lens.numel(), query_block)
+    width = memory.list_pages(tokens, query_block or int(query_start_loc.diff().max()))
+    table = torch.zeros(rows, kv_heads, width, dtype=torch.int32)
+    turn_counts = torch.zeros_like(table)
+    lengths, starts = torch.zeros(rows, dtype=torch.int32), torch.full((rows + 1,), int(query_start_loc[-1]), dtype=torch.int32)
+    sinks = memory.sink_pages(tokens)
+    row = 0
+    for r in range(seq_lens.numel()):
+        start, length = int(query_start_loc[r]), int(seq_lens[r])
+        begin = length - (int(query_start_loc[r + 1]) - start)  # the position of the first query
+        # As in `tiles.find_request`: where a request's rows are does not depend on the lengths of the others' contexts.
+        row = (start - first_token) // query_block + 2 * r if query_block else r
+        low = begin
+        while low < length:
+            high = min(length, (low // query_block + 1) * query_block) if query_block else length
+            local = memory.local_page(low, tokens)
+            found = torch.arange(min(sinks, local), local)
+            q = query[start + low - begin : start + high - begin].float()
+            if turn_table is not None:
+                nearer = (torch.arange(low, high) // tokens - memory.local_tokens // tokens - 1).clamp(min=0)
+                q = turned(q, turn_table[nearer][:, None])
+            q = q.unflatten(1, (kv_heads, -1))
+            blocks = block_table[r].long()
+            chosen = found.expand(kv_heads, -1)
+            if len(found) > memory.topk_pages:
+                least, largest = bounds[blocks[found]].float().unbind(2)  # [pages, kv_heads, head_dim]
+                positive, negative = q.clamp(min=0).mean((0, 2)), q.clamp(max=0).mean((0, 2))
+                scores = (positive * largest + negative * least).sum(-1).T
+                chosen = found[scores.topk(memory.topk_pages).indices].sort().values
+            every = torch.arange(min(sinks, local)).expand(kv_heads, -1)
+            rest = torch.arange(local, -(-high // tokens)).expand(kv_heads, -1)
+            listed = torch.cat([every, chosen, rest], 1)
+            table[row, :, : listed.shape[1]] = blocks[listed].int()
+            if memory.trained_tokens and high > memory.trained_tokens:
+                turn_counts[row, :, : listed.shape[1]] = (local - 1 - listed).clamp(min=0).int()
+            lengths[row] = (every.shape[1] + chosen.shape[1]) * tokens + high - local * tokens
+            starts[row] = start + low - begin
+            starts[row + 1 :] = start + high - begin
+            low, row = high, row + 1
+    return PageLists(table, lengths, starts, None if turn_table is None else Turns(turn_counts, turn_table))

@@ -134,7 +134,7 @@ def attend_page(
     q_low, q_high, q_scale, q_bias, acc, total, top,
     cache_i8, cache_v, cache_f32, page_offset, length, first_visible, last_visible, soft_cap,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
-    SOFT_CAP: tl.constexpr, FP8: tl.constexpr,
+    SOFT_CAP: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: the rows of a query tile against one page.
 
@@ -143,7 +143,8 @@ def attend_page(
     acc: float32 [rows, channels]. total: float32 [rows].
     top: float32 [rows], the integer reference of the exponentials. page_offset: int64, bytes from the cache's start.
     length: tokens of the page that are filled. first_visible, last_visible: int [rows], tokens of the page that a row may
-    see. FP8: see `device.fp8_path`. Returns acc, total, top.
+    see. FP8: see `device.fp8_path`. TURN: whether queries are turned for this page, so that pages have biases of their own.
+    Returns acc, total, top.
     """
     tokens = v_token(tl.arange(0, PAGE))  # every column of this tile is in the order of V
     V_OFFSET: tl.constexpr = PAGE * HEAD_DIM * K_BITS // 8
@@ -170,6 +171,8 @@ def attend_page(
     if SOFT_CAP:
         logits = logits * q_scale[:, None] + q_bias[:, None]
         logits = (soft_cap * LOG2E) * tanh(logits / (soft_cap * LOG2E)) + v_exponent[None, :]
+    elif TURN:
+        logits = logits * q_scale[:, None] + q_bias[:, None] + v_exponent[None, :]
     else:
         logits = logits * q_scale[:, None] + v_exponent[None, :]
     if MASKED:

@@ -8,12 +8,13 @@ A page holds the keys and values of `tokens` consecutive tokens of one KV head, 
     v         [head_dim, tokens]       e4m3      value codes, transposed: one row a channel, tokens in `v_position` order
     k_scale   [tokens]                 float32   key   = code * k_scale
     v_scale   [tokens]                 float32   value = code * v_scale
+    bounds    [2, head_dim]            float16   least and largest key of each channel, in pages for `sage_paged.memory` only
 
-Every number of a token depends on that token alone, so a page can be shared, moved, swapped or extended without touching
-its other tokens. Values are transposed because 8-bit tensor cores want the dimension that is summed over, which for
-P @ V is the token, to be the contiguous one. They are out of order within each 16 because a thread gets Q K^T for tokens
-2j, 2j + 1, 2j + 8 and 2j + 9, and has to hand in P for four tokens that stand side by side: stored this way they do, and P
-never has to travel between threads.
+Every number of a token depends on that token alone, and bounds on the keys of a full page, so a page can be shared, moved,
+swapped or extended without touching its other tokens. Values are transposed because 8-bit tensor cores want the dimension
+that is summed over, which for P @ V is the token, to be the contiguous one. They are out of order within each 16 because a
+thread gets Q K^T for tokens 2j, 2j + 1, 2j + 8 and 2j + 9, and has to hand in P for four tokens that stand side by side:
+stored this way they do, and P never has to travel between threads.
 
 INT4 keys: byte `i` of a row carries channel `i` in its low nibble and channel `i + head_dim // 2` in its high one, both
 two's complement in [-7, 7]. A kernel gets either half of the row with one mask or shift and never has to interleave.
@@ -48,13 +49,14 @@ class PageViews:
     """Typed views of a cache; leading dimensions are [blocks, kv_heads].
 
     k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens], tokens in `v_position` order; k_scale,
-    v_scale: float32 [..., tokens].
+    v_scale: float32 [..., tokens]; bounds: float16 [..., 2, head_dim], or None where the layout has none.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     k_scale: torch.Tensor
     v_scale: torch.Tensor
+    bounds: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class PageLayout:
     head_dim: int
     k_bits: int = 8
     tokens: int = 128
+    has_bounds: bool = False
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -94,12 +97,17 @@ class PageLayout:
         return self.k_scale_offset + self.tokens * _SCALE_BYTES
 
     @property
-    def page_bytes(self) -> int:
+    def bounds_offset(self) -> int:
         return self.v_scale_offset + self.tokens * _SCALE_BYTES
 
     @property
+    def page_bytes(self) -> int:
+        whole = 4 * self.tokens  # so that a token's share is a whole number of elements of any model's dtype
+        return self.bounds_offset + (-(-4 * self.head_dim // whole) * whole if self.has_bounds else 0)
+
+    @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token of one KV head, scales included."""
+        """Bytes of one token of one KV head, scales and its share of the page's bounds included."""
         return self.page_bytes // self.tokens
 
     def compression(self, bytes_per_element: int = 2) -> float:
@@ -138,4 +146,5 @@ class PageLayout:
             v=section(self.v_offset, (self.head_dim, self.tokens), torch.float8_e4m3fn),
             k_scale=section(self.k_scale_offset, (1, self.tokens), torch.float32).squeeze(-2),
             v_scale=section(self.v_scale_offset, (1, self.tokens), torch.float32).squeeze(-2),
+            bounds=section(self.bounds_offset, (2, self.head_dim), torch.float16) if self.has_bounds else None,
         )

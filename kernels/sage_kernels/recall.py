@@ -1,0 +1,299 @@
+"""Memory on a GPU: the bounds of full pages, and the choice of the pages that rows of queries read.
+
+The choice takes three launches: the queries of a row are folded into two vectors; the pages of a context are scored in parts,
+each of which keeps its best; and the best of all parts become a page list. All grids follow from shapes alone and nothing is
+read back, so that it can be captured in a CUDA graph.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sage_kernels.reference import PageLists, Turns, max_rows
+from sage_kernels.tiles import TABLES, find_request
+from sage_paged import Memory, PageLayout
+
+_PART_PAGES = 256
+"""Pages that one program scores."""
+_CHANNELS = 32
+"""Channels of their bounds that it holds at a time."""
+_FOLD_ROWS = 64
+"""Queries, tokens times heads of a group, that it holds while it folds them."""
+
+
+@triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
+def _bounds_kernel(
+    cache_i8, cache_f32, cache_f16, block_table, seq_lens, query_start_loc, turn_table, anchor, num_reqs,
+    table_stride, block_stride, head_stride,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr,
+    ANCHOR: tl.constexpr,
+):  # fmt: skip
+    """Grid: (pages that a step may fill, KV heads)."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
+    SCALES: tl.constexpr = PAGE * (K_ROW + HEAD_DIM) // 4
+    BOUNDS: tl.constexpr = 2 * (SCALES + 2 * PAGE)
+    head = tl.program_id(1)
+    request, nth = find_request(query_start_loc, tl.program_id(0), num_reqs, PAGE)
+    q_len = tl.load(query_start_loc + request + 1) - tl.load(query_start_loc + request)
+    seq_len = tl.load(seq_lens + request)
+    page = (seq_len - q_len) // PAGE + nth
+    if q_len == 0 or (page + 1) * PAGE > seq_len:
+        return
+    block = tl.load(block_table + request.to(tl.int64) * table_stride + page).to(tl.int64)
+    offset = block * block_stride + head.to(tl.int64) * head_stride
+    tokens = tl.arange(0, PAGE)
+    half = tl.arange(0, BLOCK_D // 2)
+    inside = half < HALF
+    scale = tl.load(cache_f32 + offset // 4 + SCALES + tokens)[:, None]
+    codes = cache_i8 + offset + tokens[:, None] * K_ROW + half[None, :]
+    first = tl.load(codes, mask=inside[None, :], other=0)
+    if K_BITS == 8:
+        low, high = first, tl.load(codes + HALF, mask=inside[None, :], other=0)
+    else:
+        low, high = (first << 4).to(tl.int8) >> 4, first >> 4
+    low, high = low.to(tl.float32) * scale, high.to(tl.float32) * scale
+    if TURN:
+        if ANCHOR:
+            low += tl.load(anchor + head * HEAD_DIM + half, mask=inside, other=0.0)[None, :]
+            high += tl.load(anchor + head * HEAD_DIM + HALF + half, mask=inside, other=0.0)[None, :]
+        turn = turn_table + page * HEAD_DIM
+        cos = tl.load(turn + half, mask=inside, other=1.0)[None, :]
+        sin = tl.load(turn + HALF + half, mask=inside, other=0.0)[None, :]
+        low, high = low * cos + high * sin, high * cos - low * sin
+    least = cache_f16 + offset // 2 + BOUNDS + half
+    tl.store(least, tl.min(low, 0).to(tl.float16), mask=inside)
+    tl.store(least + HALF, tl.min(high, 0).to(tl.float16), mask=inside)
+    tl.store(least + HEAD_DIM, tl.max(low, 0).to(tl.float16), mask=inside)
+    tl.store(least + HEAD_DIM + HALF, tl.max(high, 0).to(tl.float16), mask=inside)
+
+
+def store_bounds(
+    pages: torch.Tensor,
+    layout: PageLayout,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    tokens: int,
+    turn_table: torch.Tensor | None = None,
+    anchor: torch.Tensor | None = None,
+) -> None:
+    """`reference.store_bounds` on a GPU, with the same arguments. tokens: at least those of the step."""
+    requests = seq_lens.numel()
+    _bounds_kernel[(tokens // layout.tokens + requests, pages.shape[1])](
+        pages.view(torch.int8), pages.view(torch.float32), pages.view(torch.float16), block_table, seq_lens, query_start_loc,
+        pages if turn_table is None else turn_table, pages if anchor is None else anchor, requests,
+        block_table.stride(0), pages.stride(0), pages.stride(1),
+        HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens, BLOCK_D=triton.next_power_of_2(layout.head_dim),
+        TURN=turn_table is not None, ANCHOR=anchor is not None, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK: tl.constexpr):
+    """A row's request, the position of its first query and the one past its last, and where its queries start."""
+    if QUERY_BLOCK > 0:
+        # As `find_request`, but a request of n tokens may have a part of n // QUERY_BLOCK + 2 blocks.
+        base = tl.load(query_start_loc)
+        request = 0
+        end = num_reqs
+        while end - request > 1:
+            middle = (request + end) // 2
+            if (tl.load(query_start_loc + middle) - base) // QUERY_BLOCK + 2 * middle <= row:
+                request = middle
+            else:
+                end = middle
+        start = tl.load(query_start_loc + request)
+        nth = row - ((start - base) // QUERY_BLOCK + 2 * request)
+    else:
+        request = row
+        start = tl.load(query_start_loc + request)
+        nth = 0
+    length = tl.load(seq_lens + request)
+    begin = length - (tl.load(query_start_loc + request + 1) - start)
+    low, high = begin, length
+    if QUERY_BLOCK > 0:
+        block = begin // QUERY_BLOCK + nth
+        low = tl.minimum(tl.maximum(block * QUERY_BLOCK, begin), length)
+        high = tl.maximum(tl.minimum((block + 1) * QUERY_BLOCK, length), low)
+    return request, low, high, start + low - begin
+
+
+@triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
+def _fold_kernel(
+    query, folded, row_starts, row_lens, seq_lens, query_start_loc, turn_table, num_reqs, q_token_stride, q_head_stride,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    TURN: tl.constexpr,
+):  # fmt: skip
+    """Grid: (rows, KV heads). folded: float32 [rows, kv_heads, 2, HEAD_DIM], sums of the negative and of the positive parts of
+    a row's queries. row_starts, row_lens: `PageLists.query_start_loc` and `seq_lens`."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    _, low, high, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK)
+    local = tl.maximum(low - LOCAL + 1, 0) // PAGE
+    listed = tl.minimum(local, SINKS + TOPK)
+    if head == 0:
+        tl.store(row_starts + row, start)
+        tl.store(row_lens + row, tl.where(high > low, listed * PAGE + high - local * PAGE, 0))
+        if row == tl.num_programs(0) - 1:
+            tl.store(row_starts + row + 1, start + high - low)
+    if local <= SINKS + TOPK:
+        return
+    half = tl.arange(0, BLOCK_D // 2)
+    inside = (half < HALF)[None, :]
+    zeros = tl.zeros([BLOCK_T * BLOCK_G, BLOCK_D // 2], tl.float32)
+    low_negative, low_positive, high_negative, high_positive = zeros, zeros, zeros, zeros
+    rows = tl.arange(0, BLOCK_T * BLOCK_G)
+    for first in range(low, high, BLOCK_T):
+        token = first + rows // BLOCK_G
+        member = rows % BLOCK_G
+        valid = (token < high) & (member < GROUP)
+        source = (start + token - low).to(tl.int64) * q_token_stride + (head * GROUP + member) * q_head_stride
+        pointers = query + source[:, None] + half[None, :]
+        mask = valid[:, None] & inside
+        q_low = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        q_high = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
+        if TURN:
+            nearer = tl.maximum(token // PAGE - LOCAL // PAGE - 1, 0)
+            turn = turn_table + nearer[:, None] * HEAD_DIM + half[None, :]
+            cos = tl.load(turn, mask=mask, other=1.0)
+            sin = tl.load(turn + HALF, mask=mask, other=0.0)
+            q_low, q_high = q_low * cos + q_high * sin, q_high * cos - q_low * sin
+        low_negative += tl.minimum(q_low, 0.0)
+        low_positive += tl.maximum(q_low, 0.0)
+        high_negative += tl.minimum(q_high, 0.0)
+        high_positive += tl.maximum(q_high, 0.0)
+    target = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + half
+    tl.store(target, tl.sum(low_negative, 0), mask=half < HALF)
+    tl.store(target + HALF, tl.sum(high_negative, 0), mask=half < HALF)
+    tl.store(target + HEAD_DIM, tl.sum(low_positive, 0), mask=half < HALF)
+    tl.store(target + HEAD_DIM + HALF, tl.sum(high_positive, 0), mask=half < HALF)
+
+
+@triton.jit
+def _ordered(score, page):
+    """int64 numbers in the order of scores, float32; among equals, the earlier page is the larger."""
+    bits = score.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    return (ordered << 32) | (0x7FFFFFFF - page).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
+def _score_kernel(
+    folded, best, cache_f16, block_table, seq_lens, query_start_loc, num_reqs, table_stride, block_stride, head_stride,
+    HEAD_DIM: tl.constexpr, BOUNDS: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr,
+    TOPK: tl.constexpr, KEEP: tl.constexpr, QUERY_BLOCK: tl.constexpr, PART: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (parts of a context, KV heads, rows). best: int64 [rows, kv_heads, parts, KEEP], each part's largest `_ordered`."""
+    part = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.program_id(2)
+    request, low, _, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK)
+    local = tl.maximum(low - LOCAL + 1, 0) // PAGE
+    if local <= SINKS + TOPK or SINKS + part * PART >= local:
+        return
+    page = SINKS + part * PART + tl.arange(0, PART)
+    there = page < local
+    blocks = tl.load(block_table + request.to(tl.int64) * table_stride + page, mask=there, other=0).to(tl.int64)
+    offset = (blocks * block_stride + head.to(tl.int64) * head_stride) // 2 + BOUNDS
+    parts = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM
+    score = tl.zeros([PART], tl.float32)
+    for first in range(0, 2 * HEAD_DIM, CHANNELS):  # least keys with negative parts, then largest keys with positive ones
+        channel = first + tl.arange(0, CHANNELS)
+        keys = tl.load(cache_f16 + offset[:, None] + channel[None, :], mask=there[:, None], other=0.0).to(tl.float32)
+        score += tl.sum(keys * tl.load(parts + channel)[None, :], 1)
+    ordered = tl.where(there, _ordered(score, page), -0x7FFFFFFFFFFFFFFF)
+    target = best + ((row * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(0) + part) * KEEP
+    tl.store(target + tl.arange(0, KEEP), tl.topk(ordered, KEEP))
+
+
+@triton.jit(do_not_specialize=["num_reqs", "parts", "width"], do_not_specialize_on_alignment=TABLES)
+def _list_kernel(
+    best, lists, turns, block_table, seq_lens, query_start_loc, num_reqs, parts, width, table_stride,
+    PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, KEEP: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, PART: tl.constexpr, TRAINED: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid: (rows, KV heads). lists, turns: int32 [rows, kv_heads, width]; turns are written where TRAINED is not 0."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    request, low, high, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK)
+    local = tl.maximum(low - LOCAL + 1, 0) // PAGE
+    target = (row * tl.num_programs(1) + head).to(tl.int64) * width
+    table = block_table + request.to(tl.int64) * table_stride
+    far = tl.minimum(local, SINKS + TOPK)
+    pages = tl.where(high > low, far + tl.cdiv(high, PAGE) - local, 0)
+    turning = (TRAINED > 0) & (high > TRAINED)
+    for first in range(0, width, BLOCK):
+        entry = first + tl.arange(0, BLOCK)
+        page = tl.where(entry < far, entry, local + entry - far)
+        block = tl.load(table + page, mask=entry < pages, other=0)
+        tl.store(lists + target + entry, block, mask=entry < width)
+        if TRAINED > 0:
+            turn = tl.where(turning & (entry < far), local - 1 - page, 0)
+            tl.store(turns + target + entry, turn, mask=entry < width)
+    if local > SINKS + TOPK:
+        candidate = tl.arange(0, MERGE)
+        used = candidate < tl.cdiv(local - SINKS, PART) * KEEP
+        source = best + (row * tl.num_programs(1) + head).to(tl.int64) * parts * KEEP
+        ordered = tl.load(source + candidate, mask=used, other=-0x7FFFFFFFFFFFFFFF)
+        rank = tl.arange(0, KEEP)
+        page = 0x7FFFFFFF - (tl.topk(ordered, KEEP) & 0x7FFFFFFF).to(tl.int32)
+        page = tl.sort(tl.where(rank < TOPK, page, 0x7FFFFFFF))
+        chosen = rank < TOPK
+        tl.debug_barrier()  # the entries of the loop above are overwritten
+        tl.store(lists + target + SINKS + rank, tl.load(table + page, mask=chosen, other=0), mask=chosen)
+        if TRAINED > 0:
+            tl.store(turns + target + SINKS + rank, tl.where(turning, local - 1 - page, 0), mask=chosen)
+
+
+def recall(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    memory: Memory,
+    query_block: int,
+    turn_table: torch.Tensor | None = None,
+    *,
+    max_query_len: int = 1,
+) -> PageLists:
+    """`reference.recall` on a GPU, with the same arguments. max_query_len: the most query tokens of a request, where
+    query_block is 0."""
+    requests, kv_heads, device = seq_lens.numel(), pages.shape[1], query.device
+    rows = max_rows(query.shape[0], requests, query_block)
+    sinks = memory.sink_pages(layout.tokens)
+    width = memory.list_pages(layout.tokens, query_block or max_query_len)
+    keep = triton.next_power_of_2(max(memory.topk_pages, 16))
+    parts = max(1, triton.cdiv(block_table.shape[1] - sinks, _PART_PAGES))
+    lists, turns = (torch.empty(rows, kv_heads, width, dtype=torch.int32, device=device) for _ in range(2))
+    row_lens, row_starts = (torch.empty(n, dtype=torch.int32, device=device) for n in (rows, rows + 1))
+    folded = torch.empty(rows, kv_heads, 2, layout.head_dim, dtype=torch.float32, device=device)
+    best = torch.empty(rows, kv_heads, parts, keep, dtype=torch.int64, device=device)
+    group = query.shape[1] // kv_heads
+    policy = {
+        "PAGE": layout.tokens, "SINKS": sinks, "LOCAL": memory.local_tokens, "TOPK": memory.topk_pages,
+        "QUERY_BLOCK": query_block,
+    }  # fmt: skip
+    _fold_kernel[(rows, kv_heads)](
+        query, folded, row_starts, row_lens, seq_lens, query_start_loc, query if turn_table is None else turn_table, requests,
+        query.stride(0), query.stride(1),
+        GROUP=group, BLOCK_G=triton.next_power_of_2(group), HEAD_DIM=layout.head_dim,
+        BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=max(1, _FOLD_ROWS // triton.next_power_of_2(group)),
+        TURN=turn_table is not None, num_warps=4, **policy,
+    )  # fmt: skip
+    _score_kernel[(parts, kv_heads, rows)](
+        folded, best, pages.view(torch.float16), block_table, seq_lens, query_start_loc, requests,
+        block_table.stride(0), pages.stride(0), pages.stride(1),
+        HEAD_DIM=layout.head_dim, BOUNDS=layout.bounds_offset // 2, KEEP=keep, PART=_PART_PAGES, CHANNELS=_CHANNELS,
+        num_warps=4, **policy,
+    )  # fmt: skip
+    _list_kernel[(rows, kv_heads)](
+        best, lists, turns, block_table, seq_lens, query_start_loc, requests, parts, width, block_table.stride(0),
+        KEEP=keep, PART=_PART_PAGES, TRAINED=memory.trained_tokens, MERGE=triton.next_power_of_2(parts * keep), BLOCK=64,
+        num_warps=4, **policy,
+    )  # fmt: skip
+    return PageLists(lists, row_lens, row_starts, Turns(turns, turn_table) if turn_table is not None else None)

@@ -1,0 +1,57 @@
+"""The angles that a model's positions turn keys by, for pages that are read at other positions than their own."""
+
+import functools
+from typing import Any
+
+import torch
+
+from sage_kernels import reference
+
+_KNOWN = ("RotaryEmbedding", "Llama3RotaryEmbedding")
+"""vLLM's rotary embeddings whose angle is a channel's frequency times the position, whatever the length of the context."""
+_ROPE_TYPES = ("default", "llama3")
+
+
+def check(model_config: Any) -> None:
+    """Raises ValueError, in one line, for a model (ModelConfig) whose configuration names another form of positions."""
+    rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if "mrope_section" in rope:
+        kind = "mrope"
+    elif rope.get("partial_rotary_factor", 1.0) != 1.0:
+        kind = "partial"
+    if kind not in _ROPE_TYPES:
+        raise ValueError(_refusal(model_config.model, f"of the form {kind!r}"))
+
+
+def _refusal(model: str, what: str) -> str:
+    return (
+        f'"extrapolate" in option "memory" cannot serve {model}: its rotary positions are {what}, and only those of the forms '
+        f"{' and '.join(map(repr, _ROPE_TYPES))}, over whole heads in halves, can be turned; leave it out"
+    )
+
+
+def find_frequencies(model: torch.nn.Module, config: Any) -> None:
+    """Tell each layer of this backend that turns pages how its model's positions work. config: VllmConfig.
+
+    Raises ValueError for a model whose attention has rotary embeddings of another form.
+    """
+    for name, layer in config.compilation_config.static_forward_context.items():
+        impl: Any = getattr(layer, "impl", None)
+        if not getattr(impl, "turns_pages", False):
+            continue
+        try:
+            rotary: Any = model.get_submodule(name.rpartition(".")[0]).get_submodule("rotary_emb")
+        except AttributeError:
+            raise ValueError(_refusal(config.model_config.model, f"not found beside {name}")) from None
+        kind = type(rotary).__name__
+        if kind not in _KNOWN or not rotary.is_neox_style or rotary.rotary_dim != impl.head_size:
+            raise ValueError(_refusal(config.model_config.model, f"of the form {kind!r}"))
+        impl.frequencies = tuple(rotary._compute_inv_freq(rotary.base).tolist())
+        impl.max_pages = -(-config.model_config.max_model_len // impl.layout.tokens) + 1
+
+
+@functools.cache
+def turn_table(frequencies: tuple[float, ...], pages: int, page_tokens: int, device: torch.device) -> torch.Tensor:
+    """`reference.turn_table`, once for all layers."""
+    return reference.turn_table(torch.tensor(frequencies), pages, page_tokens).to(device)
