@@ -6,7 +6,7 @@
 
 A run is named as for `sage_backend.quality`; each gets an engine of its own, in a process of its own, with random weights of
 the given shape (default: Llama-3.1-8B) and random prompts. Prefill is the time to the first token of one prompt, the median of
---repeat prompts after a warm-up of the same length. A decode step of BATCHxLENGTH is the time by which a
+--repeat prompts after a warm-up of the same length or of --warm-up tokens. A decode step of BATCHxLENGTH is the time by which a
 longer generation exceeds a shorter one, for BATCH requests of LENGTH tokens.
 """
 
@@ -85,9 +85,13 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 llm.generate(prompts, sampling, use_tqdm=False)
                 return time.perf_counter() - start
 
+            if arguments.skip_prefill_attention:
+                from sage_kernels import prefill
+
+                prefill.prefill = lambda *_, **__: None
             figures["first_request_seconds"] = round(generate(1, min(200, longest - 1), 1), 3)
             for length in arguments.prefill:
-                generate(1, length, 1)
+                generate(1, min(length, arguments.warm_up), 1)
                 seconds = statistics.median(generate(1, length, 1) for _ in range(arguments.repeat))
                 figures[f"prefill_{length}"] = round(length / seconds)
                 print(f"  {run}: prefill {length}: {length / seconds:,.0f} tokens/s", flush=True)
@@ -129,6 +133,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--decode", type=pair, nargs="*", default=[], metavar="BATCHxTOKENS")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a prefill chunk (max_num_batched_tokens)")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=1 << 17, help="most tokens of a warm-up (default: %(default)s)")
+    parser.add_argument(
+        "--skip-prefill-attention",
+        action="store_true",
+        help="of SAGE, for decode steps behind contexts that would take minutes to read; what is in their pages then is not "
+        "what the model would have put there, which changes no step's time",
+    )
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--only", help=argparse.SUPPRESS)
@@ -138,6 +149,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if arguments.skip_prefill_attention:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # what is skipped is skipped in this process
     if arguments.only:
         arguments.out.write_text(json.dumps(measure(arguments.only, arguments)))
         return

@@ -308,13 +308,15 @@ class SageImpl(AttentionImpl[SageMetadata]):
             with metrics.timed(m.sample, "decode", layer, query.device):
                 if memory is not None and not memory.reads_all(self.layout.tokens, m.max_seq_len):
                     decodes, mask["turns"] = self.recall(q, pages, decodes, memory, 0, m.max_decode_query_len)
-                decode(q, pages, self.layout, *decodes, self.scale, out[: m.num_decode_tokens], **mask, **how)
+                table, lengths, starts = decodes
+                decode(q, pages, self.layout, table, lengths, starts, self.scale, out[: m.num_decode_tokens], **mask, **how)
         if n < m.seq_lens.shape[0] and m.num_decode_tokens < m.num_tokens:
             with metrics.timed(m.sample, "prefill", layer, query.device):
                 mask["turns"] = None
                 if memory is not None and not memory.reads_all(self.layout.tokens, m.max_seq_len):
                     prefills, mask["turns"] = self.recall(query, pages, prefills, memory, memory.query_block)
-                prefill(query, pages, self.layout, *prefills, self.scale, out, **mask)
+                table, lengths, starts = prefills
+                prefill(query, pages, self.layout, table, lengths, starts, self.scale, out, **mask)
         return output
 
     def memory_of(self, layer: Any) -> Memory | None:
@@ -329,13 +331,15 @@ class SageImpl(AttentionImpl[SageMetadata]):
         return positions.turn_table(self.frequencies, self.max_pages, self.layout.tokens, device_)
 
     def store_bounds(self, pages: torch.Tensor, m: SageMetadata, anchor: torch.Tensor | None) -> None:
-        args: Any = pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc
+        turns = self.turn_table(pages.device)
         if pages.device.type == "cpu":
-            reference.store_bounds(*args, self.turn_table(pages.device), anchor)
+            reference.store_bounds(pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc, turns, anchor)
         else:
             from sage_kernels.recall import store_bounds
 
-            store_bounds(*args, m.num_tokens, self.turn_table(pages.device), anchor)
+            store_bounds(
+                pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc, m.num_tokens, turns, anchor
+            )
 
     def recall(
         self, query: torch.Tensor, pages: torch.Tensor, requests: Requests, memory: Memory, query_block: int,

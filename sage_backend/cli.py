@@ -1,4 +1,4 @@
-"""The `sage` command: `sage eval ...` and `sage calibrate ...`."""
+"""The `sage` command, and what its subcommands share."""
 
 import sys
 from collections.abc import Callable
@@ -26,11 +26,12 @@ def read_text(file: Path) -> str:
 
 def main() -> int:
     """Run a subcommand with the rest of the command line; returns its exit status."""
-    from sage_backend import calibration, quality
+    from sage_backend import calibration, needle, quality
 
     commands = {
         "eval": (quality.main, "compare attention backends and KV formats on a text"),
         "calibrate": (calibration.main, "find the anchors of a model's keys and write them to a file"),
+        "needle": (needle.main, "recall pass keys from long contexts, and draw what is recalled"),
     }
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in commands:

@@ -37,12 +37,12 @@ _ANSWER_TOKENS = 8  # room for a key of five digits and a space
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration: `BACKEND`, `BACKEND/kv_cache_dtype` or `SAGE:k_bits=4,smooth_k=false`."""
+    """One configuration: `BACKEND`, `BACKEND/kv_cache_dtype`, `SAGE:k_bits=4,smooth_k=false` or `SAGE:memory.topk_pages=64`."""
 
     name: str
     backend: str
     kv_cache_dtype: str = "auto"
-    options: dict[str, int | str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> "Run":
@@ -58,12 +58,16 @@ class Run:
         except (KeyError, ValueError):
             raise ValueError(f"vLLM has no attention backend {name!r}") from None
         booleans = {"false": False, "true": True}
-        options: dict[str, int | str] = {}
+        options: dict[str, Any] = {}
         for assignment in filter(None, tail.split(",")):
             option, _, value = assignment.partition("=")
             if backend != BACKEND or not value:
                 raise ValueError(f"{text!r} is not a run; one with options is, for example, SAGE:k_bits=4")
-            options[option] = booleans[value] if value in booleans else int(value) if value.isdecimal() else value
+            *sections, option = option.split(".")
+            place = options
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[option] = booleans[value] if value in booleans else int(value) if value.isdecimal() else value
         SageOptions.parse({"sage": options})
         return cls(text, backend, dtype or "auto", options)
 
@@ -137,11 +141,13 @@ def windows(tokenizer: Any, text: str, tokens: int, context: int) -> list[list[i
     return [ids[i : i + context - 1] for i in range(0, len(ids), context - 1)]
 
 
-def measure(run: Run, model: str, text: str, tokens: int, context: int, passkey: Sequence[int] = ()) -> Scores:
+def measure(
+    run: Run, model: str, text: str, tokens: int, context: int, passkey: Sequence[int] = (), **arguments: Any
+) -> Scores:
     """Run an engine over the first `tokens` tokens of `text` and over pass-key prompts of the given lengths.
 
-    The text is cut into windows of context - 1 tokens; each predicts all of its tokens but the first. Raises ValueError
-    for a text or prompt that does not fit.
+    The text is cut into windows of context - 1 tokens; each predicts all of its tokens but the first. arguments are the
+    engine's. Raises ValueError for a text or prompt that does not fit.
     """
     from vllm import SamplingParams
     from vllm.platforms import current_platform
@@ -153,7 +159,7 @@ def measure(run: Run, model: str, text: str, tokens: int, context: int, passkey:
         memory = {"kv_cache_memory_bytes": 1 << 30}
     # Log-probabilities of cached tokens would not be computed again.
     fixed: dict[str, Any] = {"enable_prefix_caching": False, "enforce_eager": True, "max_num_batched_tokens": 2048}
-    with engine(run, model, max_model_len=context, max_logprobs=TOP, **memory, **fixed) as llm:
+    with engine(run, model, max_model_len=context, max_logprobs=TOP, **memory, **fixed, **arguments) as llm:
         tokenizer = llm.get_tokenizer()
         read = [window for window in windows(tokenizer, text, tokens, context) if len(window) > 1]
         if not read:
@@ -226,6 +232,17 @@ def _device() -> str:
     return f"{os.cpu_count()} x {names[0]}" if names else platform.machine()
 
 
+def circumstances(command: str, model: str) -> dict[str, Any]:
+    """What a report says of how it was made."""
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": _device(),
+        "versions": _versions(),
+        "model": Path(model).name if Path(model).is_dir() else model,
+    }
+
+
 def _compare(arguments: argparse.Namespace, command: str) -> None:
     text = cli.read_text(arguments.text)
     if arguments.tokens < 2 or arguments.context < 2 * _ANSWER_TOKENS:
@@ -249,11 +266,7 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
     print(_table(results))
     if arguments.out:
         report = {
-            "command": command,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": _device(),
-            "versions": _versions(),
-            "model": Path(arguments.model).name if Path(arguments.model).is_dir() else arguments.model,
+            **circumstances(command, arguments.model),
             "text": arguments.text.name,
             "predicted_tokens": baseline.true.size,
             "context": arguments.context,

@@ -5,7 +5,8 @@ The format is fixed here once. Training encodes the same pieces, so a prompt fro
 that the model was trained to answer, in its next five tokens, one per digit.
 """
 
-from collections.abc import Sized
+import itertools
+from collections.abc import Sequence, Sized
 from random import Random
 from typing import Protocol
 
@@ -61,20 +62,37 @@ def needle_line(key: str) -> str:
     return f"# The pass key is #{key}. Remember it: #{key} is the pass key.\n"
 
 
-def make_passkey(tokens_target: int, depth: float, rng: Random, tokenizer: Encoder) -> tuple[str, str]:
+def make_passkey(
+    tokens_target: int, depth: float, rng: Random, tokenizer: Encoder, document: Sequence[str] = ()
+) -> tuple[str, str]:
     """Make a prompt of at most `tokens_target` tokens, shorter by less than one line of filler.
 
-    `depth` is where the key is told: 0 at the start of the filler, 1 at its end. Returns the prompt and
-    the answer: the digits that should follow it at once.
+    `depth` is where the key is told: 0 at the start of the filler, 1 at its end. `document`: lines to use as
+    filler, from the first on and over again, instead of drawing from FILLER. Returns the prompt and the
+    answer: the digits that should follow it at once.
     """
     answer = "".join(rng.choices("0123456789", k=KEY_DIGITS))
     needle = needle_line(answer)
     budget = tokens_target - len(tokenizer.encode(needle + QUESTION))
     if budget < 0:
         raise ValueError(f"a pass-key prompt needs {tokens_target - budget} tokens, not {tokens_target}")
-    filler = _draw_filler(budget, rng, tokenizer)
+    filler = _take_lines(budget, document, tokenizer) if document else _draw_filler(budget, rng, tokenizer)
     split = round(depth * len(filler))
     return "".join([*filler[:split], needle, *filler[split:], QUESTION]), answer
+
+
+def _take_lines(budget: int, document: Sequence[str], tokenizer: Encoder) -> list[str]:
+    """The lines of a document, over and over, until the next one would exceed `budget` tokens."""
+    cost = [_marginal_tokens(line, tokenizer) for line in document]
+    if not sum(cost):
+        raise ValueError("the document has no tokens")
+    lines: list[str] = []
+    for line, tokens in itertools.cycle(zip(document, cost, strict=True)):
+        if tokens > budget:
+            return lines
+        lines.append(line)
+        budget -= tokens
+    raise AssertionError  # a cycle does not end
 
 
 def _draw_filler(budget: int, rng: Random, tokenizer: Encoder) -> list[str]:

@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""What memory costs and saves in a decode step: attention to all of a context, and to the pages that are recalled from it.
+
+    python3 benchmarks/recall.py --lengths 65536 262144 1048576 --out benchmarks/results/recall-h200.json
+
+One request of each length, pages with random keys. Each of --layers layers has pages of its own, so that none is in the L2
+cache when its turn comes; a step over all layers is one CUDA graph. Times are of one layer, medians of --repeat replays.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from sage_kernels import decode, device, recall
+from sage_kernels.reference import turn_table
+from sage_paged import Memory, PageLayout
+
+
+def graphed(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def milliseconds(graph: torch.cuda.CUDAGraph, repeat: int) -> float:
+    times = []
+    for _ in range(repeat + 2):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times[2:])
+
+
+def measure(length: int, arguments: argparse.Namespace) -> dict[str, float | int]:
+    heads, kv_heads, dim, where = 32, 8, 128, torch.device("cuda")
+    layout = PageLayout(dim, arguments.k_bits, has_bounds=True)
+    memory = Memory(topk_pages=arguments.topk, trained_tokens=arguments.extrapolate)
+    turns = None
+    if arguments.extrapolate:
+        frequencies = 500000.0 ** -(torch.arange(0, dim, 2) / dim)
+        turns = turn_table(frequencies, length // layout.tokens + 1, layout.tokens).to(where)
+    count = -(-length // layout.tokens)
+    lengths, starts = (torch.tensor(x, dtype=torch.int32, device=where) for x in ([length], [0, 1]))
+    layers = []
+    for _ in range(arguments.layers):
+        pages = torch.empty(count, kv_heads, layout.page_bytes, dtype=torch.uint8, device=where)
+        views = layout.views(pages)
+        views.k.copy_(torch.randint(-127, 128, (1, kv_heads, *views.k.shape[2:]), device=where, dtype=torch.int8))
+        views.v.view(torch.uint8).copy_(torch.randint(0, 120, (1, *views.v.shape[1:]), device=where, dtype=torch.uint8))
+        views.k_scale.uniform_(0.005, 0.02)
+        views.v_scale.fill_(2.0**-8)
+        assert views.bounds is not None
+        views.bounds.normal_()
+        table = torch.randperm(count, device=where, dtype=torch.int32)[None]
+        layers.append((torch.randn(1, heads, dim, dtype=torch.bfloat16, device=where), pages, table))
+    out = torch.empty(1, heads, dim, dtype=torch.bfloat16, device=where)
+
+    def splits(tokens: int) -> int:
+        return decode.choose_splits(1, kv_heads, tokens, layout.tokens, device.multiprocessors(where))
+
+    def dense() -> None:
+        for query, pages, table in layers:
+            decode.decode(query, pages, layout, table, lengths, starts, dim**-0.5, out, splits=splits(length))
+
+    def look_up() -> None:
+        for query, pages, table in layers:
+            recall.store_bounds(pages, layout, table, lengths, starts, 1, turns)
+            recall.recall(query, pages, layout, table, lengths, starts, memory, 0, turns)
+
+    listed = memory.list_pages(layout.tokens, 1) * layout.tokens
+
+    def remembering() -> None:
+        for query, pages, table in layers:
+            recall.store_bounds(pages, layout, table, lengths, starts, 1, turns)
+            lists = recall.recall(query, pages, layout, table, lengths, starts, memory, 0, turns)
+            args = lists.block_table, lists.seq_lens, lists.query_start_loc, dim**-0.5
+            decode.decode(query, pages, layout, *args, out, turns=lists.turns, splits=splits(min(length, listed)))
+
+    figures: dict[str, float | int] = {"tokens": length}
+    for name, call in (("dense_ms", dense), ("lookup_ms", look_up), ("memory_ms", remembering)):
+        figures[name] = round(milliseconds(graphed(call), arguments.repeat) / arguments.layers, 5)
+    figures["times_faster"] = round(figures["dense_ms"] / figures["memory_ms"], 2)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time decode attention with and without memory.")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[65536, 262144, 1048576])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--k-bits", type=int, default=8, choices=(4, 8))
+    parser.add_argument("--topk", type=int, default=32, help="pages recalled (default: %(default)s)")
+    parser.add_argument("--extrapolate", type=int, default=0, help="trained length of a model whose pages are turned")
+    parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: this benchmark needs a CUDA device")
+    results = []
+    for length in arguments.lengths:
+        results.append(measure(length, arguments))
+        print(results[-1], flush=True)
+    if arguments.out:
+        report = {
+            "command": " ".join(["benchmarks/recall.py", *sys.argv[1:]]),
+            "date": datetime.now(UTC).date().isoformat(),
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "results": results,
+        }
+        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
