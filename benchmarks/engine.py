@@ -96,6 +96,7 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 figures[f"prefill_{length}"] = round(length / seconds)
                 print(f"  {run}: prefill {length}: {length / seconds:,.0f} tokens/s", flush=True)
             for batch, length in arguments.decode:
+                generate(batch, min(length, arguments.warm_up), 8)
                 short, long = generate(batch, length, 8), generate(batch, length, 72)
                 figures[f"decode_{batch}x{length}_ms"] = round((long - short) / 64 * 1e3, 3)
                 print(f"  {run}: decode {batch} x {length}: {figures[f'decode_{batch}x{length}_ms']} ms a step", flush=True)

@@ -40,3 +40,7 @@ def main() -> int:
     asked = name in ("-h", "--help")
     print("\n".join([*lines, "", "sage COMMAND --help lists its options."]), file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

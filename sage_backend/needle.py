@@ -43,18 +43,10 @@ def recall(
             rng = Random(length)
             at = [i / max(depths - 1, 1) for i in range(depths)]
             prompts, answers = zip(*(make_passkey(length, each, rng, tokenizer, document) for each in at), strict=True)
-            texts = [output.outputs[0].text for output in llm.generate(list(prompts), greedy)]
+            texts = [output.outputs[0].text for output in llm.generate(list(prompts), greedy, use_tqdm=False)]
             found[length] = [text.strip().startswith(answer) for text, answer in zip(texts, answers, strict=True)]
             print(f"  {length:>9} tokens: {sum(found[length])} of {depths} recalled", file=sys.stderr, flush=True)
     return found
-
-
-def positions_of(model: str) -> int | None:
-    """How many positions the model's configuration has, or None if it does not say."""
-    from vllm.transformers_utils.config import get_config
-
-    config = get_config(model, trust_remote_code=False)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def draw(report: dict[str, Any]) -> bytes:
@@ -133,10 +125,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     engine: dict[str, Any] = {"enforce_eager": True, "enable_prefix_caching": False, "disable_log_stats": True}
     if current_platform.is_cpu():
         engine["kv_cache_memory_bytes"] = 1 << 30
-    positions = positions_of(arguments.model)
-    if positions and max(lengths) + _ANSWER_TOKENS > positions:
-        print(f"the model knows {positions} positions; its table of positions is made longer", file=sys.stderr)
-        engine["hf_overrides"] = {"max_position_embeddings": max(lengths) + _ANSWER_TOKENS}
+    engine |= quality.stretched(arguments.model, max(lengths) + _ANSWER_TOKENS)
     results: list[dict[str, Any]] = []
     for number, run in enumerate(runs, start=1):
         print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)

@@ -134,6 +134,18 @@ def engine(run: Run, model: str, **arguments: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
+def stretched(model: str, tokens: int) -> dict[str, Any]:
+    """What an engine needs beside its arguments to take contexts of `tokens` tokens: where the model's table of positions is
+    shorter, a longer one, with the same frequencies."""
+    from vllm.transformers_utils.config import get_config
+
+    positions = getattr(get_config(model, trust_remote_code=False).get_text_config(), "max_position_embeddings", tokens)
+    if positions >= tokens:
+        return {}
+    print(f"the model has {positions} positions; its table is made longer, to {tokens}", file=sys.stderr)
+    return {"hf_overrides": {"max_position_embeddings": tokens}}
+
+
 def windows(tokenizer: Any, text: str, tokens: int, context: int) -> list[list[int]]:
     """The first `tokens` tokens of a text, cut into prompts that leave room in the context for a token to generate, without
     which no engine runs."""
@@ -141,13 +153,11 @@ def windows(tokenizer: Any, text: str, tokens: int, context: int) -> list[list[i
     return [ids[i : i + context - 1] for i in range(0, len(ids), context - 1)]
 
 
-def measure(
-    run: Run, model: str, text: str, tokens: int, context: int, passkey: Sequence[int] = (), **arguments: Any
-) -> Scores:
+def measure(run: Run, model: str, text: str, tokens: int, context: int, passkey: Sequence[int] = ()) -> Scores:
     """Run an engine over the first `tokens` tokens of `text` and over pass-key prompts of the given lengths.
 
-    The text is cut into windows of context - 1 tokens; each predicts all of its tokens but the first. arguments are the
-    engine's. Raises ValueError for a text or prompt that does not fit.
+    The text is cut into windows of context - 1 tokens; each predicts all of its tokens but the first. Raises ValueError
+    for a text or prompt that does not fit.
     """
     from vllm import SamplingParams
     from vllm.platforms import current_platform
@@ -159,7 +169,8 @@ def measure(
         memory = {"kv_cache_memory_bytes": 1 << 30}
     # Log-probabilities of cached tokens would not be computed again.
     fixed: dict[str, Any] = {"enable_prefix_caching": False, "enforce_eager": True, "max_num_batched_tokens": 2048}
-    with engine(run, model, max_model_len=context, max_logprobs=TOP, **memory, **fixed, **arguments) as llm:
+    fixed |= stretched(model, context)
+    with engine(run, model, max_model_len=context, max_logprobs=TOP, **memory, **fixed) as llm:
         tokenizer = llm.get_tokenizer()
         read = [window for window in windows(tokenizer, text, tokens, context) if len(window) > 1]
         if not read:

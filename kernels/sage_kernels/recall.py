@@ -1,7 +1,7 @@
 """Memory on a GPU: the bounds of full pages, and the choice of the pages that rows of queries read.
 
-The choice takes three launches: the queries of a row are folded into two vectors; the pages of a context are scored in parts,
-each of which keeps its best; and the best of all parts become a page list. All grids follow from shapes alone and nothing is
+The choice takes three launches: the queries of a row are folded into two vectors, the pages of a context are scored, and the
+best become a page list. All grids follow from shapes alone and nothing is
 read back, so that it can be captured in a CUDA graph.
 """
 
@@ -9,14 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
+from sage_kernels.reference import SCORE_BITS as _SCORE_BITS
 from sage_kernels.reference import PageLists, Turns, max_rows
 from sage_kernels.tiles import TABLES, find_request
 from sage_paged import Memory, PageLayout
 
-_PART_PAGES = 256
+_PART_PAGES = 64
 """Pages that one program scores."""
-_CHANNELS = 32
-"""Channels of their bounds that it holds at a time."""
+SCORE_BITS = tl.constexpr(_SCORE_BITS)
+LARGEST_SCORE = tl.constexpr(1 << _SCORE_BITS)
 _FOLD_ROWS = 64
 """Queries, tokens times heads of a group, that it holds while it folds them."""
 
@@ -172,80 +173,96 @@ def _fold_kernel(
     tl.store(target + HEAD_DIM + HALF, tl.sum(high_positive, 0), mask=half < HALF)
 
 
-@triton.jit
-def _ordered(score, page):
-    """int64 numbers in the order of scores, float32; among equals, the earlier page is the larger."""
-    bits = score.to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    return (ordered << 32) | (0x7FFFFFFF - page).to(tl.int64)
-
-
-@triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=["num_reqs", "width"], do_not_specialize_on_alignment=TABLES)
 def _score_kernel(
-    folded, best, cache_f16, block_table, seq_lens, query_start_loc, num_reqs, table_stride, block_stride, head_stride,
-    HEAD_DIM: tl.constexpr, BOUNDS: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr,
-    TOPK: tl.constexpr, KEEP: tl.constexpr, QUERY_BLOCK: tl.constexpr, PART: tl.constexpr, CHANNELS: tl.constexpr,
+    folded, scores, cache_f16, block_table, seq_lens, query_start_loc, num_reqs, width, table_stride, block_stride, head_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDS: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
+    LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (parts of a context, KV heads, rows). best: int64 [rows, kv_heads, parts, KEEP], each part's largest `_ordered`."""
-    part = tl.program_id(0)
+    """Grid: (parts of a context, KV heads, rows). scores: float32 [rows, kv_heads, width], of the pages behind the sinks."""
     head = tl.program_id(1)
     row = tl.program_id(2)
     request, low, _, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK)
     local = tl.maximum(low - LOCAL + 1, 0) // PAGE
-    if local <= SINKS + TOPK or SINKS + part * PART >= local:
+    page = SINKS + tl.program_id(0) * PART + tl.arange(0, PART)
+    if local <= SINKS + TOPK or SINKS + tl.program_id(0) * PART >= local:
         return
-    page = SINKS + part * PART + tl.arange(0, PART)
     there = page < local
     blocks = tl.load(block_table + request.to(tl.int64) * table_stride + page, mask=there, other=0).to(tl.int64)
-    offset = (blocks * block_stride + head.to(tl.int64) * head_stride) // 2 + BOUNDS
-    parts = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM
-    score = tl.zeros([PART], tl.float32)
-    for first in range(0, 2 * HEAD_DIM, CHANNELS):  # least keys with negative parts, then largest keys with positive ones
-        channel = first + tl.arange(0, CHANNELS)
-        keys = tl.load(cache_f16 + offset[:, None] + channel[None, :], mask=there[:, None], other=0.0).to(tl.float32)
-        score += tl.sum(keys * tl.load(parts + channel)[None, :], 1)
-    ordered = tl.where(there, _ordered(score, page), -0x7FFFFFFFFFFFFFFF)
-    target = best + ((row * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(0) + part) * KEEP
-    tl.store(target + tl.arange(0, KEEP), tl.topk(ordered, KEEP))
+    least = cache_f16 + (blocks * block_stride + head.to(tl.int64) * head_stride) // 2 + BOUNDS
+    channel = tl.arange(0, BLOCK_D)
+    mask = there[:, None] & (channel < HEAD_DIM)[None, :]
+    smallest = tl.load(least[:, None] + channel[None, :], mask=mask, other=0.0)
+    largest = tl.load(least[:, None] + HEAD_DIM + channel[None, :], mask=mask, other=0.0)
+    parts = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + channel
+    negative = tl.load(parts, mask=channel < HEAD_DIM, other=0.0)
+    positive = tl.load(parts + HEAD_DIM, mask=channel < HEAD_DIM, other=0.0)
+    score = tl.sum(smallest.to(tl.float32) * negative[None, :] + largest.to(tl.float32) * positive[None, :], 1)
+    tl.store(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page - SINKS, score, mask=there)
 
 
-@triton.jit(do_not_specialize=["num_reqs", "parts", "width"], do_not_specialize_on_alignment=TABLES)
+@triton.jit
+def _places(score, there, TOPK: tl.constexpr):
+    """Of scores, float32 [n]: which are among the TOPK largest that are there, of equals the first ones, and the how manieth of
+    these each is. Scores count as equal where they agree in SCORE_BITS bits."""
+    bits = score.to(tl.int32, bitcast=True)
+    # Unsigned integers in the order of the numbers; 0 is below all of them.
+    ordered = tl.where(bits < 0, ~bits, bits | -0x80000000).to(tl.uint32, bitcast=True) >> (32 - SCORE_BITS)
+    ordered = tl.where(there, ordered + 1, 0).to(tl.int32)
+    # The TOPK-th largest, two bits at a time: how many reach each of the three next candidates, counted in one sum.
+    limit = tl.full([], 0, tl.int32)
+    one = tl.full([], LARGEST_SCORE, tl.int32)
+    for _ in range(SCORE_BITS // 2 + 1):
+        reached = (ordered >= limit + one).to(tl.int64) + ((ordered >= limit + 2 * one).to(tl.int64) << 20)
+        reached = tl.sum(reached + ((ordered >= limit + 3 * one).to(tl.int64) << 40), 0)
+        limit += one * (
+            ((reached & 0xFFFFF) >= TOPK).to(tl.int32)
+            + (((reached >> 20) & 0xFFFFF) >= TOPK).to(tl.int32)
+            + ((reached >> 40) >= TOPK).to(tl.int32)
+        )
+        one = one >> 2
+    above = (ordered > limit).to(tl.int32)
+    equal = (ordered == limit).to(tl.int32)
+    room = TOPK - tl.sum(above, 0)
+    before = tl.cumsum(above + (equal << 16), 0)  # itself included
+    equals = before >> 16
+    chosen = (above == 1) | ((equal == 1) & (equals <= room))
+    return chosen, (before & 0xFFFF) + tl.minimum(equals, room) - 1
+
+
+@triton.jit(do_not_specialize=["num_reqs", "width", "list_width"], do_not_specialize_on_alignment=TABLES)
 def _list_kernel(
-    best, lists, turns, block_table, seq_lens, query_start_loc, num_reqs, parts, width, table_stride,
-    PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, KEEP: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, PART: tl.constexpr, TRAINED: tl.constexpr, MERGE: tl.constexpr, BLOCK: tl.constexpr,
+    scores, lists, turns, block_table, seq_lens, query_start_loc, num_reqs, width, list_width, table_stride,
+    PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    TRAINED: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, KV heads). lists, turns: int32 [rows, kv_heads, width]; turns are written where TRAINED is not 0."""
+    """Grid: (rows, KV heads). lists, turns: int32 [rows, kv_heads, list_width]; turns are written where TRAINED is not 0."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     request, low, high, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK)
     local = tl.maximum(low - LOCAL + 1, 0) // PAGE
-    target = (row * tl.num_programs(1) + head).to(tl.int64) * width
+    target = (row * tl.num_programs(1) + head).to(tl.int64) * list_width
     table = block_table + request.to(tl.int64) * table_stride
     far = tl.minimum(local, SINKS + TOPK)
     pages = tl.where(high > low, far + tl.cdiv(high, PAGE) - local, 0)
+    choosing = local > SINKS + TOPK
     turning = (TRAINED > 0) & (high > TRAINED)
-    for first in range(0, width, BLOCK):
+    for first in range(0, list_width, BLOCK):
         entry = first + tl.arange(0, BLOCK)
         page = tl.where(entry < far, entry, local + entry - far)
-        block = tl.load(table + page, mask=entry < pages, other=0)
-        tl.store(lists + target + entry, block, mask=entry < width)
+        write = (entry < list_width) & ~(choosing & (entry >= SINKS) & (entry < far))
+        tl.store(lists + target + entry, tl.load(table + page, mask=entry < pages, other=0), mask=write)
         if TRAINED > 0:
-            turn = tl.where(turning & (entry < far), local - 1 - page, 0)
-            tl.store(turns + target + entry, turn, mask=entry < width)
-    if local > SINKS + TOPK:
-        candidate = tl.arange(0, MERGE)
-        used = candidate < tl.cdiv(local - SINKS, PART) * KEEP
-        source = best + (row * tl.num_programs(1) + head).to(tl.int64) * parts * KEEP
-        ordered = tl.load(source + candidate, mask=used, other=-0x7FFFFFFFFFFFFFFF)
-        rank = tl.arange(0, KEEP)
-        page = 0x7FFFFFFF - (tl.topk(ordered, KEEP) & 0x7FFFFFFF).to(tl.int32)
-        page = tl.sort(tl.where(rank < TOPK, page, 0x7FFFFFFF))
-        chosen = rank < TOPK
-        tl.debug_barrier()  # the entries of the loop above are overwritten
-        tl.store(lists + target + SINKS + rank, tl.load(table + page, mask=chosen, other=0), mask=chosen)
+            tl.store(turns + target + entry, tl.where(turning & (entry < far), local - 1 - page, 0), mask=write)
+    if choosing:
+        candidate = tl.arange(0, CANDIDATES)
+        there = candidate < local - SINKS
+        source = scores + (row * tl.num_programs(1) + head).to(tl.int64) * width
+        chosen, place = _places(tl.load(source + candidate, mask=there, other=0.0), there, TOPK)
+        entry = target + SINKS + place
+        tl.store(lists + entry, tl.load(table + SINKS + candidate, mask=chosen, other=0), mask=chosen)
         if TRAINED > 0:
-            tl.store(turns + target + SINKS + rank, tl.where(turning, local - 1 - page, 0), mask=chosen)
+            tl.store(turns + entry, tl.where(turning, local - 1 - SINKS - candidate, 0), mask=chosen)
 
 
 def recall(
@@ -266,13 +283,12 @@ def recall(
     requests, kv_heads, device = seq_lens.numel(), pages.shape[1], query.device
     rows = max_rows(query.shape[0], requests, query_block)
     sinks = memory.sink_pages(layout.tokens)
-    width = memory.list_pages(layout.tokens, query_block or max_query_len)
-    keep = triton.next_power_of_2(max(memory.topk_pages, 16))
-    parts = max(1, triton.cdiv(block_table.shape[1] - sinks, _PART_PAGES))
-    lists, turns = (torch.empty(rows, kv_heads, width, dtype=torch.int32, device=device) for _ in range(2))
+    list_width = memory.list_pages(layout.tokens, query_block or max_query_len)
+    candidates = max(1, block_table.shape[1] - sinks)
+    lists, turns = (torch.empty(rows, kv_heads, list_width, dtype=torch.int32, device=device) for _ in range(2))
     row_lens, row_starts = (torch.empty(n, dtype=torch.int32, device=device) for n in (rows, rows + 1))
     folded = torch.empty(rows, kv_heads, 2, layout.head_dim, dtype=torch.float32, device=device)
-    best = torch.empty(rows, kv_heads, parts, keep, dtype=torch.int64, device=device)
+    scores = torch.empty(rows, kv_heads, candidates, dtype=torch.float32, device=device)
     group = query.shape[1] // kv_heads
     policy = {
         "PAGE": layout.tokens, "SINKS": sinks, "LOCAL": memory.local_tokens, "TOPK": memory.topk_pages,
@@ -285,15 +301,15 @@ def recall(
         BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=max(1, _FOLD_ROWS // triton.next_power_of_2(group)),
         TURN=turn_table is not None, num_warps=4, **policy,
     )  # fmt: skip
-    _score_kernel[(parts, kv_heads, rows)](
-        folded, best, pages.view(torch.float16), block_table, seq_lens, query_start_loc, requests,
+    _score_kernel[(triton.cdiv(candidates, _PART_PAGES), kv_heads, rows)](
+        folded, scores, pages.view(torch.float16), block_table, seq_lens, query_start_loc, requests, candidates,
         block_table.stride(0), pages.stride(0), pages.stride(1),
-        HEAD_DIM=layout.head_dim, BOUNDS=layout.bounds_offset // 2, KEEP=keep, PART=_PART_PAGES, CHANNELS=_CHANNELS,
-        num_warps=4, **policy,
+        HEAD_DIM=layout.head_dim, BLOCK_D=triton.next_power_of_2(layout.head_dim), BOUNDS=layout.bounds_offset // 2,
+        PART=_PART_PAGES, num_warps=4, **policy,
     )  # fmt: skip
+    block = triton.next_power_of_2(candidates)
     _list_kernel[(rows, kv_heads)](
-        best, lists, turns, block_table, seq_lens, query_start_loc, requests, parts, width, block_table.stride(0),
-        KEEP=keep, PART=_PART_PAGES, TRAINED=memory.trained_tokens, MERGE=triton.next_power_of_2(parts * keep), BLOCK=64,
-        num_warps=4, **policy,
+        scores, lists, turns, block_table, seq_lens, query_start_loc, requests, candidates, list_width, block_table.stride(0),
+        TRAINED=memory.trained_tokens, CANDIDATES=block, BLOCK=64, num_warps=8, **policy,
     )  # fmt: skip
     return PageLists(lists, row_lens, row_starts, Turns(turns, turn_table) if turn_table is not None else None)

@@ -29,6 +29,8 @@ K_MAX = {8: 127, 4: 7}
 ANCHOR_TOKENS = 32
 """Tokens at a batch's start whose mean key an anchor becomes. Few enough that a first prompt fixes the same anchor, whatever
 the chunks are that it comes in."""
+SCORE_BITS = 20
+"""Leading bits of a float32 score that tell pages apart. Of pages that are equal in these, the earlier one is chosen."""
 V_SCALES = (2.0**-16, 2.0)
 """The least and the largest scale of V, between which inverses fit e4m3 as well. V beyond +-896 saturates, and numbers below
 2**-26 become 0; in between, the scale that just holds a token's largest value is taken."""
@@ -314,8 +316,10 @@ def recall(
             if len(found) > memory.topk_pages:
                 least, largest = bounds[blocks[found]].float().unbind(2)  # [pages, kv_heads, head_dim]
                 positive, negative = q.clamp(min=0).mean((0, 2)), q.clamp(max=0).mean((0, 2))
-                scores = (positive * largest + negative * least).sum(-1).T
-                chosen = found[scores.topk(memory.topk_pages).indices].sort().values
+                scores = (positive * largest + negative * least).sum(-1).T.contiguous()
+                coarse = (scores.view(torch.int32) >> (32 - SCORE_BITS) << (32 - SCORE_BITS)).view(torch.float32)
+                order = coarse.sort(descending=True, stable=True).indices
+                chosen = found[order[:, : memory.topk_pages]].sort().values
             every = torch.arange(min(sinks, local)).expand(kv_heads, -1)
             rest = torch.arange(local, -(-high // tokens)).expand(kv_heads, -1)
             listed = torch.cat([every, chosen, rest], 1)
