@@ -1,9 +1,13 @@
-"""The server's side of `metrics`: what workers wrote, shown at its /metrics beside vLLM's own."""
+"""The server's side of `metrics`: what workers wrote, shown at its /metrics beside vLLM's own, or told to Ray."""
 
 import atexit
 import functools
 import shutil
+import struct
+import threading
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,9 @@ from prometheus_client.registry import Collector
 
 from sage_backend import metrics, options
 from sage_backend.checks import is_chosen
+
+RELAY_SECONDS = 1.0
+"""How often what workers wrote is told to Ray."""
 
 _folders: list[Path] = []  # those of engines of this process
 
@@ -26,7 +33,12 @@ class _Workers(Collector):
     """The sums of what the workers of this process's engines wrote."""
 
     def collect(self) -> Iterable[Any]:
-        return MultiProcessCollector.merge([str(file) for folder in _folders for file in folder.glob("*.db")])
+        return _written(_folders)
+
+
+def _written(folders: list[Path]) -> Iterable[Any]:
+    """The metrics in these folders, added up over the workers."""
+    return MultiProcessCollector.merge([str(file) for folder in folders for file in folder.glob("*.db")])
 
 
 def export(config: Any) -> None:
@@ -35,13 +47,45 @@ def export(config: Any) -> None:
 
     _follow_schedulers()
     folder = metrics.directory(config)
-    # One that exists is vLLM's, which every API server shows as it is. Under Ray, workers tell Ray.
-    if folder.exists() or is_ray_initialized():
+    # One that exists is vLLM's, which every API server shows as it is. Workers that are Ray actors tell Ray themselves.
+    under_ray = is_ray_initialized()
+    if folder.exists() or (under_ray and config.parallel_config.distributed_executor_backend == "ray"):
         return
     folder.mkdir(mode=0o700)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    _folders.append(folder)
-    _show_workers()
+    if under_ray:
+        relay = Relay(folder, metrics.RayValues(metrics.common_labels(config)))
+        threading.Thread(target=relay.run, name="sage-metrics", daemon=True).start()
+    else:
+        _folders.append(folder)
+        _show_workers()
+
+
+class Relay:
+    """Tells Ray what workers write into `folder` that are no Ray actors, as those of a replica on a CPU."""
+
+    def __init__(self, folder: Path, values: metrics.Values) -> None:
+        self._folder, self._values = folder, values
+        self._told: dict[tuple[str, ...], float] = {}
+
+    def run(self) -> None:
+        while self._folder.exists():
+            with suppress(OSError, struct.error):  # of a file that is being made or removed just now
+                self.tell()
+            time.sleep(RELAY_SECONDS)
+
+    def tell(self) -> None:
+        """Pass on what was written since the last time."""
+        metric_of = {metric.name: metric for metric in metrics.METRICS}
+        for sample in (sample for family in _written([self._folder]) for sample in family.samples):
+            metric = metric_of[sample.name]
+            labels = [sample.labels[name] for name in metric.labels]
+            if metric.kind == "gauge":
+                self._values.set(metric, sample.value, *labels)
+            else:
+                key = (metric.name, *labels)
+                self._values.add(metric, sample.value - self._told.get(key, 0.0), *labels)
+                self._told[key] = sample.value
 
 
 @functools.cache

@@ -78,6 +78,11 @@ def directory(config: Any) -> Path:
     return Path(shared) if shared else Path(tempfile.gettempdir()) / f"sage-metrics-{config.instance_id.partition('_')[0]}"
 
 
+def common_labels(config: Any) -> tuple[str, str]:
+    """The values of COMMON_LABELS for an engine of this configuration (VllmConfig)."""
+    return config.model_config.served_model_name, str(config.parallel_config.data_parallel_index)
+
+
 class Values(Protocol):
     """Where values go. `labels` are the values of the metric's own labels, in their order."""
 
@@ -118,7 +123,8 @@ class FileValues:
 
 
 class RayValues:
-    """Values in Ray's own metrics, for a worker that is a Ray actor."""
+    """Values in Ray's own metrics, for a process that is a Ray actor: a worker, or the replica that relays what its workers
+    wrote."""
 
     def __init__(self, common: Sequence[str]) -> None:
         from ray.util import metrics as ray
@@ -144,7 +150,7 @@ def _open_values(config: Any) -> Values | None:
     """Where this worker's values go, or None if nobody asked for them or another worker tells them."""
     if config.parallel_config.rank != 0:
         return None
-    common = (config.model_config.served_model_name, str(config.parallel_config.data_parallel_index))
+    common = common_labels(config)
     folder = directory(config)
     if folder.is_dir():
         return FileValues(folder, f"sage-{os.getpid()}-{config.instance_id.replace('_', '-')}", common)

@@ -1,10 +1,12 @@
 """What is counted, what is exported, and that docs/metrics.md says so."""
 
 import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +42,7 @@ def config(rank: int = 0) -> Any:
     """What is asked of a VllmConfig."""
     return SimpleNamespace(
         instance_id=str(time.time_ns()),
-        parallel_config=SimpleNamespace(rank=rank, data_parallel_index=1),
+        parallel_config=SimpleNamespace(rank=rank, data_parallel_index=1, distributed_executor_backend="mp"),
         model_config=SimpleNamespace(served_model_name="a model"),
     )
 
@@ -242,20 +244,47 @@ class RayMetric:
         self.told[(self.name, *tags.values())] = value
 
 
-def test_ray(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def ray_metrics(monkeypatch: pytest.MonkeyPatch) -> type[RayMetric]:
+    """Ray's metrics, in a process that is a Ray actor."""
     RayMetric.told = {}
-    ray_metrics = SimpleNamespace(Counter=RayMetric, Gauge=RayMetric)
     ray = SimpleNamespace(
         is_initialized=lambda: True, get_runtime_context=lambda: SimpleNamespace(get_actor_id=lambda: "an actor")
     )
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace(metrics=ray_metrics))
+    monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace(metrics=SimpleNamespace(Counter=RayMetric, Gauge=RayMetric)))
+    return RayMetric
+
+
+def test_ray_workers(temporary: Path, ray_metrics: type[RayMetric]) -> None:
+    """Each tells by itself."""
     engine = config()
+    engine.parallel_config.distributed_executor_backend = "ray"
     exporter.export(engine)
     assert not list(temporary.iterdir())
     write(engine, 5)
-    assert RayMetric.told["sage_attended_tokens_total", "a model", "1", "prefill"] == 5
-    assert RayMetric.told["sage_kv_bytes_per_token", "a model", "1"] == 2 * 2 * (64 + 64 + 8)
+    assert ray_metrics.told["sage_attended_tokens_total", "a model", "1", "prefill"] == 5
+    assert ray_metrics.told["sage_kv_bytes_per_token", "a model", "1"] == 2 * 2 * (64 + 64 + 8)
+
+
+def test_ray_replica(temporary: Path, ray_metrics: type[RayMetric], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells what its workers, which are no actors, write, for as long as there is something to read."""
+    monkeypatch.setattr(exporter, "RELAY_SECONDS", 0.01)
+    engine = config()
+    exporter.export(engine)
+    [relay] = [thread for thread in threading.enumerate() if thread.name == "sage-metrics"]
+    write(engine, 5)
+    tokens = "sage_attended_tokens_total", "a model", "1", "prefill"
+    for expected in (5, 12):
+        deadline = time.monotonic() + 10
+        while ray_metrics.told.get(tokens) != expected:
+            assert time.monotonic() < deadline, ray_metrics.told
+            time.sleep(0.01)
+        metrics.recorder(engine).step(LAYERS, batch((7, 7)), 0)
+    assert ray_metrics.told["sage_kv_bytes_per_token", "a model", "1"] == 2 * 2 * (64 + 64 + 8)
+    shutil.rmtree(metrics.directory(engine))
+    relay.join(10)
+    assert not relay.is_alive()
 
 
 def exported(server: Server, prefix: str = "sage_") -> dict[str, list[Any]]:
