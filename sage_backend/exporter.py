@@ -6,12 +6,12 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Gauge
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
@@ -45,7 +45,7 @@ def export(config: Any) -> None:
     """Show the metrics of an engine of this configuration (VllmConfig), whose processes have not been started yet."""
     from vllm.ray.lazy_utils import is_ray_initialized
 
-    _follow_schedulers()
+    follow_schedulers()
     folder = metrics.directory(config)
     # One that exists is vLLM's, which every API server shows as it is. Workers that are Ray actors tell Ray themselves.
     under_ray = is_ray_initialized()
@@ -54,7 +54,7 @@ def export(config: Any) -> None:
     folder.mkdir(mode=0o700)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if under_ray:
-        relay = Relay(folder, metrics.RayValues(metrics.common_labels(config)))
+        relay = Relay(folder, metrics.ray_values(metrics.common_labels(config)))
         threading.Thread(target=relay.run, name="sage-metrics", daemon=True).start()
     else:
         _folders.append(folder)
@@ -89,7 +89,7 @@ class Relay:
 
 
 @functools.cache
-def _follow_schedulers() -> None:
+def follow_schedulers() -> None:
     """Have vLLM's logger of metrics tell how many pages are in use, too, which only schedulers know."""
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
@@ -109,7 +109,7 @@ def _follow_schedulers() -> None:
 
 
 class _Pages:
-    """The gauges of pages, of the kind (Prometheus's or Ray's) that one of vLLM's loggers uses itself."""
+    """The gauges of pages, for one of vLLM's loggers."""
 
     def __init__(self, logger: Any) -> None:
         config, kind = logger.vllm_config, logger._gauge_cls
@@ -119,14 +119,21 @@ class _Pages:
         self._total = (blocks - 1) * config.cache_config.block_size // page_tokens
         self._in_use = {}
         for engine, labels in logger.per_engine_labelvalues.items():
-            _gauge(kind, metrics.PAGES).labels(*labels).set(self._total)
-            self._in_use[engine] = _gauge(kind, metrics.PAGES_IN_USE).labels(*labels)
-            self._in_use[engine].set(0)
+            _setter(kind, metrics.PAGES, labels)(self._total)
+            self._in_use[engine] = _setter(kind, metrics.PAGES_IN_USE, labels)
+            self._in_use[engine](0)
 
     def set(self, engine: int, usage: float) -> None:
-        self._in_use[engine].set(round(usage * self._total))
+        self._in_use[engine](round(usage * self._total))
+
+
+def _setter(kind: Any, metric: metrics.Metric, labels: Sequence[Any]) -> Callable[[float], None]:
+    """What sets a gauge, Prometheus's or Ray's, whichever one of vLLM's loggers uses itself (`kind` is its class of gauges)."""
+    if issubclass(kind, Gauge):
+        return _gauge(metric).labels(*labels).set
+    return functools.partial(metrics.ray_values(tuple(map(str, labels))).set, metric)
 
 
 @functools.cache
-def _gauge(kind: Any, metric: metrics.Metric) -> Any:
-    return kind(metric.name, metric.text, labelnames=list(metrics.COMMON_LABELS), multiprocess_mode="mostrecent")
+def _gauge(metric: metrics.Metric) -> Gauge:
+    return Gauge(metric.name, metric.text, labelnames=metrics.COMMON_LABELS, multiprocess_mode="mostrecent")
