@@ -128,8 +128,9 @@ def test_compiled_model(eager: tuple[list[list[int]], list[Answer]]) -> None:
         assert_same_tokens(greedy(llm, prompts), answers, NEAR_TIE)
 
 
-def test_tensor_parallel(eager: tuple[list[list[int]], list[Answer]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers in processes of their own, each with half of the heads."""
+@pytest.mark.parametrize("split", ["tensor", "pipeline"])
+def test_two_workers(split: str, eager: tuple[list[list[int]], list[Answer]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of their own, each with half of the heads, or half of the layers."""
     if torch.cuda.is_available():
         if torch.cuda.device_count() < 2:
             pytest.skip("needs two GPUs")
@@ -139,7 +140,7 @@ def test_tensor_parallel(eager: tuple[list[list[int]], list[Answer]], monkeypatc
             pytest.skip("needs two cores")
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
     prompts, answers = eager
-    with engine(dtype="bfloat16", tensor_parallel_size=2) as llm:
+    with engine(dtype="bfloat16", **{f"{split}_parallel_size": 2}) as llm:
         assert_same_tokens(greedy(llm, prompts), answers, NEAR_TIE)
 
 
