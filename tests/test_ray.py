@@ -155,7 +155,7 @@ def test_both_replicas_are_scraped(cluster: Cluster, tmp_path: Path) -> None:
         for answered in pool.map(lambda _: ask(cluster.server, time.monotonic() + 5), range(CLIENTS)):
             assert not [request.failure for request in answered if request.failure]
     targets = [f"{HOST}:{port}" for port in cluster.metrics]
-    (tmp_path / "targets.json").write_text(json.dumps([{"targets": targets}]))
+    (tmp_path / "targets.json").write_text(json.dumps([{"labels": {"job": "ray"}, "targets": targets}]))  # as Ray does
     found = "/tmp/ray/prom_metrics_service_discovery.json"
     counters = ("sage_attended_tokens_total", "vllm:generation_tokens_total", "sage_kv_pages", "sage_kv_bytes_per_token")
     with run_prometheus("ray.yml", {found: str(tmp_path / "targets.json")}, 2, tmp_path) as prometheus:
@@ -167,7 +167,7 @@ def test_both_replicas_are_scraped(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def seen_at(prometheus: Any, name: str) -> list[str]:
-    return [labels["instance"] for labels, _ in prometheus.query(f"sum by (instance) ({name}) > 0", time.time())]
+    return [labels["instance"] for labels, _ in prometheus.query(f'sum by (instance) ({name}{{job="sage"}}) > 0', time.time())]
 
 
 def test_a_killed_replica_takes_only_its_requests_along(cluster: Cluster) -> None:
