@@ -17,7 +17,6 @@ from unittest import mock
 import psutil
 import pytest
 import torch
-import yaml
 from monitoring import run_prometheus
 from server import HOST, ROOT, Server, free_port
 
@@ -31,23 +30,34 @@ REPLICA = "ray::ServeReplica:sage:LLMServer"
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 
-@pytest.mark.parametrize("name", GPUS)
-def test_configurations(name: str) -> None:
-    """Ray and vLLM know every option, and a replica takes the GPUs that it is meant to."""
-    from ray.llm._internal.serve.core.ingress.builder import LLMServingArgs
-    from ray.serve.schema import ServeDeploySchema
-    from vllm.engine.arg_utils import AsyncEngineArgs
+CONFIGURATIONS = """
+import json, sys
+from pathlib import Path
+import yaml
+from ray.llm._internal.serve.core.ingress.builder import LLMServingArgs
+from ray.serve.schema import ServeDeploySchema
+from vllm.engine.arg_utils import AsyncEngineArgs
 
-    config = ServeDeploySchema.model_validate(yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))
-    [application] = config.applications
+gpus = {}
+for file in Path(sys.argv[1]).glob("*.yaml"):
+    [application] = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text())).applications
     [llm] = LLMServingArgs.model_validate(application.args).llm_configs
-    engine = llm.get_engine_config()
-    assert sum(bundle.get("GPU", 0) for bundle in engine.placement_bundles) == GPUS[name]
     assert AsyncEngineArgs(model="", **llm.engine_kwargs).attention_backend == "SAGE"
+    gpus[file.stem] = sum(bundle.get("GPU", 0) for bundle in llm.get_engine_config().placement_bundles)
+print(json.dumps(gpus))
+"""
 
 
-def test_the_list_of_configurations() -> None:
-    assert {file.stem for file in FOLDER.glob("*.yaml")} == set(GPUS)
+def test_configurations() -> None:
+    """Ray and vLLM know every option, and replicas take the GPUs that they are meant to.
+
+    In a process of its own, because the import makes Ray set up all logging of the process.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", CONFIGURATIONS, FOLDER]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1]) == GPUS
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ def wait_for_replicas(process: subprocess.Popen[str], address: str, log: Path) -
     import ray
     from ray import serve
 
-    ray.init(address, log_to_driver=False)
+    ray.init(address, configure_logging=False, log_to_driver=False)
     deadline = time.monotonic() + START_SECONDS
     try:
         while True:
