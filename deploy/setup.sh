@@ -55,7 +55,7 @@ done
 
 # What the environment depends on; a stamp in it says for which of these it was made.
 base="$(cat requirements/cpu.txt pyproject.toml deploy/setup.sh | cksum) $device $python_version $PWD"
-extra="$(cat requirements/dev.txt deploy/prometheus/install.sh | cksum) $base"
+extra="$(cat requirements/dev.txt requirements/ray.txt deploy/prometheus/install.sh | cksum) $base"
 stamped() { [ "$(cat "$venv/$1" 2>/dev/null)" = "$2" ]; }
 
 if stamped sage-base.stamp "$base" && { ! $dev || stamped sage-dev.stamp "$extra"; }; then
@@ -142,7 +142,7 @@ fi
 
 if $dev; then
     step "installing the test tools"
-    pip_install --no-deps -r requirements/dev.txt || failed "installing requirements/dev.txt failed"
+    pip_install --no-deps -r requirements/dev.txt -r requirements/ray.txt || failed "installing requirements/dev.txt failed"
     SAGE_VENV=$venv deploy/prometheus/install.sh
     printf '%s\n' "$extra" >"$venv/sage-dev.stamp"
 fi

@@ -1,10 +1,17 @@
 """The `sage` command, and what its subcommands share."""
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from sage_backend.checks import one_line
+_COMMANDS = {
+    "eval": ("sage_backend.quality", "compare attention backends and KV formats on a text"),
+    "calibrate": ("sage_backend.calibration", "find the anchors of a model's keys and write them to a file"),
+    "needle": ("sage_backend.needle", "recall pass keys from long contexts, and draw what is recalled"),
+    "doctor": ("sage_backend.doctor", "say whether this machine can serve, and what to do if not"),
+}
+"""Where each command's `main` is, imported only when it is asked for: doctor has to work where torch and vLLM do not."""
 
 
 def run(command: Callable[[], None]) -> int:
@@ -12,6 +19,8 @@ def run(command: Callable[[], None]) -> int:
     try:
         command()
     except (ValueError, OSError, RuntimeError) as error:
+        from sage_backend.checks import one_line
+
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
@@ -26,17 +35,10 @@ def read_text(file: Path) -> str:
 
 def main() -> int:
     """Run a subcommand with the rest of the command line; returns its exit status."""
-    from sage_backend import calibration, needle, quality
-
-    commands = {
-        "eval": (quality.main, "compare attention backends and KV formats on a text"),
-        "calibrate": (calibration.main, "find the anchors of a model's keys and write them to a file"),
-        "needle": (needle.main, "recall pass keys from long contexts, and draw what is recalled"),
-    }
     name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in commands:
-        return commands[name][0](sys.argv[2:])
-    lines = ["usage: sage COMMAND ...", "", *(f"  {each:<10} {what}" for each, (_, what) in commands.items())]
+    if name in _COMMANDS:
+        return importlib.import_module(_COMMANDS[name][0]).main(sys.argv[2:])
+    lines = ["usage: sage COMMAND ...", "", *(f"  {each:<10} {what}" for each, (_, what) in _COMMANDS.items())]
     asked = name in ("-h", "--help")
     print("\n".join([*lines, "", "sage COMMAND --help lists its options."]), file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2

@@ -1,18 +1,25 @@
-"""The server's side of `metrics`: what workers wrote, shown at its /metrics beside vLLM's own."""
+"""The server's side of `metrics`: what workers wrote, shown at its /metrics beside vLLM's own, or told to Ray."""
 
 import atexit
 import functools
 import shutil
-from collections.abc import Iterable
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Gauge
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from sage_backend import metrics, options
 from sage_backend.checks import is_chosen
+
+RELAY_SECONDS = 1.0
+"""How often what workers wrote is told to Ray."""
 
 _folders: list[Path] = []  # those of engines of this process
 
@@ -26,26 +33,63 @@ class _Workers(Collector):
     """The sums of what the workers of this process's engines wrote."""
 
     def collect(self) -> Iterable[Any]:
-        return MultiProcessCollector.merge([str(file) for folder in _folders for file in folder.glob("*.db")])
+        return _written(_folders)
+
+
+def _written(folders: list[Path]) -> Iterable[Any]:
+    """The metrics in these folders, added up over the workers."""
+    return MultiProcessCollector.merge([str(file) for folder in folders for file in folder.glob("*.db")])
 
 
 def export(config: Any) -> None:
     """Show the metrics of an engine of this configuration (VllmConfig), whose processes have not been started yet."""
     from vllm.ray.lazy_utils import is_ray_initialized
 
-    _follow_schedulers()
+    follow_schedulers()
     folder = metrics.directory(config)
-    # One that exists is vLLM's, which every API server shows as it is. Under Ray, workers tell Ray.
-    if folder.exists() or is_ray_initialized():
+    # One that exists is vLLM's, which every API server shows as it is. Workers that are Ray actors tell Ray themselves.
+    under_ray = is_ray_initialized()
+    if folder.exists() or (under_ray and config.parallel_config.distributed_executor_backend == "ray"):
         return
     folder.mkdir(mode=0o700)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    _folders.append(folder)
-    _show_workers()
+    if under_ray:
+        relay = Relay(folder, metrics.ray_values(metrics.common_labels(config)))
+        threading.Thread(target=relay.run, name="sage-metrics", daemon=True).start()
+    else:
+        _folders.append(folder)
+        _show_workers()
+
+
+class Relay:
+    """Tells Ray what workers write into `folder` that are no Ray actors, as those of a replica on a CPU."""
+
+    def __init__(self, folder: Path, values: metrics.Values) -> None:
+        self._folder, self._values = folder, values
+        self._told: dict[tuple[str, ...], float] = {}
+
+    def run(self) -> None:
+        while self._folder.exists():
+            with suppress(OSError, struct.error):  # of a file that is being made or removed just now
+                self.tell()
+            time.sleep(RELAY_SECONDS)
+
+    def tell(self) -> None:
+        """Pass on what was written since the last time."""
+        metric_of = {metric.name: metric for metric in metrics.METRICS}
+        for sample in (sample for family in _written([self._folder]) for sample in family.samples):
+            metric = metric_of[sample.name]
+            labels = [sample.labels[name] for name in metric.labels]
+            if metric.kind == "gauge":
+                self._values.set(metric, sample.value, *labels)
+            else:
+                key = (metric.name, *labels)
+                self._values.add(metric, sample.value - self._told.get(key, 0.0), *labels)
+                self._told[key] = sample.value
 
 
 @functools.cache
-def _follow_schedulers() -> None:
+def follow_schedulers() -> None:
     """Have vLLM's logger of metrics tell how many pages are in use, too, which only schedulers know."""
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
@@ -65,7 +109,7 @@ def _follow_schedulers() -> None:
 
 
 class _Pages:
-    """The gauges of pages, of the kind (Prometheus's or Ray's) that one of vLLM's loggers uses itself."""
+    """The gauges of pages, for one of vLLM's loggers."""
 
     def __init__(self, logger: Any) -> None:
         config, kind = logger.vllm_config, logger._gauge_cls
@@ -75,14 +119,21 @@ class _Pages:
         self._total = (blocks - 1) * config.cache_config.block_size // page_tokens
         self._in_use = {}
         for engine, labels in logger.per_engine_labelvalues.items():
-            _gauge(kind, metrics.PAGES).labels(*labels).set(self._total)
-            self._in_use[engine] = _gauge(kind, metrics.PAGES_IN_USE).labels(*labels)
-            self._in_use[engine].set(0)
+            _setter(kind, metrics.PAGES, labels)(self._total)
+            self._in_use[engine] = _setter(kind, metrics.PAGES_IN_USE, labels)
+            self._in_use[engine](0)
 
     def set(self, engine: int, usage: float) -> None:
-        self._in_use[engine].set(round(usage * self._total))
+        self._in_use[engine](round(usage * self._total))
+
+
+def _setter(kind: Any, metric: metrics.Metric, labels: Sequence[Any]) -> Callable[[float], None]:
+    """What sets a gauge, Prometheus's or Ray's, whichever one of vLLM's loggers uses itself (`kind` is its class of gauges)."""
+    if issubclass(kind, Gauge):
+        return _gauge(metric).labels(*labels).set
+    return functools.partial(metrics.ray_values(tuple(map(str, labels))).set, metric)
 
 
 @functools.cache
-def _gauge(kind: Any, metric: metrics.Metric) -> Any:
-    return kind(metric.name, metric.text, labelnames=list(metrics.COMMON_LABELS), multiprocess_mode="mostrecent")
+def _gauge(metric: metrics.Metric) -> Gauge:
+    return Gauge(metric.name, metric.text, labelnames=metrics.COMMON_LABELS, multiprocess_mode="mostrecent")

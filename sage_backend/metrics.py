@@ -5,10 +5,12 @@ which `exporter` shows at the server's /metrics. Under Ray Serve, where no serve
 The other workers of an engine attend to the same tokens, with other heads or layers, and so have nothing to add.
 """
 
+import functools
 import itertools
 import os
 import platform
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -78,6 +80,11 @@ def directory(config: Any) -> Path:
     return Path(shared) if shared else Path(tempfile.gettempdir()) / f"sage-metrics-{config.instance_id.partition('_')[0]}"
 
 
+def common_labels(config: Any) -> tuple[str, str]:
+    """The values of COMMON_LABELS for an engine of this configuration (VllmConfig)."""
+    return config.model_config.served_model_name, str(config.parallel_config.data_parallel_index)
+
+
 class Values(Protocol):
     """Where values go. `labels` are the values of the metric's own labels, in their order."""
 
@@ -117,11 +124,18 @@ class FileValues:
         return key
 
 
+REPEAT_SECONDS = 1.0
+"""How often Ray is told again what gauges are at: it forgets one that was not set in its last two reports."""
+
+
 class RayValues:
-    """Values in Ray's own metrics, for a worker that is a Ray actor."""
+    """Values in Ray's own metrics, for a process that is a Ray actor: a worker, or a replica of Ray Serve."""
 
     def __init__(self, common: Sequence[str]) -> None:
         from ray.util import metrics as ray
+
+        self._gauges: dict[tuple[Metric, tuple[str, ...]], float] = {}
+        threading.Thread(target=self._repeat, name="sage-gauges", daemon=True).start()
 
         self._common = dict(zip(COMMON_LABELS, common, strict=True))
         kinds: dict[str, Any] = {"counter": ray.Counter, "gauge": ray.Gauge}
@@ -134,23 +148,36 @@ class RayValues:
             self._metrics[metric.name].inc(amount, self._tags(metric, labels))
 
     def set(self, metric: Metric, value: float, *labels: str) -> None:
+        self._gauges[metric, labels] = value
         self._metrics[metric.name].set(value, self._tags(metric, labels))
+
+    def _repeat(self) -> None:
+        while True:
+            time.sleep(REPEAT_SECONDS)
+            for (metric, labels), value in list(self._gauges.items()):
+                self._metrics[metric.name].set(value, self._tags(metric, labels))
 
     def _tags(self, metric: Metric, labels: tuple[str, ...]) -> dict[str, str]:
         return {**self._common, **dict(zip(metric.labels, labels, strict=True))}
+
+
+@functools.cache
+def ray_values(common: tuple[str, ...]) -> RayValues:
+    """The only one of this process with these values of COMMON_LABELS."""
+    return RayValues(common)
 
 
 def _open_values(config: Any) -> Values | None:
     """Where this worker's values go, or None if nobody asked for them or another worker tells them."""
     if config.parallel_config.rank != 0:
         return None
-    common = (config.model_config.served_model_name, str(config.parallel_config.data_parallel_index))
+    common = common_labels(config)
     folder = directory(config)
     if folder.is_dir():
         return FileValues(folder, f"sage-{os.getpid()}-{config.instance_id.replace('_', '-')}", common)
     from vllm.ray.lazy_utils import is_in_ray_actor
 
-    return RayValues(common) if is_in_ray_actor() else None
+    return ray_values(common) if is_in_ray_actor() else None
 
 
 @dataclass

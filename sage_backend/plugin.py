@@ -33,7 +33,20 @@ def backend_member(name: str) -> Any:
 
 
 def _reduce_member(member: Any) -> tuple[Any, tuple[str]]:
-    return backend_member, (member.name,)
+    return restore_member, (member.name,)
+
+
+def restore_member(name: str) -> Any:
+    """`backend_member`, for a configuration that another process has made and this one may show the metrics of.
+
+    That is how it is in replicas of Ray Serve on GPUs, which get theirs from a task and look for no plugins.
+    """
+    member = backend_member(name)
+    if name == BACKEND:
+        from sage_backend.exporter import follow_schedulers
+
+        follow_schedulers()
+    return member
 
 
 def cpu_platform() -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
+API_KEY = "a key for the tests"
 START_SECONDS, REQUEST_SECONDS, STOP_SECONDS = 300, 60, 30
 
 
@@ -26,10 +27,10 @@ class Server:
 
     def get(self, path: str) -> int:
         """The status of the answer."""
-        return self._ask("GET", path, 5).status
+        return self.ask("GET", path).status
 
     def read(self, path: str) -> str:
-        response = self._ask("GET", path, 5)
+        response = self.ask("GET", path)
         assert response.status == 200
         return response.read().decode()
 
@@ -52,13 +53,17 @@ class Server:
 
     def _post(self, path: str, **body: Any) -> http.client.HTTPResponse:
         body = {"model": "sage-demo", "temperature": 0, **body}
-        response = self._ask("POST", path, REQUEST_SECONDS, json.dumps(body))
+        response = self.ask("POST", path, REQUEST_SECONDS, json.dumps(body))
         assert response.status == 200, response.read().decode()
         return response
 
-    def _ask(self, method: str, path: str, timeout: float, body: str | None = None) -> http.client.HTTPResponse:
+    def ask(
+        self, method: str, path: str, timeout: float = 5, body: str | None = None, key: str | None = API_KEY
+    ) -> http.client.HTTPResponse:
+        """The answer to a request with this API key, or without one."""
+        headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
         connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout)
-        connection.request(method, path, body, {"Content-Type": "application/json"})
+        connection.request(method, path, body, headers)
         return connection.getresponse()
 
 
@@ -75,7 +80,7 @@ def free_port() -> int:
 @contextmanager
 def serve(temporary: Path) -> Iterator[Server]:
     port = free_port()
-    environment = {**os.environ, "SAGE_VENV": sys.prefix, "PORT": str(port), "TMPDIR": str(temporary)}
+    environment = {**os.environ, "SAGE_VENV": sys.prefix, "PORT": str(port), "TMPDIR": str(temporary), "VLLM_API_KEY": API_KEY}
     for name in ("TRITON_INTERPRET", "MODEL", "ARGS"):
         environment.pop(name, None)
     process = subprocess.Popen(

@@ -1,12 +1,15 @@
 """What is counted, what is exported, and that docs/metrics.md says so."""
 
+import pickle
 import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +23,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 from server import Server
 
-from sage_backend import exporter, metrics
+from sage_backend import exporter, metrics, plugin
 from sage_backend.metrics import COMMON_LABELS, METRICS, SAMPLE_EVERY, FileValues, Metric, Recorder, Work
 from sage_paged import PageLayout
 
@@ -40,7 +43,7 @@ def config(rank: int = 0) -> Any:
     """What is asked of a VllmConfig."""
     return SimpleNamespace(
         instance_id=str(time.time_ns()),
-        parallel_config=SimpleNamespace(rank=rank, data_parallel_index=1),
+        parallel_config=SimpleNamespace(rank=rank, data_parallel_index=1, distributed_executor_backend="mp"),
         model_config=SimpleNamespace(served_model_name="a model"),
     )
 
@@ -242,20 +245,68 @@ class RayMetric:
         self.told[(self.name, *tags.values())] = value
 
 
-def test_ray(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    RayMetric.told = {}
-    ray_metrics = SimpleNamespace(Counter=RayMetric, Gauge=RayMetric)
+@pytest.fixture
+def ray_metrics(monkeypatch: pytest.MonkeyPatch) -> type[RayMetric]:
+    """Ray's metrics, in a process that is a Ray actor."""
+    metric = type("RayMetric", (RayMetric,), {"told": {}})
+    metrics.ray_values.cache_clear()
+    monkeypatch.setattr(metrics, "REPEAT_SECONDS", 0.01)
     ray = SimpleNamespace(
         is_initialized=lambda: True, get_runtime_context=lambda: SimpleNamespace(get_actor_id=lambda: "an actor")
     )
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace(metrics=ray_metrics))
+    monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace(metrics=SimpleNamespace(Counter=metric, Gauge=metric)))
+    return metric
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_ray_workers(temporary: Path, ray_metrics: type[RayMetric]) -> None:
+    """Each tells by itself, and repeats what Ray would forget."""
     engine = config()
+    engine.parallel_config.distributed_executor_backend = "ray"
     exporter.export(engine)
     assert not list(temporary.iterdir())
     write(engine, 5)
-    assert RayMetric.told["sage_attended_tokens_total", "a model", "1", "prefill"] == 5
-    assert RayMetric.told["sage_kv_bytes_per_token", "a model", "1"] == 2 * 2 * (64 + 64 + 8)
+    assert ray_metrics.told["sage_attended_tokens_total", "a model", "1", "prefill"] == 5
+    gauge = "sage_kv_bytes_per_token", "a model", "1"
+    assert ray_metrics.told[gauge] == 2 * 2 * (64 + 64 + 8)
+    ray_metrics.told.clear()
+    wait_until(lambda: gauge in ray_metrics.told)
+    assert not any(name.endswith("_total") for name, *_ in ray_metrics.told)
+
+
+def test_ray_replica(temporary: Path, ray_metrics: type[RayMetric], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells what its workers, which are no actors, write, for as long as there is something to read."""
+    monkeypatch.setattr(exporter, "RELAY_SECONDS", 0.01)
+    engine = config()
+    exporter.export(engine)
+    [relay] = [thread for thread in threading.enumerate() if thread.name == "sage-metrics"]
+    write(engine, 5)
+    tokens = "sage_attended_tokens_total", "a model", "1", "prefill"
+    wait_until(lambda: ray_metrics.told.get(tokens) == 5)
+    metrics.recorder(engine).step(LAYERS, batch((7, 7)), 0)
+    wait_until(lambda: ray_metrics.told.get(tokens) == 12)
+    assert ray_metrics.told["sage_kv_bytes_per_token", "a model", "1"] == 2 * 2 * (64 + 64 + 8)
+    shutil.rmtree(metrics.directory(engine))
+    relay.join(10)
+    assert not relay.is_alive()
+    exporter._setter(object, metrics.PAGES, ["a model", 1])(7)  # with a logger whose gauges are not Prometheus's
+    assert ray_metrics.told["sage_kv_pages", "a model", "1"] == 7
+
+
+def test_who_gets_a_configuration_may_show_its_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it has not made it, as replicas of Ray Serve on GPUs."""
+    shown = []
+    monkeypatch.setattr(exporter, "follow_schedulers", lambda: shown.append(True))
+    member = plugin.backend_member(plugin.BACKEND)
+    assert pickle.loads(pickle.dumps(member)) is member
+    assert shown
 
 
 def exported(server: Server, prefix: str = "sage_") -> dict[str, list[Any]]:

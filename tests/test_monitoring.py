@@ -2,32 +2,20 @@
 
 import math
 import re
-import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import dashboard
 import pytest
-from server import HOST, Server, free_port
-
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "deploy" / "prometheus"
-sys.path.append(str(ROOT / "deploy" / "grafana"))
-import dashboard  # noqa: E402
-from prometheus import DASHBOARD, Prometheus, panels  # noqa: E402
+from monitoring import CONFIG, program, run_prometheus
+from prometheus import DASHBOARD, Prometheus, panels
+from server import HOST, Server
 
 CLIENTS, WARM_SECONDS, SECONDS = 4, 3, 20
-
-
-def program(name: str) -> str:
-    """A program that deploy/prometheus/install.sh has put into the environment, or that was there before."""
-    found = shutil.which(name, path=f"{Path(sys.executable).parent}:{Path(sys.prefix) / 'bin'}") or shutil.which(name)
-    assert found, f"no {name} in PATH: run deploy/setup.sh --dev"
-    return found
 
 
 def promtool(*arguments: str | Path) -> None:
@@ -56,43 +44,10 @@ def test_the_dashboard_is_what_its_source_makes() -> None:
 
 @pytest.fixture(scope="module")
 def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """A Prometheus of its own with the configuration for static hosts, that looks every second."""
-    folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
-    text = (CONFIG / "static.yml").read_text()
-    for old, new in {
-        "127.0.0.1:8000": f"{HOST}:{server.port}",
-        "rules.yml": str(CONFIG / "rules.yml"),
-        "scrape_interval: 15s": "scrape_interval: 1s",
-        "evaluation_interval: 15s": "evaluation_interval: 1s",
-    }.items():
-        assert old in text
-        text = text.replace(old, new)
-    config = folder / "prometheus.yml"
-    config.write_text(text)
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [
-                program("prometheus"), f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address={HOST}:{port}",
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            prometheus, deadline = Prometheus(f"http://{HOST}:{port}"), time.monotonic() + 30
-            while True:
-                try:
-                    if prometheus.query("up == 1", time.time()):
-                        break
-                except OSError:
-                    pass
-                assert process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline, (folder / "log").read_text()
-                time.sleep(0.2)
-            yield prometheus
-        finally:
-            process.terminate()
-            process.wait(timeout=10)
+    """One with the configuration for static hosts."""
+    replaced = {"127.0.0.1:8000": f"{HOST}:{server.port}"}
+    with run_prometheus("static.yml", replaced, targets=1, folder=tmp_path_factory.mktemp("prometheus")) as prometheus:
+        yield prometheus
 
 
 @dataclass(frozen=True)

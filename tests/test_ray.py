@@ -1,0 +1,205 @@
+"""Ray Serve: the configurations of deploy/ray, and one of them for real, on a cluster of two nodes on this machine."""
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+import pytest
+import torch
+from monitoring import run_prometheus
+from server import HOST, ROOT, Server, free_port
+
+FOLDER = ROOT / "deploy" / "ray"
+GPUS = {"cpu": 0, "one-gpu": 1, "replicas": 1, "tensor-parallel": 4, "pipeline-parallel": 8}
+"""What one replica of each configuration takes."""
+START_SECONDS, CLIENTS, REQUEST_SECONDS = 600, 6, 120
+REPLICA = "ray::ServeReplica:sage:LLMServer"
+"""How Ray names the processes of replicas."""
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+
+
+CONFIGURATIONS = """
+import json, sys
+from pathlib import Path
+import yaml
+from ray.llm._internal.serve.core.ingress.builder import LLMServingArgs
+from ray.serve.schema import ServeDeploySchema
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+gpus = {}
+for file in Path(sys.argv[1]).glob("*.yaml"):
+    [application] = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text())).applications
+    [llm] = LLMServingArgs.model_validate(application.args).llm_configs
+    assert AsyncEngineArgs(model="", **llm.engine_kwargs).attention_backend == "SAGE"
+    gpus[file.stem] = sum(bundle.get("GPU", 0) for bundle in llm.get_engine_config().placement_bundles)
+print(json.dumps(gpus))
+"""
+
+
+def test_configurations() -> None:
+    """Ray and vLLM know every option, and replicas take the GPUs that they are meant to.
+
+    In a process of its own, because the import makes Ray set up all logging of the process.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", CONFIGURATIONS, FOLDER]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1]) == GPUS
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """metrics: where each of its nodes shows its metrics. server: the OpenAI endpoint, before two replicas."""
+
+    server: Server
+    metrics: tuple[int, ...]
+
+
+@pytest.fixture(scope="module")
+def temporary() -> Iterator[Path]:
+    """A folder with a short name, because Ray makes sockets far below it, whose names may not have over 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="sage-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def cluster(temporary: Path) -> Iterator[Cluster]:
+    """Two nodes with room for a replica each, and `serve run deploy/ray/cpu.yaml`, with another port."""
+    if torch.cuda.is_available():
+        pytest.skip("cpu.yaml is for vLLM's CPU build")
+    port, metrics = free_port(), (free_port(), free_port())
+    text = (FOLDER / "cpu.yaml").read_text()
+    assert "port: 8000" in text
+    (temporary / "cpu.yaml").write_text(text.replace("port: 8000", f"port: {port}"))
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_metrics_report_interval_ms": "1000",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TMPDIR": str(temporary),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # each replica would take all cores for itself
+        "OMP_NUM_THREADS": "1",
+    }
+    with mock.patch.dict(os.environ, settings):
+        os.environ.pop("TRITON_INTERPRET", None)
+        from ray.cluster_utils import Cluster as Nodes
+
+        nodes = Nodes()
+        try:
+            shared: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_log_monitor": False}
+            nodes.add_node(**shared, metrics_export_port=metrics[0], include_dashboard=False, no_monitor=True)
+            nodes.add_node(**shared, metrics_export_port=metrics[1])
+            command = [Path(sys.executable).parent / "serve", "run", "--address", nodes.address, temporary / "cpu.yaml"]
+            with (temporary / "log").open("w") as log:
+                process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True)
+            try:
+                wait_for_replicas(process, nodes.address, temporary / "log")
+                yield Cluster(Server(process, port, temporary), metrics)
+            finally:
+                process.terminate()
+                process.wait(timeout=60)
+        finally:
+            nodes.shutdown()
+
+
+def wait_for_replicas(process: subprocess.Popen[str], address: str, log: Path) -> None:
+    import ray
+    from ray import serve
+
+    ray.init(address, configure_logging=False, log_to_driver=False)
+    deadline = time.monotonic() + START_SECONDS
+    try:
+        while True:
+            if application := serve.status().applications.get("sage"):
+                assert application.status != "DEPLOY_FAILED", application.message
+                states = [deployment.replica_states.get("RUNNING") for deployment in application.deployments.values()]
+                if sorted(states, key=str) == [1, 2]:
+                    return
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(1)
+    finally:
+        ray.shutdown()
+
+
+@dataclass
+class Request:
+    began: float
+    ended: float = 0.0
+    failure: str = ""
+
+
+def ask(server: Server, until: float) -> list[Request]:
+    """What became of requests, sent one after another."""
+    requests = []
+    while (now := time.monotonic()) < until:
+        request = Request(now)
+        body = {"model": "sage-demo", "prompt": f"# {now}\ndef f(", "max_tokens": 32, "ignore_eos": True, "temperature": 0}
+        try:
+            response = server.ask("POST", "/v1/completions", REQUEST_SECONDS, json.dumps(body))
+            text = response.read().decode()
+            if response.status != 200 or json.loads(text)["usage"]["completion_tokens"] != body["max_tokens"]:
+                request.failure = f"{response.status} {text}"
+        except (OSError, http.client.HTTPException) as error:
+            request.failure = repr(error)
+        request.ended = time.monotonic()
+        requests.append(request)
+    return requests
+
+
+def test_both_replicas_are_scraped(cluster: Cluster, tmp_path: Path) -> None:
+    """By Prometheus, with the configuration for Ray: each node has a replica, and both have attended to something."""
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        for answered in pool.map(lambda _: ask(cluster.server, time.monotonic() + 5), range(CLIENTS)):
+            assert not [request.failure for request in answered if request.failure]
+    targets = [f"{HOST}:{port}" for port in cluster.metrics]
+    (tmp_path / "targets.json").write_text(json.dumps([{"labels": {"job": "ray"}, "targets": targets}]))  # as Ray does
+    found = "/tmp/ray/prom_metrics_service_discovery.json"
+    counters = ("sage_attended_tokens_total", "vllm:generation_tokens_total", "sage_kv_pages", "sage_kv_bytes_per_token")
+    with run_prometheus("ray.yml", {found: str(tmp_path / "targets.json")}, 2, tmp_path) as prometheus:
+        deadline = time.monotonic() + 60
+        for name in counters:
+            while set(instances := seen_at(prometheus, name)) != set(targets):
+                assert time.monotonic() < deadline, (name, instances)
+                time.sleep(0.5)
+
+
+def seen_at(prometheus: Any, name: str) -> list[str]:
+    return [labels["instance"] for labels, _ in prometheus.query(f'sum by (instance) ({name}{{job="sage"}}) > 0', time.time())]
+
+
+def test_a_killed_replica_takes_only_its_requests_along(cluster: Cluster) -> None:
+    """Whatever was not being answered when it was killed is answered by the other. Prints how many there were (pytest -s)."""
+    replicas = [process for process in psutil.process_iter(["cmdline"]) if is_replica_of(process, cluster.server.temporary)]
+    assert len(replicas) == 2
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        until = time.monotonic() + 14
+        clients: list[Future[list[Request]]] = [pool.submit(ask, cluster.server, until) for _ in range(CLIENTS)]
+        time.sleep(4)
+        killed = time.monotonic()
+        replicas[0].kill()
+        requests = [request for client in clients for request in client.result()]
+    in_flight = [request for request in requests if request.began < killed < request.ended]
+    failed = [request for request in requests if request.failure]
+    print(f"{len(requests)} requests, {len(in_flight)} in flight when a replica was killed, {len(failed)} failed")
+    assert not [request for request in failed if request not in in_flight], failed
+    assert 0 < len(failed) < len(in_flight), "it had some, and those of the other came through"
+    assert len([request for request in requests if request.began > killed]) > len(in_flight)
+
+
+def is_replica_of(process: psutil.Process, temporary: Path) -> bool:
+    """Whether it is a replica of the cluster that was started with this folder for temporary files."""
+    name = " ".join(process.info["cmdline"] or ())
+    return name.startswith(REPLICA) and process.environ().get("TMPDIR") == str(temporary)
