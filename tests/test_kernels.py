@@ -73,7 +73,7 @@ def test_store(kernels, case) -> None:
         return
     # A GPU fuses the multiply and the rounding: codes on a boundary may be one off, everything else is equal.
     mine, theirs = batch.layout.views(written.cpu()), batch.layout.views(batch.pages.cpu())
-    assert torch.equal(mine.k_scale.view(torch.int32), theirs.k_scale.view(torch.int32))
+    assert torch.equal(mine.k_scale.view(torch.int16), theirs.k_scale.view(torch.int16))
     assert torch.equal(mine.v_scale.view(torch.int32), theirs.v_scale.view(torch.int32))
     assert torch.equal(mine.v.view(torch.uint8), theirs.v.view(torch.uint8))
     k, k_expected = (
@@ -89,7 +89,11 @@ def stored_keys(pages: torch.Tensor, batch: Batch) -> torch.Tensor:
     codes = reference.unpack_int4(views.k) if batch.layout.k_bits == 4 else views.k
     slots = batch.slots[batch.slots >= 0]
     block, offset = slots // batch.layout.tokens, slots % batch.layout.tokens
-    return codes[block, :, offset] * views.k_scale[block, :, offset, None]
+    k_scale = views.k_scale[block, :, offset]
+    if batch.layout.k_bits == 8:
+        return codes[block, :, offset] * k_scale[..., None]
+    scale, zero = k_scale.float().repeat_interleave(batch.layout.head_dim // 2, -2).unbind(-1)
+    return codes[block, :, offset] * scale + zero
 
 
 @pytest.mark.parametrize("triton", [False, True])
@@ -241,7 +245,7 @@ def exact_attention(batch: Batch, soft_cap: float, sinks: torch.Tensor | None) -
     return (logits.softmax(-1)[..., : len(batch.query)] @ v.repeat_interleave(group, 0)).transpose(0, 1)
 
 
-@pytest.mark.parametrize(("k_bits", "smooth", "bound"), [(8, False, 0.05), (8, True, 0.045), (4, False, 0.4), (4, True, 0.15)])
+@pytest.mark.parametrize(("k_bits", "smooth", "bound"), [(8, False, 0.05), (8, True, 0.045), (4, False, 0.3), (4, True, 0.12)])
 @pytest.mark.parametrize("soft_cap", [0.0, 10.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_accuracy_on_biased_keys(k_bits: int, smooth: bool, bound: float, soft_cap: float, with_sinks: bool) -> None:

@@ -45,10 +45,10 @@ def test_int8_keys(report: dict[str, Any]) -> None:
 
 @pytest.mark.engine
 def test_int4_keys(report: dict[str, Any]) -> None:
-    """15 levels are few, so these bounds leave some room for another machine's rounding."""
+    """16 levels are few, so these bounds leave some room for another machine's rounding."""
     int4 = report["runs"][2]
-    assert abs(int4["loss_change"]) <= 0.06
-    assert int4["top1_agreement"] >= 0.88
+    assert abs(int4["loss_change"]) <= 0.035
+    assert int4["top1_agreement"] >= 0.915
 
 
 def _scores(logits: np.ndarray) -> Scores:

@@ -6,7 +6,7 @@ the fast way to do them. The store needs no version of its own: `reference.store
 
 import torch
 
-from sage_kernels.reference import LOG2E, P_BITS, load, quantize_q
+from sage_kernels.reference import LOG2E, P_BITS, load, products, quantize_q
 from sage_paged import PageLayout
 
 MAX_LOGITS = 1 << 24
@@ -53,8 +53,7 @@ def attention(
             k, k_scale, v, v_scale = (x[:, : last - begin] for x in load(pages, table, layout))
 
             q = q_codes[low:high].permute(1, 2, 0, 3)  # [kv_heads, group, queries, head_dim]
-            logits = torch.matmul(q.flatten(1, 2), k.float().transpose(1, 2)).unflatten(1, q.shape[1:3])
-            logits *= k_scale[:, None, None, :]
+            logits = products(q.flatten(1, 2), k, k_scale).unflatten(1, q.shape[1:3])
             logits *= q_scale[low:high].permute(1, 2, 0)[..., None]
             row_bias = bias[low:high].permute(1, 2, 0)[..., None]
             if soft_cap:
