@@ -152,6 +152,35 @@ def load(
     return k_codes.flatten(1, 2), views.k_scale.flatten(1, 2), v_codes.flatten(1, 2), views.v_scale.flatten(1)
 
 
+def exact_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What `attention` is an approximation of, for one request: the last queries of unquantized tokens, in float32.
+
+    query: [queries, heads, head_dim]; key, value: [tokens, kv_heads, head_dim]. Returns float32 of query's shape.
+    """
+    tokens, group = len(key), query.shape[1] // key.shape[1]
+    q, k, v = (x.float().transpose(0, 1) for x in (query, key, value))
+    logits = q @ k.repeat_interleave(group, 0).transpose(1, 2) * scale
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    positions = torch.arange(tokens - len(query), tokens, device=key.device)[:, None]
+    keys = torch.arange(tokens, device=key.device)
+    hidden = keys > positions
+    if window:
+        hidden |= keys <= positions - window
+    logits = logits.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float()[:, None, None].expand(-1, len(query), 1)], 2)
+    return (logits.softmax(-1)[..., :tokens] @ v.repeat_interleave(group, 0)).transpose(0, 1)
+
+
 def attention(
     query: torch.Tensor,
     pages: torch.Tensor,
