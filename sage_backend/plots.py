@@ -59,7 +59,7 @@ def _quality(plt: Any, runs: list[dict[str, Any]]) -> Any:
     """Loss and agreement against the memory that they cost."""
     figure, (loss, agreement) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     for i, run in enumerate(runs):
-        looks = {"marker": "D" if i == 0 else "o", "color": f"C{i}", "s": 70, "zorder": 3}
+        looks = {"marker": "D" if i == 0 else "o", "color": f"C{i}", "s": 80, "alpha": 0.7, "zorder": 3}
         loss.scatter(run["kv_capacity"], run["loss_change"], label=_short(run["run"]), **looks)
         agreement.scatter(run["kv_capacity"], 100 * run["top1_agreement"], **looks)
     loss.axhline(0, color="#555555", linewidth=0.8)
@@ -80,16 +80,18 @@ def _passkey(plt: Any, runs: list[dict[str, Any]]) -> Any:
     lines = -(-len(runs) // columns)
     width = 1.2 + max(2.6, 0.8 * len(lengths))
     figure, grid = plt.subplots(
-        lines, columns, figsize=(1.2 + columns * width, 0.6 + 3.6 * lines), squeeze=False, sharey=True, layout="constrained"
+        lines, columns, figsize=(1.2 + columns * width, 0.6 + 3.6 * lines), squeeze=False, layout="constrained"
     )
     for axes in grid.flat[len(runs) :]:
         axes.set_visible(False)
     for axes, run in zip(grid.flat, runs, strict=False):
         shares = [list(column) for column in zip(*run["passkey_by_depth"].values(), strict=True)]  # one row a depth
-        image = axes.imshow([[100 * x for x in row] for row in shares], cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
-        axes.set_xticks(range(len(lengths)), lengths)
+        image = axes.pcolormesh([[100 * x for x in row] for row in shares], cmap="cividis", vmin=0, vmax=100, edgecolor="white")
+        axes.invert_yaxis()
+        axes.set_xticks([i + 0.5 for i in range(len(lengths))], lengths)
+        axes.tick_params(length=0)
         depths = len(shares)
-        axes.set_yticks(range(depths), [f"{100 * i / (depths - 1):.0f}%" for i in range(depths)])
+        axes.set_yticks([i + 0.5 for i in range(depths)], [f"{100 * i / (depths - 1):.0f}%" for i in range(depths)])
         axes.set_title(_short(run["run"]), fontsize=9)
         axes.set_xlabel("tokens of the prompt")
         axes.spines[:].set_visible(False)
