@@ -195,16 +195,22 @@ def _layers(worker: Any) -> dict[str, Any]:
     return {name: impl for name, layer in layers.items() if isinstance(impl := getattr(layer, "impl", None), SageImpl)}
 
 
+def _can_differ(worker: Any) -> bool:
+    """Whether layers can have pages of different sizes without waste: if all need the same number of tokens."""
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    return UniformTypeKVCacheSpecs.is_uniform_type(worker.get_kv_cache_spec())
+
+
 def _watch(worker: Any) -> None:
     for impl in _layers(worker).values():
         impl.watch = KeyMean()
 
 
 @torch.inference_mode()  # in which anchors were allocated
-def _judge(worker: Any, anchors: dict[str, torch.Tensor]) -> bool:
-    """Have layers judged from now on, with these anchors. Returns whether all attend to all tokens."""
+def _judge(worker: Any, anchors: dict[str, torch.Tensor]) -> None:
+    """Have layers judged from now on, with these anchors."""
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     for name, impl in _layers(worker).items():
@@ -212,7 +218,6 @@ def _judge(worker: Any, anchors: dict[str, torch.Tensor]) -> bool:
         if name in anchors:
             impl.anchor.copy_(_share(anchors[name], impl.num_kv_heads, rank, ranks))
             impl.watch = PageErrors(impl)
-    return UniformTypeKVCacheSpecs.is_uniform_type(worker.get_kv_cache_spec())
 
 
 def _squares(worker: Any) -> dict[str, dict[Any, float]]:
@@ -263,6 +268,11 @@ def calibrate(model: str, text: str, tokens: int, context: int, judge: bool = Fa
         prompts: list[Any] = [{"prompt_token_ids": each} for each in windows(llm.get_tokenizer(), text, tokens, context)]
         if not prompts:
             raise ValueError("the text is empty")
+        if judge and not all(llm.collective_rpc(_can_differ)):
+            raise ValueError(
+                "--k-bits auto is for models whose layers all attend to all tokens: elsewhere, vLLM gives every layer as many "
+                "bytes as the largest"
+            )
         llm.collective_rpc(_watch)
         llm.generate(prompts, once)
         of_workers = llm.collective_rpc(_means)
@@ -273,11 +283,7 @@ def calibrate(model: str, text: str, tokens: int, context: int, judge: bool = Fa
             anchors[name] = parts[:: max(1, len(parts) // heads)].contiguous()  # workers beyond the number of heads repeat one
         if not judge:
             return Calibration(config, anchors, {})
-        if not all(llm.collective_rpc(_judge, args=(anchors,))):
-            raise ValueError(
-                "--k-bits auto is for models whose layers all attend to all tokens: elsewhere, vLLM gives every layer as many "
-                "bytes as the largest"
-            )
+        llm.collective_rpc(_judge, args=(anchors,))
         for prompt in tqdm(prompts, "judging pages"):
             llm.generate(prompt, once, use_tqdm=False)
         squares = llm.collective_rpc(_squares)

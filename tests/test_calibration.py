@@ -104,6 +104,17 @@ def test_errors_of_pages(soft_cap: float) -> None:
         assert watch.squares[bits] == pytest.approx(float((out[-256:] - exact).square().sum()), rel=0.02)
 
 
+def test_only_layers_of_one_kind_can_differ() -> None:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    shape = {"block_size": 128, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+    full, small = (FullAttentionSpec(**shape, state_content_bytes=size) for size in (136, 108))
+    window = SlidingWindowSpec(**shape, sliding_window=100, state_content_bytes=136)
+    for specs, can_differ in (([full, small], True), ([full, window], False)):
+        worker = SimpleNamespace(get_kv_cache_spec=lambda specs=specs: dict(enumerate(specs)))
+        assert calibration._can_differ(worker) == can_differ
+
+
 def test_bits_are_chosen_once(file: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
