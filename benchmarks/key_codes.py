@@ -130,17 +130,30 @@ def uint4(x: Tensor) -> Tensor:
     return asymmetric(x, 16)
 
 
+def mixed(x: Tensor, channels: int = 16) -> Tensor:
+    """The channels that are largest over the text in INT8, the others in two groups of 16 levels."""
+    by_size = x.square().mean(1, keepdim=True).argsort(-1, descending=True)
+    ordered = x.gather(-1, by_size.expand_as(x))
+    coded = torch.cat([symmetric(ordered[..., :channels], 127), grouped(uint4, 2)(ordered[..., channels:])], -1)
+    return torch.empty_like(x).scatter_(-1, by_size.expand_as(x), coded)
+
+
 CODES: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
     "INT8": (HEAD_DIM + SCALE_BYTES, lambda x: symmetric(x, 127)),
     "INT4": (HEAD_DIM / 2 + SCALE_BYTES, int4),
     "INT4, clipped": (HEAD_DIM / 2 + SCALE_BYTES, lambda x: best_clip(x, 7)),
-    "INT4, asymmetric": (HEAD_DIM / 2 + 2 * SCALE_BYTES, uint4),
-    "INT4, 2 groups": (HEAD_DIM / 2 + 2 * SCALE_BYTES, grouped(int4, 2)),
-    "INT4, 2 groups, asymmetric": (HEAD_DIM / 2 + 4 * SCALE_BYTES, grouped(uint4, 2)),
-    "INT4, 4 groups": (HEAD_DIM / 2 + 4 * SCALE_BYTES, grouped(int4, 4)),
-    "INT4, 8 groups": (HEAD_DIM / 2 + 8 * SCALE_BYTES, grouped(int4, 8)),
+    "INT4, asymmetric": (HEAD_DIM / 2 + SCALE_BYTES, uint4),
+    "INT4, 2 groups": (HEAD_DIM / 2 + SCALE_BYTES, grouped(int4, 2)),
+    "INT4, 2 groups, asymmetric": (HEAD_DIM / 2 + 2 * SCALE_BYTES, grouped(uint4, 2)),
+    "INT4, 4 groups": (HEAD_DIM / 2 + 2 * SCALE_BYTES, grouped(int4, 4)),
+    "INT4, 4 groups, asymmetric": (HEAD_DIM / 2 + 4 * SCALE_BYTES, grouped(uint4, 4)),
+    "INT4, 8 groups": (HEAD_DIM / 2 + 4 * SCALE_BYTES, grouped(int4, 8)),
+    "INT4 (2, a.), 16 in INT8": (HEAD_DIM / 2 + 8 + 2.5 * SCALE_BYTES, mixed),
+    "INT5": (HEAD_DIM * 5 / 8 + SCALE_BYTES, lambda x: symmetric(x, 15)),
+    "INT5, 2 groups, asymmetric": (HEAD_DIM * 5 / 8 + 2 * SCALE_BYTES, grouped(lambda x: asymmetric(x, 32), 2)),
 }
-"""Bytes of a key of one head, with float32 scales, and the code."""
+"""Bytes of a key of one head, and the code. One scale is float32; several, and those with zero points, are bfloat16.
+`INT4, 2 groups, asymmetric` is what INT4 pages hold."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

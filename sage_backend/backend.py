@@ -80,6 +80,20 @@ class SageBackend(AttentionBackend):
         return True
 
 
+def choose_pages(specs: dict[str, Any], config: VllmConfig) -> dict[str, Any]:
+    """A worker's KV cache specs, by layer, with the pages that a calibration has chosen. Its layers are told of them."""
+    file = options.current().calibration
+    chosen = calibration.k_bits(file) if file is not None else {}
+    for name, layer in config.compilation_config.static_forward_context.items():
+        owner = getattr(layer, "kv_sharing_target_layer_name", None) or name
+        impl = getattr(layer, "impl", None)
+        if owner in chosen and isinstance(impl, SageImpl):
+            impl.layout = options.current().layout(impl.head_size, chosen[owner])
+            if name in specs:
+                specs[name] = replace(specs[name], state_content_bytes=impl.layout.bytes_per_token)
+    return specs
+
+
 @dataclass
 class SageMetadata(AttentionMetadata):
     """One step of a batch whose first `num_decodes` requests have few query tokens each.
@@ -119,7 +133,7 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         if self.recorder is not None:
             known = vllm_config.compilation_config.static_forward_context
             owners = [name for name in layer_names if known[name].kv_sharing_target_layer_name is None]
-            layout = options.current().layout(kv_cache_spec.head_size)
+            layout = known[layer_names[0]].impl.layout
             self.recorder.add_layers(layer_names, len(owners), layout, self.kv_heads, self.heads, device_)
         self.workspace = None
         if device_.type != "cpu":
@@ -144,7 +158,11 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         if self.workspace is not None and num_decodes:
             from sage_kernels import decode
 
-            splits = decode.choose_splits(num_decodes, self.kv_heads, common.max_seq_len, self.page_tokens, self.processors)
+            longest = common.max_seq_len
+            if self.memory is not None and not self.memory.dense_layers:
+                listed = self.memory.policy.list_pages(self.page_tokens, threshold)
+                longest = min(longest, listed * self.page_tokens)
+            splits = decode.choose_splits(num_decodes, self.kv_heads, longest, self.page_tokens, self.processors)
         return SageMetadata(
             num_tokens=common.num_actual_tokens,
             num_decodes=num_decodes,
@@ -207,8 +225,8 @@ class SageImpl(AttentionImpl[SageMetadata]):
         self.layout = options.current().layout(head_size)
         self.smooth_k = options.current().smooth_k
         self.calibration = options.current().calibration
-        self.watch: calibration.KeyMean | None = None
-        """Is shown every key that is stored, if it is there (see `sage_backend.calibration`)."""
+        self.watch: calibration.Watch | None = None
+        """Is shown what this layer works on, if it is there."""
         self.anchor: torch.Tensor | None = None
         """What is subtracted from this layer's keys, float32 [kv_heads, head_size]; all NaN until the first tokens fix it."""
         self.calibrated = False
@@ -255,7 +273,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         tokens = slot_mapping.numel()
         pages = self.layout.pages(kv_cache)
         if self.watch is not None:
-            self.watch(key[:tokens], slot_mapping)
+            self.watch.stored(key[:tokens], value[:tokens], slot_mapping)
         if key.device.type == "cpu":
             reference.store(key[:tokens], value[:tokens], pages, slot_mapping, self.layout, self.anchor)
         else:
@@ -283,6 +301,8 @@ class SageImpl(AttentionImpl[SageMetadata]):
         m = attn_metadata
         pages = self.layout.pages(kv_cache)
         query, out = query[: m.num_tokens], output[: m.num_tokens]
+        if self.watch is not None:
+            self.watch.attended(query)
         memory = self.memory_of(layer)
         # The keys may be another layer's.
         target = layer.kv_sharing_target_layer_name

@@ -1,11 +1,16 @@
-"""Anchors of a model's keys, found on a text before it is served: `sage calibrate MODEL --out FILE`.
+"""What is best for a model's keys, found on a text before it is served: `sage calibrate MODEL --out FILE`.
 
 Without a calibration, the first tokens that a server stores fix the anchors (`sage_kernels.reference.fix_anchor`). Here they
 are the mean keys of a whole text. They are the same for every process that loads the file, so pages may leave the process, and
 they are closer to what a prompt has in its middle and at its end, where keys have been rotated further.
 
+With `--k-bits auto`, each layer's attention is computed with every kind of page, and a layer gets the smallest whose error is
+within the budget: the adaptive quantization of SageAttention (Zhang et al., ICLR 2025, section 4), with the relative L2 error
+of attention's output in place of its cosine similarity. vLLM keeps pages of both sizes in one pool without waste, as long as
+all layers attend to all tokens.
+
 A calibration is a safetensors file: for each attention layer, by vLLM's name of it, float32 [kv_heads, head_dim]; and in its
-metadata which model it is of.
+metadata which model it is of and, if they were chosen, the bits of each layer's keys.
 """
 
 import argparse
@@ -14,16 +19,21 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sage_backend import cli
 from sage_backend.demo import HELDOUT
+from sage_kernels import cpu, reference
+from sage_paged import K_BITS, PageLayout
 
 FORMAT = "sage-calibration-1"
 _SAMPLED_BYTES = 1 << 20
+_ERROR_QUERIES = 256
 
 
 def identity(model_config: Any) -> str:
@@ -41,12 +51,15 @@ def identity(model_config: Any) -> str:
     return digest.hexdigest()
 
 
-def save(path: Path, anchors: dict[str, torch.Tensor], model_config: Any) -> None:
-    """Write a calibration; an older file is replaced when the new one is complete."""
+def save(path: Path, anchors: dict[str, torch.Tensor], model_config: Any, chosen: dict[str, int] | None = None) -> None:
+    """Write a calibration; an older file is replaced when the new one is complete. chosen: bits of keys by layer."""
     from safetensors.torch import save_file
 
+    metadata = {"format": FORMAT, "model": identity(model_config)}
+    if chosen:
+        metadata["k_bits"] = json.dumps(chosen)
     part = path.with_name(path.name + ".part")
-    save_file(anchors, part, metadata={"format": FORMAT, "model": identity(model_config)})
+    save_file(anchors, part, metadata=metadata)
     os.replace(part, path)
 
 
@@ -55,6 +68,18 @@ def check(path: str, model_config: Any) -> None:
     metadata, _ = _read(path)
     if metadata["model"] != identity(model_config):
         raise ValueError(f"the calibration {path} is of another model; make one with: sage calibrate {model_config.model}")
+
+
+def k_bits(path: str) -> dict[str, int]:
+    """The bits of each layer's keys, as far as the calibration chooses them. Raises ValueError like `check`."""
+    metadata, _ = _read(path)
+    try:
+        chosen = json.loads(metadata.get("k_bits", "{}"))
+        if set(chosen.values()) <= set(K_BITS):
+            return chosen
+    except (ValueError, AttributeError, TypeError):
+        pass
+    raise ValueError(f"{path} is damaged: its k_bits are {metadata['k_bits']!r}; make one with: sage calibrate")
 
 
 def anchor(path: str, layer: str, heads: int, rank: int, ranks: int) -> torch.Tensor | None:
@@ -66,10 +91,14 @@ def anchor(path: str, layer: str, heads: int, rank: int, ranks: int) -> torch.Te
     whole = anchors.get(layer)
     if whole is None:
         return None
-    first = rank * len(whole) // ranks  # with fewer heads than workers, several have the same
     if heads != max(1, len(whole) // ranks):
         raise ValueError(f"{path} has {len(whole)} KV heads in {layer}, and not {heads} for each of {ranks} workers")
-    return whole[first : first + heads]
+    return _share(whole, heads, rank, ranks)
+
+
+def _share(anchors: torch.Tensor, heads: int, rank: int, ranks: int) -> torch.Tensor:
+    first = rank * len(anchors) // ranks  # with fewer heads than workers, several have the same
+    return anchors[first : first + heads]
 
 
 def _read(path: str, layers: Sequence[str] = ()) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -90,15 +119,24 @@ def _read(path: str, layers: Sequence[str] = ()) -> tuple[dict[str, str], dict[s
     return metadata, tensors
 
 
-class KeyMean:
+class Watch:
+    """Is shown what a layer works on."""
+
+    def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        """key, value: [tokens, kv_heads, head_dim]; slots: [tokens], negative for padding."""
+
+    def attended(self, query: torch.Tensor) -> None:
+        """query: [tokens, heads, head_dim], after the same tokens have been stored."""
+
+
+class KeyMean(Watch):
     """Sums up the keys that a layer stores."""
 
     def __init__(self) -> None:
         self.sum: torch.Tensor | float = 0.0
         self.count = 0
 
-    def __call__(self, key: torch.Tensor, slots: torch.Tensor) -> None:
-        """key: [tokens, kv_heads, head_dim]; slots: [tokens], negative for padding."""
+    def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         used = key[slots >= 0]
         self.sum = self.sum + used.double().sum(0)
         self.count += len(used)
@@ -108,6 +146,48 @@ class KeyMean:
         return (self.sum / self.count).float().cpu() if self.count and isinstance(self.sum, torch.Tensor) else None
 
 
+class PageErrors(Watch):
+    """Squared errors of a layer's attention with each kind of page, over prompts that come whole and one at a time.
+
+    The last _ERROR_QUERIES queries of a prompt are judged, against exact attention to what was stored for them.
+    """
+
+    def __init__(self, impl: Any) -> None:
+        self.impl = impl
+        self.key = self.value = torch.empty(0)
+        self.squares = dict.fromkeys((*K_BITS, "exact"), 0.0)
+        """By bits of keys, the sum of squared errors; and that of the exact outputs' squares."""
+
+    def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        self.key, self.value = key[slots >= 0], value[slots >= 0]
+
+    def attended(self, query: torch.Tensor) -> None:
+        tokens, impl, device = len(self.key), self.impl, query.device
+        if len(query) != tokens:
+            return
+        if device.type == "cpu":
+            store, attention = reference.store, cpu.attention
+        else:
+            from sage_kernels.prefill import prefill as attention
+            from sage_kernels.store import store
+
+        query = query[-_ERROR_QUERIES:]
+        mask = {"window": impl.window, "soft_cap": impl.soft_cap, "sinks": impl.sinks}
+        exact = reference.exact_attention(query, self.key, self.value, impl.scale, **mask)
+        self.squares["exact"] += float(exact.square().sum())
+        for bits in K_BITS:
+            layout = PageLayout(impl.head_size, bits, impl.layout.tokens)
+            blocks = -(-tokens // layout.tokens)
+            pages = layout.empty(blocks, self.key.shape[1], device)
+            store(self.key, self.value, pages, torch.arange(tokens, device=device), layout, impl.anchor)
+            table, lengths, starts = (
+                torch.tensor(x, dtype=torch.int32, device=device) for x in ([[*range(blocks)]], [tokens], [0, len(query)])
+            )
+            out = torch.empty_like(exact)
+            attention(query, pages, layout, table, lengths, starts, impl.scale, out, **mask, anchor=impl.anchor)
+            self.squares[bits] += float((out - exact).square().sum())
+
+
 def _layers(worker: Any) -> dict[str, Any]:
     from sage_backend.backend import SageImpl
 
@@ -115,9 +195,33 @@ def _layers(worker: Any) -> dict[str, Any]:
     return {name: impl for name, layer in layers.items() if isinstance(impl := getattr(layer, "impl", None), SageImpl)}
 
 
+def _can_differ(worker: Any) -> bool:
+    """Whether layers can have pages of different sizes without waste: if all need the same number of tokens."""
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    return UniformTypeKVCacheSpecs.is_uniform_type(worker.get_kv_cache_spec())
+
+
 def _watch(worker: Any) -> None:
     for impl in _layers(worker).values():
         impl.watch = KeyMean()
+
+
+@torch.inference_mode()  # in which anchors were allocated
+def _judge(worker: Any, anchors: dict[str, torch.Tensor]) -> None:
+    """Have layers judged from now on, with these anchors."""
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    for name, impl in _layers(worker).items():
+        impl.watch = None
+        if name in anchors:
+            impl.anchor.copy_(_share(anchors[name], impl.num_kv_heads, rank, ranks))
+            impl.watch = PageErrors(impl)
+
+
+def _squares(worker: Any) -> dict[str, dict[Any, float]]:
+    return {name: impl.watch.squares for name, impl in _layers(worker).items() if impl.watch is not None}
 
 
 def _means(worker: Any) -> dict[str, torch.Tensor]:
@@ -125,40 +229,83 @@ def _means(worker: Any) -> dict[str, torch.Tensor]:
     return {name: mean for name, mean in means.items() if mean is not None}
 
 
-def calibrate(model: str, text: str, tokens: int, context: int, **arguments: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    """The anchors of a model on the first `tokens` tokens of a text, read in windows of `context`, and vLLM's model_config.
+@dataclass(frozen=True)
+class Calibration:
+    """anchors: float32 [kv_heads, head_dim] by layer. errors: if they were asked for, the relative L2 error of attention's
+    output, by layer and by bits of keys."""
 
-    arguments: for the engine. Raises ValueError for a text without tokens.
+    model_config: Any
+    anchors: dict[str, torch.Tensor]
+    errors: dict[str, dict[int, float]]
+
+    def choose(self, budget: float) -> dict[str, int]:
+        """The least bits of each layer's keys whose error is within the budget. Raises ValueError where there are none."""
+        chosen = {}
+        for layer, errors in self.errors.items():
+            within = [bits for bits, error in errors.items() if error <= budget]
+            if not within:
+                least = min(errors.values())
+                raise ValueError(f"--budget {budget} cannot be met: the error of {layer} is at least {least:.4f}")
+            chosen[layer] = min(within)
+        return chosen
+
+
+def calibrate(model: str, text: str, tokens: int, context: int, judge: bool = False, **arguments: Any) -> Calibration:
+    """Read the first `tokens` tokens of a text in windows of `context`; a second time to `judge` what pages cost.
+
+    arguments: for the engine. Raises ValueError for a text without tokens, and where layers cannot have different pages.
     """
     from vllm import SamplingParams
 
     from sage_backend.quality import Run, engine, windows
 
     fixed = {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": context}
+    if judge:
+        fixed["max_num_batched_tokens"] = max(context, 2048)  # for prompts that come whole
+    once = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
     with engine(Run.parse("SAGE"), model, **fixed, **arguments) as llm:
-        config = llm.llm_engine.vllm_config
+        config = llm.llm_engine.vllm_config.model_config
         prompts: list[Any] = [{"prompt_token_ids": each} for each in windows(llm.get_tokenizer(), text, tokens, context)]
         if not prompts:
             raise ValueError("the text is empty")
+        if judge and not all(llm.collective_rpc(_can_differ)):
+            raise ValueError(
+                "--k-bits auto is for models whose layers all attend to all tokens: elsewhere, vLLM gives every layer as many "
+                "bytes as the largest"
+            )
         llm.collective_rpc(_watch)
-        llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0, detokenize=False))
+        llm.generate(prompts, once)
         of_workers = llm.collective_rpc(_means)
-    heads = config.model_config.get_total_num_kv_heads()
-    anchors: dict[str, torch.Tensor] = {}
-    for name in {name: None for means in of_workers for name in means}:
-        parts = torch.cat([means[name] for means in of_workers if name in means])
-        anchors[name] = parts[:: max(1, len(parts) // heads)].contiguous()  # workers beyond the number of heads repeat one
-    return anchors, config.model_config
+        heads = config.get_total_num_kv_heads()
+        anchors: dict[str, torch.Tensor] = {}
+        for name in {name: None for means in of_workers for name in means}:
+            parts = torch.cat([means[name] for means in of_workers if name in means])
+            anchors[name] = parts[:: max(1, len(parts) // heads)].contiguous()  # workers beyond the number of heads repeat one
+        if not judge:
+            return Calibration(config, anchors, {})
+        llm.collective_rpc(_judge, args=(anchors,))
+        for prompt in tqdm(prompts, "judging pages"):
+            llm.generate(prompt, once, use_tqdm=False)
+        squares = llm.collective_rpc(_squares)
+    errors = {}
+    for name in anchors:
+        total = {kind: sum(worker[name][kind] for worker in squares if name in worker) for kind in (*K_BITS, "exact")}
+        errors[name] = {bits: (total[bits] / total["exact"]) ** 0.5 for bits in K_BITS}
+    return Calibration(config, anchors, errors)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status; what is wrong with the input is told in one line on stderr."""
-    parser = argparse.ArgumentParser(prog="sage calibrate", description="Find the anchors of a model's keys on a text.")
+    parser = argparse.ArgumentParser(prog="sage calibrate", description="Find on a text what is best for a model's keys.")
     parser.add_argument("model", help="folder or name")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the calibration")
     parser.add_argument("--text", type=Path, default=HELDOUT, help="what to read (default: the embedded held-out text)")
     parser.add_argument("--tokens", type=int, default=1 << 15, help="how many of its tokens (default: %(default)s)")
     parser.add_argument("--context", type=int, default=2048, help="tokens that are read together (default: %(default)s)")
+    parser.add_argument("--k-bits", choices=["auto"], help="choose the bits of each layer's keys, within --budget")
+    parser.add_argument(
+        "--budget", type=float, metavar="X", help="largest relative L2 error of a layer's attention, for example 0.1"
+    )
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -172,13 +319,21 @@ def _write(arguments: argparse.Namespace) -> None:
         raise ValueError("--tokens must be at least 1 and --context at least 2")
     if not arguments.out.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {arguments.out.absolute().parent} for --out")
+    if (arguments.k_bits is None) != (arguments.budget is None):
+        raise ValueError("--k-bits auto and --budget go together")
+    if arguments.budget is not None and not arguments.budget > 0:
+        raise ValueError("--budget must be above 0")
     from vllm.platforms import current_platform
 
     memory = {"kv_cache_memory_bytes": 1 << 30} if current_platform.is_cpu() else {}
-    anchors, model_config = calibrate(
-        arguments.model, text, arguments.tokens, arguments.context,
+    found = calibrate(
+        arguments.model, text, arguments.tokens, arguments.context, judge=arguments.k_bits is not None,
         tensor_parallel_size=arguments.tensor_parallel_size, **memory,
     )  # fmt: skip
-    save(arguments.out, anchors, model_config)
+    chosen = found.choose(arguments.budget) if found.errors else {}
+    for layer, bits in chosen.items():
+        told = ", ".join(f"INT{each} {error:.4f}" for each, error in sorted(found.errors[layer].items(), reverse=True))
+        print(f"{layer}: INT{bits} (errors: {told})")
+    save(arguments.out, found.anchors, found.model_config, chosen)
     option = json.dumps({"sage": {"calibration": str(arguments.out)}})
-    print(f"{arguments.out}: anchors of {len(anchors)} layers. Serve with --additional-config {shlex.quote(option)}")
+    print(f"{arguments.out}: anchors of {len(found.anchors)} layers. Serve with --additional-config {shlex.quote(option)}")

@@ -134,6 +134,12 @@ def check_config(config: Any) -> None:
         from sage_backend import calibration
 
         calibration.check(options.calibration, model)
+        chosen = calibration.k_bits(options.calibration)
+        if chosen and "k_bits" in config.additional_config["sage"]:
+            raise ValueError(
+                f'the calibration {options.calibration} has chosen the bits of keys; leave out option "k_bits" in '
+                '--additional-config "sage"'
+            )
 
 
 def check_arguments(arguments: Any) -> None:

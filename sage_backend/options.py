@@ -105,8 +105,9 @@ class SageOptions:
             raise ValueError('options "calibration" and "smooth_k": false in --additional-config "sage" exclude each other')
         return options
 
-    def layout(self, head_dim: int) -> PageLayout:
-        return PageLayout(head_dim, self.k_bits, self.page_tokens, has_bounds=self.memory is not None)
+    def layout(self, head_dim: int, k_bits: int | None = None) -> PageLayout:
+        """k_bits: those of a layer for which a calibration has chosen them."""
+        return PageLayout(head_dim, k_bits or self.k_bits, self.page_tokens, has_bounds=self.memory is not None)
 
 
 def _list(values: Any) -> str:

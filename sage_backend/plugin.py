@@ -18,6 +18,7 @@ def register() -> None:
         _warn_if_untested()
         _check_configurations()
         _set_apart_made_up_requests()
+        _let_layers_differ()
 
 
 def backend_member(name: str) -> Any:
@@ -118,6 +119,23 @@ def _set_apart_made_up_requests() -> None:
     WorkerWrapperBase.load_model = load_model
     WorkerWrapperBase.compile_or_warm_up_model = compile_or_warm_up_model
     WorkerWrapperBase.execute_dummy_batch = execute_dummy_batch
+
+
+def _let_layers_differ() -> None:
+    """Have workers ask for pages layer by layer: vLLM asks a backend, which is not told the layer."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    def get_kv_cache_spec(self: Any) -> Any:
+        from sage_backend.checks import is_chosen
+
+        specs = self.worker.get_kv_cache_spec()
+        if not is_chosen(self.vllm_config):
+            return specs
+        from sage_backend.backend import choose_pages
+
+        return choose_pages(specs, self.vllm_config)
+
+    WorkerWrapperBase.get_kv_cache_spec = get_kv_cache_spec
 
 
 def _warn_if_untested() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from sage_backend import __version__, cli
+from sage_backend import __version__, cli, plots
 from sage_backend.checks import check_model_folder
 from sage_backend.demo import HELDOUT, MODEL_DIR
 
@@ -30,8 +30,8 @@ TOP = 20
 """Likeliest tokens of each position that an engine reports."""
 KL_TOP = 10
 """Likeliest tokens of the baseline that the KL divergence is taken over."""
-PASSKEY_PROMPTS = 10
-"""Pass-key prompts of each length; their depths go from the start of the text to its end."""
+PASSKEY_DEPTHS = 10
+"""Where pass keys are told, from the start of the text to its end."""
 _ANSWER_TOKENS = 8  # room for a key of five digits and a space
 
 
@@ -75,12 +75,14 @@ class Run:
 @dataclass(frozen=True)
 class Scores:
     """What one run said of the text. true: float64 [positions], the log-probability of each token; tokens, logprobs:
-    [positions, TOP], the likeliest tokens, best first; passkey: the share of keys recalled by length of prompt."""
+    [positions, TOP], the likeliest tokens, best first; passkey: the share of keys recalled by length of prompt, at each of
+    PASSKEY_DEPTHS; kv_tokens: how many tokens fit into the KV cache."""
 
     true: np.ndarray
     tokens: np.ndarray
     logprobs: np.ndarray
-    passkey: dict[int, float]
+    passkey: dict[int, list[float]]
+    kv_tokens: int
 
     @property
     def loss(self) -> float:
@@ -95,7 +97,9 @@ class Scores:
             "mean_abs_logprob_change": float(np.abs(self.true - baseline.true).mean()),
             "top1_agreement": float((self.tokens[:, 0] == baseline.tokens[:, 0]).mean()),
             "kl": float(_kl(baseline, self).mean()),
-            "passkey": {str(length): share for length, share in self.passkey.items()},
+            "kv_capacity": self.kv_tokens / baseline.kv_tokens,
+            "passkey": {str(length): float(np.mean(shares)) for length, shares in self.passkey.items()},
+            "passkey_by_depth": {str(length): shares for length, shares in self.passkey.items()},
         }
 
 
@@ -153,8 +157,10 @@ def windows(tokenizer: Any, text: str, tokens: int, context: int) -> list[list[i
     return [ids[i : i + context - 1] for i in range(0, len(ids), context - 1)]
 
 
-def measure(run: Run, model: str, text: str, tokens: int, context: int, passkey: Sequence[int] = ()) -> Scores:
-    """Run an engine over the first `tokens` tokens of `text` and over pass-key prompts of the given lengths.
+def measure(
+    run: Run, model: str, text: str, tokens: int, context: int, passkey: Sequence[int] = (), keys: int = 1
+) -> Scores:
+    """Run an engine over the first `tokens` tokens of `text` and over pass-key prompts of the given lengths, `keys` a depth.
 
     The text is cut into windows of context - 1 tokens; each predicts all of its tokens but the first. Raises ValueError
     for a text or prompt that does not fit.
@@ -189,22 +195,38 @@ def measure(run: Run, model: str, text: str, tokens: int, context: int, passkey:
             if length + _ANSWER_TOKENS > context:
                 raise ValueError(f"pass-key prompts of {length} tokens do not fit a context of {context}")
             rng = Random(length)
-            depths = np.linspace(0, 1, PASSKEY_PROMPTS)
+            depths = np.tile(np.linspace(0, 1, PASSKEY_DEPTHS), keys)
             prompts, answers = zip(*(make_passkey(length, depth, rng, tokenizer) for depth in depths), strict=True)
             texts = [output.outputs[0].text for output in llm.generate(list(prompts), greedy)]
             right = [text.strip().startswith(answer) for text, answer in zip(texts, answers, strict=True)]
-            recalled[length] = float(np.mean(right))
-    return Scores(logprobs[:, 0], token_ids[:, 1:], logprobs[:, 1:], recalled)
+            recalled[length] = np.reshape(right, (keys, PASSKEY_DEPTHS)).mean(0).tolist()
+        kv_tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+    return Scores(logprobs[:, 0], token_ids[:, 1:], logprobs[:, 1:], recalled, kv_tokens)
 
 
-def _table(results: list[dict[str, Any]]) -> str:
+def _figures(results: list[dict[str, Any]]) -> list[list[str]]:
+    """The rows of the table, headings first."""
     lengths = list(results[0]["passkey"])
-    head = ["run", "loss", "change", "|d logp|", f"top-{KL_TOP} KL", "top-1 %", *(f"key@{length} %" for length in lengths)]
-    rows = [head]
+    head = ["run", "tokens", "loss", "change", "|d logp|", f"top-{KL_TOP} KL", "top-1 %"]
+    rows = [[*head, *(f"key@{length} %" for length in lengths)]]
     for r in results:
-        figures = [f"{r['loss']:.4f}", f"{r['loss_change']:+.4f}", f"{r['mean_abs_logprob_change']:.4f}", f"{r['kl']:.5f}"]
+        losses = [f"{r['loss']:.4f}", f"{r['loss_change']:+.4f}", f"{r['mean_abs_logprob_change']:.4f}", f"{r['kl']:.5f}"]
         shares = [r["top1_agreement"], *(r["passkey"][length] for length in lengths)]
-        rows.append([r["run"], *figures, *(f"{100 * share:.2f}" for share in shares)])
+        rows.append([r["run"], f"{r['kv_capacity']:.2f}x", *losses, *(f"{100 * share:.2f}" for share in shares)])
+    return rows
+
+
+def _by_depth(results: list[dict[str, Any]]) -> list[list[str]]:
+    """Pass keys by depth, one row a run and length."""
+    depths = [f"{depth:.0%}" for depth in np.linspace(0, 1, PASSKEY_DEPTHS)]
+    rows = [["keys recalled, %, by depth", "tokens", *depths]]
+    for r in results:
+        for length, shares in r["passkey_by_depth"].items():
+            rows.append([r["run"], length, *(f"{100 * share:.0f}" for share in shares)])
+    return rows
+
+
+def _table(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
@@ -221,7 +243,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=1 << 16, help="how many of its tokens (default: %(default)s)")
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--passkey", default="", metavar="LENGTHS", help="recall pass keys from, for example, 500,1500 tokens")
+    parser.add_argument("--passkey-keys", type=int, default=1, metavar="N", help="at each depth (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the figures to this file, as JSON")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write plots (PNG) and a page with everything (HTML) there")
     return parser
 
 
@@ -263,27 +287,37 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
     lengths = arguments.passkey.split(",") if arguments.passkey else []
     if not all(length.isdecimal() for length in lengths):
         raise ValueError(f"--passkey takes lengths such as 500,1500, not {arguments.passkey!r}")
+    if arguments.passkey_keys < 1:
+        raise ValueError("--passkey-keys must be at least 1")
+    if arguments.plots:
+        plots.check()
     runs = [Run.parse(run) for run in arguments.runs]
 
     results: list[dict[str, Any]] = []
     baseline = None
     for number, run in enumerate(runs, start=1):
         print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
-        scores = measure(run, arguments.model, text, arguments.tokens, arguments.context, [int(each) for each in lengths])
+        passkey = [int(each) for each in lengths]
+        scores = measure(run, arguments.model, text, arguments.tokens, arguments.context, passkey, arguments.passkey_keys)
         baseline = baseline or scores
         results.append({"run": run.name, **scores.against(baseline)})
     assert baseline is not None
     print(f"{baseline.true.size} tokens predicted; loss in nats per token; changes, KL and agreement against {runs[0].name}")
-    print(_table(results))
+    rows = _figures(results)
+    print(_table(rows))
+    if lengths:
+        print("\n" + _table(_by_depth(results)))
+    report = {
+        **circumstances(command, arguments.model),
+        "text": arguments.text.name,
+        "predicted_tokens": baseline.true.size,
+        "context": arguments.context,
+        "runs": results,
+    }
     if arguments.out:
-        report = {
-            **circumstances(command, arguments.model),
-            "text": arguments.text.name,
-            "predicted_tokens": baseline.true.size,
-            "context": arguments.context,
-            "runs": results,
-        }
         arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if arguments.plots:
+        print(*plots.write(report, rows, arguments.plots), sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine, environment, greedy, heldout_prompts
+from engines import capacity, engine, environment, greedy, heldout_prompts
 
 from sage_backend import calibration, cli
 from sage_backend.demo import MODEL_DIR
+from sage_kernels import reference
+from sage_paged import PageLayout
 
 
 def config(model: Path) -> Any:
@@ -61,19 +63,84 @@ def test_unusable_files_are_refused(file: Path, tmp_path: Path) -> None:
         calibration.check(str(weights), config(MODEL_DIR))
     with pytest.raises(ValueError, match=r"there is no calibration nowhere; make one with: sage calibrate"):
         calibration.check("nowhere", config(MODEL_DIR))
+    calibration.save(file, {}, config(MODEL_DIR), {"layer": 5})
+    with pytest.raises(ValueError, match="is damaged: its k_bits are"):
+        calibration.k_bits(str(file))
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="is not a calibration or is damaged"):
         calibration.check(str(file), config(MODEL_DIR))
 
 
+def test_bits_are_the_least_within_the_budget(file: Path) -> None:
+    errors = {"a": {4: 0.2, 8: 0.03}, "b": {4: 0.1, 8: 0.02}}
+    found = calibration.Calibration(config(MODEL_DIR), {}, errors)
+    assert found.choose(0.15) == {"a": 8, "b": 4}
+    with pytest.raises(ValueError, match=r"--budget 0.025 cannot be met: the error of a is at least 0.0300"):
+        found.choose(0.025)
+    assert calibration.k_bits(str(file)) == {}
+    calibration.save(file, {}, config(MODEL_DIR), found.choose(0.15))
+    assert calibration.k_bits(str(file)) == {"a": 8, "b": 4}
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 5.0])
+def test_errors_of_pages(soft_cap: float) -> None:
+    """What the watch sums up for the last queries of a prompt is what the reference makes of their pages."""
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(300, heads, 64, generator=g) for heads in (4, 2, 2))
+    anchor = torch.randn(2, 64, generator=g)
+    shape = {"head_size": 64, "scale": 0.125, "window": 0, "soft_cap": soft_cap, "sinks": None}
+    watch = calibration.PageErrors(SimpleNamespace(**shape, layout=PageLayout(64), anchor=anchor))
+    watch.stored(torch.cat([key, key[:1]]), torch.cat([value, value[:1]]), torch.tensor([*range(300), -1]))
+    watch.attended(query)
+    watch.attended(query[:1])  # a decode
+    exact = reference.exact_attention(query, key, value, 0.125, soft_cap=soft_cap)[-256:]
+    assert watch.squares["exact"] == pytest.approx(float(exact.square().sum()), rel=1e-4)
+    starts, lengths, table = torch.tensor([0, 300]), torch.tensor([300]), torch.arange(3)[None]
+    for bits in (4, 8):
+        layout = PageLayout(64, bits)
+        pages = layout.empty(3, 2)
+        reference.store(key, value, pages, torch.arange(300), layout, anchor)
+        out = reference.attention(query, pages, layout, table, lengths, starts, 0.125, soft_cap=soft_cap, anchor=anchor)
+        assert watch.squares[bits] == pytest.approx(float((out[-256:] - exact).square().sum()), rel=0.02)
+
+
+def test_only_layers_of_one_kind_can_differ() -> None:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    shape = {"block_size": 128, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+    full, small = (FullAttentionSpec(**shape, state_content_bytes=size) for size in (136, 108))
+    window = SlidingWindowSpec(**shape, sliding_window=100, state_content_bytes=136)
+    for specs, can_differ in (([full, small], True), ([full, window], False)):
+        worker = SimpleNamespace(get_kv_cache_spec=lambda specs=specs: dict(enumerate(specs)))
+        assert calibration._can_differ(worker) == can_differ
+
+
+def test_bits_are_chosen_once(file: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    calibration.save(file, {}, config(MODEL_DIR), {"layer": 4})
+    option = {"sage": {"calibration": str(file), "k_bits": 8}}
+    with environment(), pytest.raises(ValueError, match='has chosen the bits of keys; leave out option "k_bits"'):
+        EngineArgs(str(MODEL_DIR), attention_backend="SAGE", additional_config=option).create_engine_config()
+
+
 @pytest.mark.engine
 def test_engine_with_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`sage calibrate` on the embedded model; an engine that loads the file has its anchors, and keeps them."""
+    """`sage calibrate` on the embedded model; an engine that loads the file has its anchors, keeps them, and has pages of the
+    kinds that were chosen."""
     file = tmp_path / "anchors.safetensors"
+    choice = ["--k-bits", "auto", "--budget", "0.09"]
     with environment():
-        assert calibration.main([str(MODEL_DIR), "--out", str(file), "--tokens", "3000"]) == 0
-    assert f"{file}: anchors of 4 layers" in capsys.readouterr().out
+        assert calibration.main([str(MODEL_DIR), "--out", str(file), "--tokens", "3000", *choice]) == 0
+    told = capsys.readouterr().out
+    assert f"{file}: anchors of 4 layers" in told
+    chosen = calibration.k_bits(str(file))
+    assert set(chosen.values()) == {4, 8}, "this test needs a budget between the errors of these layers"
+    for name, bits in chosen.items():
+        assert f"{name}: INT{bits} (errors: INT8 0.0" in told
     with engine(additional_config={"sage": {"calibration": str(file)}}) as llm:
+        bytes_per_token = sum(2 * PageLayout(128, bits).bytes_per_token for bits in chosen.values())
+        assert capacity(llm) == (64 << 20) // (128 * bytes_per_token) * 128, "pages of two sizes share the memory without waste"
         answers = greedy(llm, heldout_prompts(llm, [100, 300]), tokens=8)
         assert all(len(answer.tokens) == 8 for answer in answers)
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
@@ -81,6 +148,7 @@ def test_engine_with_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture
             expected = calibration.anchor(str(file), name, 2, 0, 1)
             assert expected is not None
             assert torch.equal(layer.impl.anchor, expected)
+            assert layer.impl.layout == PageLayout(128, chosen[name])
             assert expected.abs().max() > 15, "the biases of the embedded model's keys reach 21"
 
 
@@ -101,6 +169,8 @@ def test_engine_refuses_a_calibration_of_another_model(file: Path, tmp_path: Pat
         (["EMPTY/model", "--out", "c", "--text", "EMPTY/text"], "EMPTY/text is not a file with text"),
         ([str(MODEL_DIR), "--out", "NOWHERE/c"], "there is no folder"),
         ([str(MODEL_DIR), "--out", "c", "--tokens", "0"], "--tokens must be at least 1 and --context at least 2"),
+        ([str(MODEL_DIR), "--out", "c", "--k-bits", "auto"], "--k-bits auto and --budget go together"),
+        ([str(MODEL_DIR), "--out", "c", "--k-bits", "auto", "--budget", "0"], "--budget must be above 0"),
         (["EMPTY", "--out", "c"], "EMPTY is not a model folder: it has no config.json"),
         ([str(MODEL_DIR), "--out", "c", "--context", "4096"], "(4096) is greater than the derived max_model_len"),
     ],

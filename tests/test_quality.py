@@ -1,6 +1,7 @@
 """What quantized pages cost the small model, as `sage_backend.quality` measures it."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 from engines import PLAIN, environment
 
-from sage_backend import quality
-from sage_backend.quality import KL_TOP, TOP, Run, Scores
+from sage_backend import plots, quality
+from sage_backend.quality import KL_TOP, PASSKEY_DEPTHS, TOP, Run, Scores
 
 TOKENS = 1 << 14
 
@@ -32,6 +33,8 @@ def test_report(report: dict[str, Any]) -> None:
     assert (plain["loss_change"], plain["kl"], plain["top1_agreement"]) == (0, 0, 1)
     assert 1 < plain["loss"] < 3
     assert plain["passkey"] == {"1500": 1.0}
+    assert plain["passkey_by_depth"] == {"1500": [1.0] * PASSKEY_DEPTHS}
+    assert [run["kv_capacity"] for run in report["runs"]] == pytest.approx([1, 512 / 264, 512 / 204], rel=0.01)
 
 
 @pytest.mark.engine
@@ -45,16 +48,16 @@ def test_int8_keys(report: dict[str, Any]) -> None:
 
 @pytest.mark.engine
 def test_int4_keys(report: dict[str, Any]) -> None:
-    """15 levels are few, so these bounds leave some room for another machine's rounding."""
+    """16 levels are few, so these bounds leave some room for another machine's rounding."""
     int4 = report["runs"][2]
-    assert abs(int4["loss_change"]) <= 0.06
-    assert int4["top1_agreement"] >= 0.88
+    assert abs(int4["loss_change"]) <= 0.035
+    assert int4["top1_agreement"] >= 0.915
 
 
 def _scores(logits: np.ndarray) -> Scores:
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     tokens = np.argsort(-logprobs, 1)[:, :TOP]
-    return Scores(logprobs[:, 0], tokens, np.take_along_axis(logprobs, tokens, 1), {})
+    return Scores(logprobs[:, 0], tokens, np.take_along_axis(logprobs, tokens, 1), {}, 1000)
 
 
 def test_figures_of_known_distributions() -> None:
@@ -92,6 +95,7 @@ def test_runs() -> None:
         (["SAGE", "--text", "NOWHERE"], "NOWHERE is not a file with text"),
         (["SAGE", "--tokens", "1"], "--tokens must be at least 2"),
         (["SAGE", "--model", "FOLDER"], "FOLDER is not a model folder: it has no config.json"),
+        (["SAGE", "--passkey-keys", "0"], "--passkey-keys must be at least 1"),
         (["SAGE", "--passkey", "many"], "--passkey takes lengths such as 500,1500, not 'many'"),
     ],
 )
@@ -105,3 +109,25 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: p
     assert len(errors) == 1
     assert errors[0].startswith("error: ")
     assert message in errors[0]
+
+
+def test_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`")
+    figures = {"loss_change": 0.0, "top1_agreement": 1.0, "kv_capacity": 1.0}
+    keys = {"passkey": {"500": 0.5}, "passkey_by_depth": {"500": [1.0, 0.0]}}
+    runs = [{"run": "PLAIN", **figures, **keys}, {"run": "SAGE:calibration=a/b.safetensors", **figures, **keys}]
+    facts = {"predicted_tokens": 9, "text": "a <text>", "context": 8, "device": "a device", "date": "2026", "model": "a model"}
+    report = {**facts, "versions": {"vllm": "0"}, "command": "sage eval", "runs": runs}
+    files = plots.write(report, [["run", "loss"], ["PLAIN", "1.5"]], tmp_path / "plots")
+    assert [file.name for file in files] == ["quality.png", "passkey.png", "quality.html"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files[:2])
+    page = files[2].read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "<td>1.5</td>" in page
+    assert "a &lt;text&gt;" in page
+
+
+def test_plots_need_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="--plots needs matplotlib"):
+        plots.check()

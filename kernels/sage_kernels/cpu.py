@@ -6,7 +6,7 @@ the fast way to do them. The store needs no version of its own: `reference.store
 
 import torch
 
-from sage_kernels.reference import LOG2E, P_BITS, Turns, load, quantize_q, turned
+from sage_kernels.reference import LOG2E, P_BITS, Turns, load, products, quantize_q, turned
 from sage_paged import PageLayout
 
 MAX_LOGITS = 1 << 24
@@ -55,8 +55,7 @@ def attention(
             k, k_scale, v, v_scale = (x[:, : last - begin] for x in load(pages, table, layout))
 
             q = q_codes[low:high].permute(1, 2, 0, 3)  # [kv_heads, group, queries, head_dim]
-            logits = torch.matmul(q.flatten(1, 2), k.float().transpose(1, 2)).unflatten(1, q.shape[1:3])
-            logits *= k_scale[:, None, None, :]
+            logits = products(q.flatten(1, 2), k, k_scale).unflatten(1, q.shape[1:3])
             logits *= q_scale[low:high].permute(1, 2, 0)[..., None]
             row_bias = bias[low:high].permute(1, 2, 0)[..., None]
             if turns is not None:
@@ -67,7 +66,7 @@ def attention(
                     nearer = turned(whole, turns.table[turn.long()][:, None, None])
                     codes, code_scale = quantize_q(nearer)
                     own = slice(page * layout.tokens, (page + 1) * layout.tokens)
-                    product = torch.matmul(codes.float(), k[:, None, own].float().transpose(2, 3)) * k_scale[:, None, None, own]
+                    product = products(codes.flatten(1, 2), k[:, own], k_scale[:, own]).unflatten(1, codes.shape[1:3])
                     logits[..., own] = product * (code_scale * (scale * LOG2E))[..., None]
                     if anchor is not None:
                         logits[..., own] += torch.matmul(nearer, anchor[:, None, :, None]) * (scale * LOG2E) - row_bias

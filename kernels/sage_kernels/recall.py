@@ -11,7 +11,7 @@ import triton.language as tl
 
 from sage_kernels.reference import SCORE_BITS as _SCORE_BITS
 from sage_kernels.reference import PageLists, Turns, max_rows
-from sage_kernels.tiles import TABLES, find_request
+from sage_kernels.tiles import TABLES, find_request, load_scale_and_zero
 from sage_paged import Memory, PageLayout
 
 _PART_PAGES = 64
@@ -26,14 +26,13 @@ _FOLD_ROWS = 64
 def _bounds_kernel(
     cache_i8, cache_f32, cache_f16, block_table, seq_lens, query_start_loc, turn_table, anchor, num_reqs,
     table_stride, block_stride, head_stride,
-    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr,
-    ANCHOR: tl.constexpr,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, BOUNDS: tl.constexpr, BLOCK_D: tl.constexpr,
+    TURN: tl.constexpr, ANCHOR: tl.constexpr,
 ):  # fmt: skip
     """Grid: (pages that a step may fill, KV heads)."""
     HALF: tl.constexpr = HEAD_DIM // 2
     K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
     SCALES: tl.constexpr = PAGE * (K_ROW + HEAD_DIM) // 4
-    BOUNDS: tl.constexpr = 2 * (SCALES + 2 * PAGE)
     head = tl.program_id(1)
     request, nth = find_request(query_start_loc, tl.program_id(0), num_reqs, PAGE)
     q_len = tl.load(query_start_loc + request + 1) - tl.load(query_start_loc + request)
@@ -46,14 +45,18 @@ def _bounds_kernel(
     tokens = tl.arange(0, PAGE)
     half = tl.arange(0, BLOCK_D // 2)
     inside = half < HALF
-    scale = tl.load(cache_f32 + offset // 4 + SCALES + tokens)[:, None]
+    scales = cache_f32 + offset // 4 + SCALES
     codes = cache_i8 + offset + tokens[:, None] * K_ROW + half[None, :]
     first = tl.load(codes, mask=inside[None, :], other=0)
     if K_BITS == 8:
-        low, high = first, tl.load(codes + HALF, mask=inside[None, :], other=0)
+        scale = tl.load(scales + tokens)[:, None]
+        low = first.to(tl.float32) * scale
+        high = tl.load(codes + HALF, mask=inside[None, :], other=0).to(tl.float32) * scale
     else:
-        low, high = (first << 4).to(tl.int8) >> 4, first >> 4
-    low, high = low.to(tl.float32) * scale, high.to(tl.float32) * scale
+        scale, zero = load_scale_and_zero(scales + 2 * tokens)
+        low = ((first << 4).to(tl.int8) >> 4).to(tl.float32) * scale[:, None] + zero[:, None]
+        scale, zero = load_scale_and_zero(scales + 2 * tokens + 1)
+        high = (first >> 4).to(tl.float32) * scale[:, None] + zero[:, None]
     if TURN:
         if ANCHOR:
             low += tl.load(anchor + head * HEAD_DIM + half, mask=inside, other=0.0)[None, :]
@@ -85,8 +88,8 @@ def store_bounds(
         pages.view(torch.int8), pages.view(torch.float32), pages.view(torch.float16), block_table, seq_lens, query_start_loc,
         pages if turn_table is None else turn_table, pages if anchor is None else anchor, requests,
         block_table.stride(0), pages.stride(0), pages.stride(1),
-        HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens, BLOCK_D=triton.next_power_of_2(layout.head_dim),
-        TURN=turn_table is not None, ANCHOR=anchor is not None, num_warps=4,
+        HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens, BOUNDS=layout.bounds_offset // 2,
+        BLOCK_D=triton.next_power_of_2(layout.head_dim), TURN=turn_table is not None, ANCHOR=anchor is not None, num_warps=4,
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 Quantization follows SageAttention (Zhang et al., ICLR 2025, section 4) and SageAttention2 (Zhang et al., ICML 2025,
 section 3): INT8 queries and INT8 or INT4 keys for Q K^T, FP8 e4m3 probabilities and values for P V. Scales are per token
-and head, because a page must never depend on which tokens happen to be neighbours.
+and head, because a page must never depend on which tokens happen to be neighbours. INT4 keys have two for each token, one for
+each half of the head, and zero points: 16 levels are few, and those that lie where a token has no channels are lost.
 
 Two scales are powers of two. That of a token's V, which P takes over before it is rounded: its exponent is simply added to
 the token's base-2 logit. And the reference point that is subtracted before the exponential: the maximum of those sums,
@@ -25,7 +26,6 @@ FP8_MAX = 448.0
 P_BITS = 8
 """The largest P of a row is at most 2**P_BITS, which uses the range of e4m3 (largest number 448)."""
 LOG2E = 1.4426950408889634
-K_MAX = {8: 127, 4: 7}
 ANCHOR_TOKENS = 32
 """Tokens at a batch's start whose mean key an anchor becomes. Few enough that a first prompt fixes the same anchor, whatever
 the chunks are that it comes in."""
@@ -49,8 +49,43 @@ def quantize_q(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_k(key: torch.Tensor, k_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """key [..., head_dim] -> int8 codes of the same shape (INT4 not yet packed), float32 scales [...]."""
-    return _symmetric(key.float(), K_MAX[k_bits])
+    """key [..., head_dim] -> int8 codes of the same shape (INT4 not yet packed), and what `products` takes as their scales.
+
+    Those of INT8 codes are float32 [...]; of INT4 codes bfloat16 [..., 2, 2], for each half of the head the scale and the zero
+    point. The 16 levels of a half go from its smallest to its largest channel; codes make up for the rounding of both numbers.
+    """
+    if k_bits == 8:
+        return _symmetric(key.float(), 127)
+    halves = key.float().unflatten(-1, (2, -1))
+    low, high = halves.amin(-1) / 2, halves.amax(-1) / 2
+    scale = ((high - low) / 7.5).bfloat16()
+    zero = (low + high + scale.float() / 2).bfloat16()  # codes reach from -8 to 7, so their middle is at -1/2
+    inverse = torch.where(scale > 0, 1 / scale.float(), 0.0)
+    codes = ((halves - zero.float()[..., None]) * inverse[..., None]).round().clamp(-8, 7).to(torch.int8)
+    return codes.flatten(-2), torch.stack([scale, zero], -1)
+
+
+def dequantize_k(codes: torch.Tensor, k_scale: torch.Tensor) -> torch.Tensor:
+    """The keys, float32 [..., head_dim], that codes and their scales (see `quantize_k`) stand for."""
+    if k_scale.dim() < codes.dim():
+        return codes * k_scale[..., None]
+    scale, zero = k_scale.float()[..., None].unbind(-2)
+    return (codes.unflatten(-1, (2, -1)) * scale + zero).flatten(-2)
+
+
+def products(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor) -> torch.Tensor:
+    """Q K^T of the codes q [..., queries, head_dim] with the keys that k [..., tokens, head_dim] and k_scale stand for (see
+    `quantize_k`), float32 [..., queries, tokens]."""
+
+    def of_codes(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(q.float(), k.float().transpose(-1, -2))
+
+    if k_scale.dim() < k.dim():
+        return of_codes(q, k) * k_scale[..., None, :]
+    scales, zeros = k_scale.float()[..., None, :, :, :].unbind(-1)  # [..., 1, tokens, half]
+    halves = zip(q.chunk(2, -1), k.chunk(2, -1), scales.unbind(-1), zeros.unbind(-1), strict=True)
+    low, high = (of_codes(q, k) * scale + q.float().sum(-1, keepdim=True) * zero for q, k, scale, zero in halves)
+    return low + high
 
 
 def quantize_v(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +98,7 @@ def quantize_v(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """int8 codes in [-7, 7], [..., head_dim] -> int8 bytes [..., head_dim // 2], first half in the low nibbles."""
+    """int8 codes in [-8, 7], [..., head_dim] -> int8 bytes [..., head_dim // 2], first half in the low nibbles."""
     low, high = codes.chunk(2, -1)
     return (low & 0xF) | (high << 4)
 
@@ -121,14 +156,43 @@ def load(
     """Gather the pages of one request.
 
     block_table: int [n], or [kv_heads, n] where heads read different pages. Returns K codes int8
-    [kv_heads, n * tokens, head_dim], their scales float32 [kv_heads, n * tokens], V codes float32 of the same shape as K's, and
-    their scales.
+    [kv_heads, n * tokens, head_dim], their scales [kv_heads, n * tokens, ...] as `quantize_k` gives them, V codes float32 of
+    the same shape as K's, and their scales float32 [kv_heads, n * tokens].
     """
     heads = torch.arange(pages.shape[1], device=pages.device)[:, None]
     views = layout.views(pages[block_table.long().expand(pages.shape[1], -1), heads])
     k_codes = unpack_int4(views.k) if layout.k_bits == 4 else views.k
     v_codes = views.v.float()[..., v_position(torch.arange(layout.tokens, device=pages.device))].transpose(-1, -2)
-    return k_codes.flatten(1, 2), views.k_scale.flatten(1), v_codes.flatten(1, 2), views.v_scale.flatten(1)
+    return k_codes.flatten(1, 2), views.k_scale.flatten(1, 2), v_codes.flatten(1, 2), views.v_scale.flatten(1)
+
+
+def exact_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What `attention` is an approximation of, for one request: the last queries of unquantized tokens, in float32.
+
+    query: [queries, heads, head_dim]; key, value: [tokens, kv_heads, head_dim]. Returns float32 of query's shape.
+    """
+    tokens, group = len(key), query.shape[1] // key.shape[1]
+    q, k, v = (x.float().transpose(0, 1) for x in (query, key, value))
+    logits = q @ k.repeat_interleave(group, 0).transpose(1, 2) * scale
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    positions = torch.arange(tokens - len(query), tokens, device=key.device)[:, None]
+    keys = torch.arange(tokens, device=key.device)
+    hidden = keys > positions
+    if window:
+        hidden |= keys <= positions - window
+    logits = logits.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float()[:, None, None].expand(-1, len(query), 1)], 2)
+    return (logits.softmax(-1)[..., :tokens] @ v.repeat_interleave(group, 0)).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -196,14 +260,14 @@ def attention(
         for head in range(heads):
             kv = head // (heads // kv_heads)
             q, q_scale = quantize_q(query[start:end, head])
-            logits = (q.float() @ k[kv].float().T) * k_scale[kv] * (q_scale * scale)[:, None]
+            logits = products(q, k[kv], k_scale[kv]) * (q_scale * scale)[:, None]
             bias = 0.0 if anchor is None else (query[start:end, head].float() @ anchor[kv])[:, None] * scale
             if turns is not None:
                 for page, turn in enumerate(turns.pages[r, kv, :used_pages].tolist()):
                     turned_query = turned(query[start:end, head].float(), turns.table[turn])
                     q, q_scale = quantize_q(turned_query)
                     own = slice(page * layout.tokens, (page + 1) * layout.tokens)
-                    logits[:, own] = (q.float() @ k[kv, own].float().T) * k_scale[kv, own] * (q_scale * scale)[:, None]
+                    logits[:, own] = products(q, k[kv, own], k_scale[kv, own]) * (q_scale * scale)[:, None]
                     if anchor is not None:
                         logits[:, own] += (turned_query @ anchor[kv])[:, None] * scale - bias
             if soft_cap:
@@ -241,7 +305,7 @@ def store_bounds(
         for page in range((length - queries) // layout.tokens, length // layout.tokens):
             block = int(block_table[r, page])
             codes = unpack_int4(views.k[block]) if layout.k_bits == 4 else views.k[block]
-            keys = codes * views.k_scale[block][..., None]
+            keys = dequantize_k(codes, views.k_scale[block])
             if turn_table is not None:
                 keys = turned(keys if anchor is None else keys + anchor[:, None], turn_table[page])
             views.bounds[block] = torch.stack([keys.amin(1), keys.amax(1)], 1).half()

@@ -11,6 +11,7 @@ from sage_kernels.tiles import (
     V_SCALE_MIN,
     inverse_or_zero,
     next_power_of_two,
+    to_bf16,
     to_e4m3_bits,
     to_int,
     v_position,
@@ -36,6 +37,25 @@ def _quantize_v(value, tokens, used, token_stride, HEAD_DIM: tl.constexpr, BLOCK
     else:
         codes = to_e4m3_bits(v).to(tl.int8, bitcast=True)
     return codes, scale
+
+
+@triton.jit
+def _quantize_half(k, inside):
+    """4-bit codes (int8 [tokens, channels]) of half a head, their scale and zero point (bfloat16 numbers as float32 [tokens]),
+    as in `reference.quantize_k`. k: float32 [tokens, channels]; inside: which channels there are."""
+    low = tl.min(tl.where(inside[None, :], k, float("inf")), 1) * 0.5
+    high = tl.max(tl.where(inside[None, :], k, float("-inf")), 1) * 0.5
+    scale = to_bf16(tl.math.div_rn(high - low, 7.5))
+    zero = to_bf16(low + high + scale * 0.5)
+    codes = to_int((k - zero[:, None]) * inverse_or_zero(scale, 1.0)[:, None])
+    return tl.minimum(tl.maximum(codes, -8), 7).to(tl.int8), scale, zero
+
+
+@triton.jit
+def _pair(first, second):
+    """Two bfloat16 numbers, given as float32, side by side: float32 whose bits `tiles.load_scale_and_zero` takes apart."""
+    bits = (first.to(tl.uint32, bitcast=True) >> 16) | second.to(tl.uint32, bitcast=True)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -86,9 +106,9 @@ def _store_kernel(
     """Grid: (token blocks, KV heads). ANCHOR_TOKENS: 0 for keys as they are."""
     HALF: tl.constexpr = HEAD_DIM // 2
     K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
-    K_MAX: tl.constexpr = 127.0 if K_BITS == 8 else 7.0
     V_OFFSET: tl.constexpr = PAGE * K_ROW
     SCALES: tl.constexpr = (V_OFFSET + PAGE * HEAD_DIM) // 4
+    V_SCALES: tl.constexpr = SCALES + PAGE * (8 // K_BITS)
 
     head = tl.program_id(1)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -110,16 +130,20 @@ def _store_kernel(
         )
         low -= anchor_low[None, :]
         high -= anchor_high[None, :]
-    amax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
-    inverse = inverse_or_zero(amax, K_MAX)[:, None]
-    low, high = to_int(low * inverse).to(tl.int8), to_int(high * inverse).to(tl.int8)
     target = cache_i8 + page[:, None] + row[:, None] * K_ROW + half[None, :]
+    scales = cache_f32 + page // 4 + SCALES
     if K_BITS == 8:
-        tl.store(target, low, mask=half_mask)
-        tl.store(target + HALF, high, mask=half_mask)
+        amax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+        inverse = inverse_or_zero(amax, 127.0)[:, None]
+        tl.store(target, to_int(low * inverse).to(tl.int8), mask=half_mask)
+        tl.store(target + HALF, to_int(high * inverse).to(tl.int8), mask=half_mask)
+        tl.store(scales + row, tl.math.div_rn(amax, 127.0), mask=used)
     else:
-        tl.store(target, ((low & 0xF) | (high << 4)).to(tl.int8), mask=half_mask)
-    tl.store(cache_f32 + page // 4 + SCALES + row, tl.math.div_rn(amax, K_MAX), mask=used)
+        low_codes, low_scale, low_zero = _quantize_half(low, half < HALF)
+        high_codes, high_scale, high_zero = _quantize_half(high, half < HALF)
+        tl.store(target, ((low_codes & 0xF) | (high_codes << 4)).to(tl.int8), mask=half_mask)
+        tl.store(scales + 2 * row, _pair(low_scale, low_zero), mask=used)
+        tl.store(scales + 2 * row + 1, _pair(high_scale, high_zero), mask=used)
 
     # Tokens of a prompt mostly fill whole groups of slots, one after another. Then values are taken in the order of V, so that
     # bytes that leave together stand together.
@@ -137,14 +161,14 @@ def _store_kernel(
         v_offset = tl.multiple_of(page_offset + V_OFFSET + first % PAGE, 16)
         pointers = cache_i8 + v_offset + channels[:, None] * PAGE + lanes[None, :]
         tl.store(pointers, tl.trans(codes), mask=(channels < HEAD_DIM)[:, None])
-        tl.store(cache_f32 + page_offset // 4 + SCALES + PAGE + first % PAGE + v_token(lanes), scale)
+        tl.store(cache_f32 + page_offset // 4 + V_SCALES + first % PAGE + v_token(lanes), scale)
     else:
         codes, scale = _quantize_v(
             value + head * value_head_stride, tokens, used, value_token_stride, HEAD_DIM, BLOCK_D, FP8
         )
         pointers = cache_i8 + (page + V_OFFSET + v_position(row))[None, :] + channels[:, None] * PAGE
         tl.store(pointers, tl.trans(codes), mask=used[None, :] & (channels < HEAD_DIM)[:, None])
-        tl.store(cache_f32 + page // 4 + SCALES + PAGE + row, scale, mask=used)
+        tl.store(cache_f32 + page // 4 + V_SCALES + row, scale, mask=used)
 
 
 def store(

@@ -48,6 +48,13 @@ def next_power_of_two(x):
 
 
 @triton.jit
+def to_bf16(x):
+    """Round finite float32 to bfloat16, ties to even, and stay float32: the interpreter's own conversion cuts bits off."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def to_e4m3_bits(x):
     """float32 within +-448 -> e4m3 codes as uint8, ties to even, in integer arithmetic: sm_80 has no such instruction."""
     bits = x.to(tl.uint32, bitcast=True)
@@ -107,6 +114,13 @@ def load_k(page, tokens, channels, K_ROW: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
+def load_scale_and_zero(pointers):
+    """pointers: to pairs of bfloat16, as float32. Returns both numbers of each, float32."""
+    pair = tl.load(pointers).to(tl.int32, bitcast=True)
+    return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def load_v(section, tokens, channels, length, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
     """section: pointer to a page's V codes; tokens: those of a page in the order of V. Returns [tokens, channels].
 
@@ -131,7 +145,7 @@ def tanh(x):
 
 @triton.jit
 def attend_page(
-    q_low, q_high, q_scale, q_bias, acc, total, top,
+    q_low, q_high, q_low_sum, q_high_sum, q_scale, q_bias, acc, total, top,
     cache_i8, cache_v, cache_f32, page_offset, length, first_visible, last_visible, soft_cap,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
     SOFT_CAP: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr,
@@ -139,8 +153,8 @@ def attend_page(
     """One step of the online softmax: the rows of a query tile against one page.
 
     q_low, q_high: int8 [rows, channels], for INT4 the halves of the head, for INT8 the whole head in q_low.
-    q_scale: float32 [rows]. q_bias: float32 [rows], what base-2 logits lack by the keys' anchor.
-    acc: float32 [rows, channels]. total: float32 [rows].
+    q_low_sum, q_high_sum: float32 [rows], their sums over channels, for INT4 only. q_scale: float32 [rows].
+    q_bias: float32 [rows], what base-2 logits lack by the keys' anchor. acc: float32 [rows, channels]. total: float32 [rows].
     top: float32 [rows], the integer reference of the exponentials. page_offset: int64, bytes from the cache's start.
     length: tokens of the page that are filled. first_visible, last_visible: int [rows], tokens of the page that a row may
     see. FP8: see `device.fp8_path`. TURN: whether queries are turned for this page, so that pages have biases of their own.
@@ -152,22 +166,25 @@ def attend_page(
     K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
     k_channels = tl.arange(0, q_low.shape[1])
 
+    V_SCALES: tl.constexpr = SCALES + PAGE * (8 // K_BITS)
+
     k = load_k(cache_i8 + page_offset, tokens, k_channels, K_ROW, K_ROW)
-    scales = cache_f32 + page_offset // 4 + SCALES + tokens
-    k_scale = tl.load(scales)
+    scales = cache_f32 + page_offset // 4
     # V's scale is a power of two: its exponent and its inverse are a matter of moving bits.
-    v_scale_bits = tl.load(scales + PAGE).to(tl.int32, bitcast=True)
+    v_scale_bits = tl.load(scales + V_SCALES + tokens).to(tl.int32, bitcast=True)
     v_exponent = v_scale_bits.to(tl.float32) * (1.0 / (1 << 23)) - 127.0
     v_inverse = ((254 << 23) - v_scale_bits).to(tl.float32, bitcast=True)
 
     if K_BITS == 8:
-        codes = tl.dot(q_low, k, out_dtype=tl.int32)
+        logits = tl.dot(q_low, k, out_dtype=tl.int32).to(tl.float32) * tl.load(scales + SCALES + tokens)[None, :]
     else:
         # Each nibble is used where it stands in the byte's upper half: 16 times its value, taken back by the scale.
+        scale, zero = load_scale_and_zero(scales + SCALES + 2 * tokens)
         codes = tl.dot(q_low, (k << 4).to(tl.int8), out_dtype=tl.int32)
-        codes = tl.dot(q_high, (k & -16).to(tl.int8), acc=codes, out_dtype=tl.int32)
-        k_scale *= 0.0625
-    logits = codes.to(tl.float32) * k_scale[None, :]
+        logits = codes.to(tl.float32) * (scale * 0.0625)[None, :] + q_low_sum[:, None] * zero[None, :]
+        scale, zero = load_scale_and_zero(scales + SCALES + 2 * tokens + 1)
+        codes = tl.dot(q_high, (k & -16).to(tl.int8), out_dtype=tl.int32)
+        logits += codes.to(tl.float32) * (scale * 0.0625)[None, :] + q_high_sum[:, None] * zero[None, :]
     if SOFT_CAP:
         logits = logits * q_scale[:, None] + q_bias[:, None]
         logits = (soft_cap * LOG2E) * tanh(logits / (soft_cap * LOG2E)) + v_exponent[None, :]

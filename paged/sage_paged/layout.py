@@ -6,7 +6,8 @@ A page holds the keys and values of `tokens` consecutive tokens of one KV head, 
     -------   ----------------------   -------   ------------------------------------------------------------
     k         [tokens, k_row_bytes]    int8      key codes, one row a token
     v         [head_dim, tokens]       e4m3      value codes, transposed: one row a channel, tokens in `v_position` order
-    k_scale   [tokens]                 float32   key   = code * k_scale
+    k_scale   [tokens]                 float32   INT8 keys: key = code * k_scale
+              [tokens, 2, 2]           bfloat16  INT4 keys: for each half of the head, key = code * scale + zero
     v_scale   [tokens]                 float32   value = code * v_scale
     bounds    [2, head_dim]            float16   least and largest key of each channel, in pages for `sage_paged.memory` only
 
@@ -17,9 +18,12 @@ thread gets Q K^T for tokens 2j, 2j + 1, 2j + 8 and 2j + 9, and has to hand in P
 stored this way they do, and P never has to travel between threads.
 
 INT4 keys: byte `i` of a row carries channel `i` in its low nibble and channel `i + head_dim // 2` in its high one, both
-two's complement in [-7, 7]. A kernel gets either half of the row with one mask or shift and never has to interleave.
+two's complement in [-8, 7]. A kernel gets either half of the row with one mask or shift and never has to interleave, and
+multiplies the halves one after the other, so that each can have a scale and a zero point of its own: where a token's smallest
+and largest channels of a half lie, its 16 levels lie too.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +33,7 @@ PAGE_TOKENS = (64, 128)
 K_BITS = (4, 8)
 
 _SCALE_BYTES = 4
+_K_SCALE_BYTES = {8: 4, 4: 8}
 
 
 def v_position(token):  # without annotations, which Triton would look up
@@ -48,8 +53,9 @@ def v_token(position):
 class PageViews:
     """Typed views of a cache; leading dimensions are [blocks, kv_heads].
 
-    k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens], tokens in `v_position` order; k_scale,
-    v_scale: float32 [..., tokens]; bounds: float16 [..., 2, head_dim], or None where the layout has none.
+    k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens], tokens in `v_position` order; k_scale: float32
+    [..., tokens], for INT4 keys bfloat16 [..., tokens, half, scale and zero]; v_scale: float32 [..., tokens]; bounds: float16
+    [..., 2, head_dim], or None where the layout has none.
     """
 
     k: torch.Tensor
@@ -94,7 +100,7 @@ class PageLayout:
 
     @property
     def v_scale_offset(self) -> int:
-        return self.k_scale_offset + self.tokens * _SCALE_BYTES
+        return self.k_scale_offset + self.tokens * _K_SCALE_BYTES[self.k_bits]
 
     @property
     def bounds_offset(self) -> int:
@@ -137,14 +143,15 @@ class PageLayout:
     def views(self, pages: torch.Tensor) -> PageViews:
         """Typed views of `pages` (uint8 [blocks, kv_heads, page_bytes]) that share its memory."""
 
-        def section(offset: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-            size = shape[0] * shape[1] * dtype.itemsize
+        def section(offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            size = math.prod(shape) * dtype.itemsize
             return pages[..., offset : offset + size].view(dtype).unflatten(-1, shape)
 
+        k_scale = ((self.tokens,), torch.float32) if self.k_bits == 8 else ((self.tokens, 2, 2), torch.bfloat16)
         return PageViews(
             k=section(0, (self.tokens, self.k_row_bytes), torch.int8),
             v=section(self.v_offset, (self.head_dim, self.tokens), torch.float8_e4m3fn),
-            k_scale=section(self.k_scale_offset, (1, self.tokens), torch.float32).squeeze(-2),
-            v_scale=section(self.v_scale_offset, (1, self.tokens), torch.float32).squeeze(-2),
+            k_scale=section(self.k_scale_offset, *k_scale),
+            v_scale=section(self.v_scale_offset, (self.tokens,), torch.float32),
             bounds=section(self.bounds_offset, (2, self.head_dim), torch.float16) if self.has_bounds else None,
         )

@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""What smoothing of K, Q and V is worth: error of attention's output with each switched on and off, for INT8 and INT4 keys, on
+the embedded model's own activations and on random ones with biases in all three.
+
+    python3 benchmarks/smoothing.py --out benchmarks/results/smoothing.json
+
+The arithmetic is that of `sage_kernels.reference`, P in e4m3 included. Smoothing is SageAttention2's, as far as pages that are
+written once allow it:
+
+- K: less an anchor of the layer and head.
+- Q: less the mean of a block of 64 queries, whose products with the keys are then added exactly.
+- V: less an anchor, like K, which is added to the output again, since the weights of a row sum up to 1.
+
+Plain torch on a CPU; takes a minute or two.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from key_codes import ANCHORS, HEAD_DIM, TOKENS, Heads, attention, model_activations, random_activations
+from torch import Tensor
+
+from sage_kernels.reference import LOG2E, P_BITS, products, quantize_k, quantize_q, quantize_v
+from sage_paged import K_BITS
+
+BLOCK = 64
+SMOOTHED = ("none", "first tokens", "whole text")
+
+
+def biased_activations() -> list[Heads]:
+    [(q, k, v)] = random_activations()
+    q[..., 5::17] += 4
+    v[..., 3::17] += 4
+    return [(q, k, v)]
+
+
+def block_means(q: Tensor) -> Tensor:
+    """The mean query of each block, for each of its queries: [heads, tokens, HEAD_DIM]."""
+    means = [block.mean(1, keepdim=True).expand_as(block) for block in q.split(BLOCK, 1)]
+    return torch.cat(means, 1)
+
+
+def quantized_attention(q: Tensor, k: Tensor, v: Tensor, k_bits: int, k_anchor: str, smooth_q: bool, v_anchor: str) -> Tensor:
+    group = len(q) // len(k)
+    common = ANCHORS[v_anchor](v)
+    k_codes, k_scale = quantize_k(k - ANCHORS[k_anchor](k), k_bits)
+    v_codes, v_scale = quantize_v(v - common)
+    k_codes, k_scale, v_codes, v_scale, common = (
+        x.repeat_interleave(group, 0) for x in (k_codes, k_scale, v_codes.float(), v_scale, common)
+    )
+    mean = block_means(q) if smooth_q else torch.zeros_like(q)
+    q_codes, q_scale = quantize_q(q - mean)
+    logits = (products(q_codes, k_codes, k_scale) * q_scale[..., None] + products(mean, k_codes, k_scale)) / math.sqrt(HEAD_DIM)
+    logits = (logits * LOG2E).masked_fill(torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1), float("-inf"))
+    weighted = logits + v_scale.log2()[:, None]
+    p8 = torch.exp2(weighted - (weighted.amax(-1, keepdim=True).ceil() - P_BITS)).to(torch.float8_e4m3fn).float()
+    return p8 @ v_codes / (p8 / v_scale[:, None]).sum(-1, keepdim=True) + common
+
+
+def errors(layers: list[Heads]) -> list[dict[str, object]]:
+    """The relative L2 error of attention's output, as mean over the layers, of every combination."""
+    expected = [attention(*layer) for layer in layers]
+    results: list[dict[str, object]] = []
+    for k_bits, k_anchor, smooth_q, v_anchor in itertools.product(reversed(K_BITS), SMOOTHED, (False, True), SMOOTHED):
+        found = []
+        for layer, exact in zip(layers, expected, strict=True):
+            out = quantized_attention(*layer, k_bits, k_anchor, smooth_q, v_anchor)
+            found.append(float((out - exact).norm() / exact.norm()))
+        combination = {"k_bits": k_bits, "K": k_anchor, "Q": smooth_q, "V": v_anchor}
+        results.append({**combination, "error": round(sum(found) / len(found), 5)})
+    return results
+
+
+def table(results: list[dict[str, object]]) -> str:
+    error = {(r["k_bits"], r["K"], r["Q"], r["V"]): r["error"] for r in results}
+    columns = list(itertools.product((False, True), SMOOTHED))
+    lines = [f"{'Q smoothed':<22} " + " ".join(f"{'yes' if q else 'no':>12}" for q, _ in columns)]
+    lines.append(f"{'V less':<22} " + " ".join(f"{v:>12}" for _, v in columns))
+    for k_bits, k in itertools.product(reversed(K_BITS), SMOOTHED):
+        name = f"K INT{k_bits} less {k}"
+        lines.append(f"{name:<22} " + " ".join(f"{error[k_bits, k, *column]:>12.4f}" for column in columns))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what smoothing of K, Q and V is worth.")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    arguments = parser.parse_args()
+    report: dict[str, object] = {
+        "command": "benchmarks/smoothing.py" + (f" --out {arguments.out}" if arguments.out else ""),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "tokens": TOKENS,
+    }
+    with torch.inference_mode():
+        for name, layers in {"embedded model": model_activations(), "random": biased_activations()}.items():
+            results = errors(layers)
+            print(f"{name}: relative error of attention, by what is smoothed")
+            print(table(results), end="\n\n")
+            report[name] = results
+    if arguments.out:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
