@@ -1,8 +1,11 @@
-"""What `sage eval` has found, to look at: PNG files, and an HTML page that holds them and the figures."""
+"""What `sage eval` and `sage needle` have found, to look at: PNG files, and an HTML page that holds them and the figures."""
 
 import base64
 import html
 import io
+import textwrap
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +27,57 @@ def check() -> None:
 
 
 def write(report: dict[str, Any], rows: list[list[str]], folder: Path) -> list[Path]:
-    """Write the plots of a report (of `quality`) and the page. rows: its table, headings first. Returns the files."""
+    """Write the plots of a report of `quality` and the page. rows: its table, headings first. Returns the files."""
+    facts = (
+        f"{report['predicted_tokens']} tokens of {report['text']} in windows of {report['context']}; {report['device']}; "
+        f"vLLM {report['versions']['vllm']}; {report['date'][:10]}. Changes, KL divergence and agreement are against "
+        f"{report['runs'][0]['run']}."
+    )
+    figures = {"quality": partial(_quality, runs=report["runs"])}
+    if report["runs"][0]["passkey"]:
+        recalled = {run["run"]: run["passkey_by_depth"] for run in report["runs"]}
+        figures["passkey"] = partial(_heat_maps, recalled=recalled)
+    return _write(folder, "quality", f"Quality of {report['model']}", facts, rows, figures, report["command"])
+
+
+def write_needle(report: dict[str, Any], rows: list[list[str]], folder: Path) -> list[Path]:
+    """The same for a report of `needle`."""
+    facts = (
+        f"Keys recalled, {report['depths']} depths of each length in tokens; {report['device']}; "
+        f"vLLM {report['versions']['vllm']}; {report['date'][:10]}."
+    )
+    recalled = {run["run"]: run["recalled"] for run in report["runs"]}
+    figures = {"needle": partial(_heat_maps, recalled=recalled)}
+    return _write(folder, "needle", f"What {report['model']} recalls", facts, rows, figures, report["command"])
+
+
+def _write(
+    folder: Path,
+    page: str,
+    title: str,
+    facts: str,
+    rows: list[list[str]],
+    figures: Mapping[str, Callable[..., Any]],
+    command: str,
+) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(_LOOKS):
-        figures = {"quality": _quality(plt, report["runs"])}
-        if report["runs"][0]["passkey"]:
-            figures["passkey"] = _passkey(plt, report["runs"])
-        files, images = [], []
-        for name, figure in figures.items():
+    files, images = [], []
+    for name, draw in figures.items():
+        with plt.rc_context(_LOOKS):
+            figure = draw(plt)
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png", dpi=160)
             plt.close(figure)
-            files.append(folder / f"{name}.png")
-            files[-1].write_bytes(buffer.getvalue())
-            images.append(f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
-    files.append(folder / "quality.html")
-    files[-1].write_text(_page(report, rows, images), encoding="utf-8")
+        files.append(folder / f"{name}.png")
+        files[-1].write_bytes(buffer.getvalue())
+        images.append(f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+    files.append(folder / f"{page}.html")
+    files[-1].write_text(_page(title, facts, rows, images, command), encoding="utf-8")
     return files
 
 
@@ -73,26 +106,27 @@ def _quality(plt: Any, runs: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def _passkey(plt: Any, runs: list[dict[str, Any]]) -> Any:
-    """A heat map for each run: the share of keys recalled, by depth and length."""
-    lengths = list(runs[0]["passkey_by_depth"])
-    columns = min(len(runs), 3)
-    lines = -(-len(runs) // columns)
+def _heat_maps(plt: Any, recalled: dict[str, dict[str, list[float]]]) -> Any:
+    """A heat map for each run, by its name: the share of keys recalled, by length of the prompt and then by depth."""
+    lengths = list(next(iter(recalled.values())))
+    columns = min(len(recalled), 3)
+    lines = -(-len(recalled) // columns)
     width = 1.2 + max(2.6, 0.8 * len(lengths))
     figure, grid = plt.subplots(
         lines, columns, figsize=(1.2 + columns * width, 0.6 + 3.6 * lines), squeeze=False, layout="constrained"
     )
-    for axes in grid.flat[len(runs) :]:
+    for axes in grid.flat[len(recalled) :]:
         axes.set_visible(False)
-    for axes, run in zip(grid.flat, runs, strict=False):
-        shares = [list(column) for column in zip(*run["passkey_by_depth"].values(), strict=True)]  # one row a depth
-        image = axes.pcolormesh([[100 * x for x in row] for row in shares], cmap="cividis", vmin=0, vmax=100, edgecolor="white")
+    for axes, (run, by_length) in zip(grid.flat, recalled.items(), strict=False):
+        shares = [[100 * share for share in column] for column in zip(*by_length.values(), strict=True)]  # one row a depth
+        image = axes.pcolormesh(shares, cmap="cividis", vmin=0, vmax=100, edgecolor="white")
         axes.invert_yaxis()
         axes.set_xticks([i + 0.5 for i in range(len(lengths))], lengths)
         axes.tick_params(length=0)
         depths = len(shares)
-        axes.set_yticks([i + 0.5 for i in range(depths)], [f"{100 * i / (depths - 1):.0f}%" for i in range(depths)])
-        axes.set_title(_short(run["run"]), fontsize=9)
+        told = range(0, depths, -(-depths // 10))
+        axes.set_yticks([i + 0.5 for i in told], [f"{100 * i / (depths - 1):.0f}%" for i in told])
+        axes.set_title("\n".join(textwrap.wrap(_short(run).replace(",", ", "), 44)), fontsize=9)
         axes.set_xlabel("tokens of the prompt")
         axes.spines[:].set_visible(False)
     for axes in grid[:, 0]:
@@ -101,19 +135,14 @@ def _passkey(plt: Any, runs: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def _page(report: dict[str, Any], rows: list[list[str]], images: list[str]) -> str:
+def _page(title: str, facts: str, rows: list[list[str]], images: list[str], command: str) -> str:
     def line(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    facts = (
-        f"{report['predicted_tokens']} tokens of {report['text']} in windows of {report['context']}; {report['device']}; "
-        f"vLLM {report['versions']['vllm']}; {report['date'][:10]}. Changes, KL divergence and agreement are against "
-        f"{report['runs'][0]['run']}."
-    )
-    title = f"Quality of {html.escape(str(report['model']))}"
+    title = html.escape(title)
     return "\n".join([
         "<!DOCTYPE html>", '<html lang="en">', f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>',
         f"<h1>{title}</h1>", f"<p>{html.escape(facts)}</p>",
         "<table>", line(rows[0], "th"), *(line(row, "td") for row in rows[1:]), "</table>", *images,
-        f"<p>Made by <code>{html.escape(report['command'])}</code></p>", "</html>", "",
+        f"<p>Made by <code>{html.escape(command)}</code></p>", "</html>", "",
     ])  # fmt: skip

@@ -226,7 +226,7 @@ def _by_depth(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
@@ -304,9 +304,9 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
     assert baseline is not None
     print(f"{baseline.true.size} tokens predicted; loss in nats per token; changes, KL and agreement against {runs[0].name}")
     rows = _figures(results)
-    print(_table(rows))
+    print(table(rows))
     if lengths:
-        print("\n" + _table(_by_depth(results)))
+        print("\n" + table(_by_depth(results)))
     report = {
         **circumstances(command, arguments.model),
         "text": arguments.text.name,

@@ -11,7 +11,7 @@ ON_GPU = torch.cuda.is_available()
 LAYOUT = PageLayout(64, 8, 64, has_bounds=True)
 FREQUENCIES = 10000.0 ** -(torch.arange(0, 64, 2) / 64)
 TURNS = reference.turn_table(FREQUENCIES, 64, 64)
-REQUESTS = [(1500, 300), (40, 40), (1984, 1), (700, 129)]
+REQUESTS = [(700, 150), (40, 40), (984, 1), (500, 129)]
 
 
 def make(requests: list[tuple[int, int]] = REQUESTS, layout: PageLayout = LAYOUT, turns: bool = False, **how) -> Batch:
@@ -39,7 +39,7 @@ def test_bounds_hold_every_key_of_a_full_page() -> None:
             assert torch.allclose(least, keys[page].amin(1), atol=1e-2)
             assert torch.allclose(largest, keys[page].amax(1), atol=1e-2)
             full += 1
-    assert full > 50
+    assert full == 10 + 0 + 15 + 7
     partly_filled = batch.block_table[1, 0].long()
     assert torch.equal(batch.pages[partly_filled][:, -256:], batch.garbage[partly_filled][:, -256:])
 
@@ -129,10 +129,10 @@ def test_bounds_kernel(kernels, layout: PageLayout, turns: bool) -> None:
 
 @pytest.mark.parametrize("query_block", [0, 128])
 @pytest.mark.parametrize("turns", [False, True])
-@pytest.mark.parametrize("topk", [3, 16, 40])
+@pytest.mark.parametrize("topk", [3, 40])
 def test_recall_kernels(kernels, topk: int, turns: bool, query_block: int) -> None:
     memory = Memory(
-        sink_tokens=64, local_tokens=150, topk_pages=topk, query_block=128, trained_tokens=600 if turns else 0
+        sink_tokens=64, local_tokens=150, topk_pages=topk, query_block=128, trained_tokens=400 if turns else 0
     )
     # In a step, decodes come first, and prefills are handed over with what is left of the batch's tensors.
     expected = query_rows(make(turns=turns), memory, query_block, TURNS if turns else None)
@@ -145,7 +145,7 @@ def test_recall_kernels(kernels, topk: int, turns: bool, query_block: int) -> No
     starts, lengths = lists.query_start_loc.cpu(), lists.seq_lens.cpu()
     assert torch.equal(starts, expected.query_start_loc)
     assert torch.equal(lengths, expected.seq_lens)
-    assert (lengths > 0).sum() == (4 if not query_block else 3 + 1 + 1 + 2)
+    assert (lengths > 0).sum() == (4 if not query_block else 2 + 1 + 1 + 2)
     for row, pages in enumerate((-(-lengths // LAYOUT.tokens)).tolist()):
         assert torch.equal(lists.block_table[row, :, :pages].cpu(), expected.block_table[row, :, :pages])
         if turns:
@@ -161,7 +161,7 @@ def test_attention_to_page_lists(kernels, turns: bool, soft_cap: float, k_bits: 
     """Each head with pages of its own, rows that nobody has, turned queries."""
     layout = PageLayout(80, k_bits, 64, has_bounds=True)
     table = reference.turn_table(FREQUENCIES[:1].expand(40) ** torch.rand(40), 64, 64)
-    memory = Memory(sink_tokens=64, local_tokens=150, topk_pages=3, query_block=128, trained_tokens=600 if turns else 0)
+    memory = Memory(sink_tokens=64, local_tokens=150, topk_pages=3, query_block=128, trained_tokens=400 if turns else 0)
     batch = make_batch(layout, REQUESTS, heads=4, kv_heads=2, smooth=True)
     starts = torch.tensor([0, *(length for length, _ in REQUESTS)]).cumsum(0)
     tables_of_all = batch.block_table, batch.seq_lens, starts
