@@ -30,7 +30,7 @@ from sage_kernels.reference import LOG2E, P_BITS, products, quantize_k, quantize
 from sage_paged import K_BITS
 
 BLOCK = 64
-SMOOTHED = ("none", "first tokens", "whole text")
+SMOOTHED = ("none", "whole text")
 
 
 def biased_activations() -> list[Heads]:
@@ -56,9 +56,11 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, k_bits: int, k_anchor: 
     )
     mean = block_means(q) if smooth_q else torch.zeros_like(q)
     q_codes, q_scale = quantize_q(q - mean)
-    logits = (products(q_codes, k_codes, k_scale) * q_scale[..., None] + products(mean, k_codes, k_scale)) / math.sqrt(HEAD_DIM)
-    logits = (logits * LOG2E).masked_fill(torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1), float("-inf"))
-    weighted = logits + v_scale.log2()[:, None]
+    logits = products(q_codes, k_codes, k_scale) * q_scale[..., None]
+    if smooth_q:
+        logits += products(mean, k_codes, k_scale)
+    logits.masked_fill_(torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1), float("-inf"))
+    weighted = logits * (LOG2E / math.sqrt(HEAD_DIM)) + v_scale.log2()[:, None]
     p8 = torch.exp2(weighted - (weighted.amax(-1, keepdim=True).ceil() - P_BITS)).to(torch.float8_e4m3fn).float()
     return p8 @ v_codes / (p8 / v_scale[:, None]).sum(-1, keepdim=True) + common
 
