@@ -3,11 +3,15 @@
 
     python3 benchmarks/engine.py FLASH_ATTN FLASH_ATTN/fp8 SAGE SAGE:k_bits=4 \\
         --prefill 8192 32768 131072 --decode 128x1024 64x8192 --out benchmarks/results/engine-h200.json
+    P=variator.plugins=random
+    python3 benchmarks/engine.py SAGE SAGE:$P,variator.ratio=2 SAGE:$P,variator.ratio=4 \\
+        --prefill 8192 --decode 64x8192 --out benchmarks/results/variator-h200.json
 
-A run is named as for `sage_backend.quality`; each gets an engine of its own, in a process of its own, with random weights of
-the given shape (default: Llama-3.1-8B) and random prompts. Prefill is the time to the first token of one prompt, the median of
---repeat prompts after a warm-up of the same length or of --warm-up tokens. A decode step of BATCHxLENGTH is the time by which a
-longer generation exceeds a shorter one, for BATCH requests of LENGTH tokens.
+A run is named as for `sage_backend.quality`, except that its compression plugins can be `random` ones. Each gets an engine of
+its own, in a process of its own, with random weights of the given shape (default: Llama-3.1-8B) and random prompts. Prefill is
+the time to the first token of one prompt, the median of --repeat prompts after a warm-up of the same length or of --warm-up
+tokens. A decode step of BATCHxLENGTH is the time by which a longer generation exceeds a shorter one, for BATCH requests of
+LENGTH tokens.
 """
 
 import argparse
@@ -45,6 +49,23 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def random_plugins(folder: str) -> str:
+    """A file of compression plugins for the model in `folder`, as fast as trained ones."""
+    import torch
+    from transformers import AutoConfig
+
+    from sage_backend.variator import files, plugin
+
+    config = AutoConfig.from_pretrained(folder)
+    plugins = files.make(files.default_layers(config), list(plugin.RATIOS), config.hidden_size)
+    for by_ratio in plugins.values():
+        for parameter in (each for one in by_ratio.values() for each in one.parameters()):
+            torch.nn.init.normal_(parameter, std=0.02)
+    path = Path(folder, "plugins")
+    files.save(path, plugins, folder, config)
+    return str(path)
+
+
 def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Start an engine and time it; returns the figures."""
     from vllm import SamplingParams
@@ -60,9 +81,12 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(shape))
+        parsed = quality.Run.parse(run)
+        if (variator := parsed.options.get("variator", {})).get("plugins") == "random":
+            variator["plugins"] = random_plugins(folder)
         began = time.perf_counter()
         with quality.engine(
-            quality.Run.parse(run),
+            parsed,
             folder,
             load_format="dummy",
             skip_tokenizer_init=True,

@@ -5,6 +5,7 @@ first, and prefills; then for each layer `do_kv_cache_update` writes the new tok
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from sage_backend import calibration, checks, metrics, options, positions
-from sage_backend.plugin import BACKEND
+from sage_backend.plugin import BACKEND, COMPRESSOR
 from sage_kernels import cpu, device, reference
 from sage_paged import Memory
 
@@ -114,6 +115,8 @@ class SageMetadata(AttentionMetadata):
     max_seq_len: int
     sample: metrics.Sample | None = None
     """What to time of this step, if anything."""
+    segments: Sequence[Any] = ()
+    """Which rows FFNs compress, if any (see `sage_backend.variator`)."""
 
 
 class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
@@ -135,6 +138,7 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             owners = [name for name in layer_names if known[name].kv_sharing_target_layer_name is None]
             layout = known[layer_names[0]].impl.layout
             self.recorder.add_layers(layer_names, len(owners), layout, self.kv_heads, self.heads, device_)
+        self.compressor = vllm_config.compilation_config.static_forward_context.get(COMPRESSOR)
         self.workspace = None
         if device_.type != "cpu":
             from sage_kernels import decode
@@ -154,6 +158,9 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         sample = None
         if self.recorder is not None and not fast_build:  # which is how drafts are built
             sample = self.recorder.step(self.layer_names, common, num_decodes)
+        segments: Sequence[Any] = ()
+        if self.compressor is not None and not fast_build:
+            segments = self.compressor.segments(common, num_decodes)
         splits = 1
         if self.workspace is not None and num_decodes:
             from sage_kernels import decode
@@ -175,6 +182,7 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             block_table=common.block_table_tensor,
             max_seq_len=common.max_seq_len,
             sample=sample,
+            segments=segments,
         )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> SageMetadata:

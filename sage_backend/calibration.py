@@ -14,11 +14,9 @@ metadata which model it is of and, if they were chosen, the bits of each layer's
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,51 +26,28 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sage_backend import cli
 from sage_backend.demo import HELDOUT
+from sage_backend.model_file import Kind
 from sage_kernels import cpu, reference
 from sage_paged import K_BITS, PageLayout
 
-FORMAT = "sage-calibration-1"
-_SAMPLED_BYTES = 1 << 20
+_FILE = Kind("calibration", "sage calibrate", "sage-calibration-1")
 _ERROR_QUERIES = 256
-
-
-def identity(model_config: Any) -> str:
-    """A hash of a model: of a folder, its configuration and its weight files, by their names, sizes and first MiB; of one on a
-    hub, its name and commit."""
-    folder = Path(model_config.model)
-    if not folder.is_dir():
-        commit = getattr(model_config.hf_config, "_commit_hash", None)
-        return hashlib.sha256(f"{model_config.model} {commit}".encode()).hexdigest()
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(_SAMPLED_BYTES))
-    return digest.hexdigest()
 
 
 def save(path: Path, anchors: dict[str, torch.Tensor], model_config: Any, chosen: dict[str, int] | None = None) -> None:
     """Write a calibration; an older file is replaced when the new one is complete. chosen: bits of keys by layer."""
-    from safetensors.torch import save_file
-
-    metadata = {"format": FORMAT, "model": identity(model_config)}
-    if chosen:
-        metadata["k_bits"] = json.dumps(chosen)
-    part = path.with_name(path.name + ".part")
-    save_file(anchors, part, metadata=metadata)
-    os.replace(part, path)
+    metadata = {"k_bits": json.dumps(chosen)} if chosen else {}
+    _FILE.save(path, anchors, model_config.model, model_config.hf_config, **metadata)
 
 
 def check(path: str, model_config: Any) -> None:
     """Raises ValueError, in one line, for a file that is no calibration, is damaged, or is one of another model."""
-    metadata, _ = _read(path)
-    if metadata["model"] != identity(model_config):
-        raise ValueError(f"the calibration {path} is of another model; make one with: sage calibrate {model_config.model}")
+    _FILE.check(path, model_config)
 
 
 def k_bits(path: str) -> dict[str, int]:
     """The bits of each layer's keys, as far as the calibration chooses them. Raises ValueError like `check`."""
-    metadata, _ = _read(path)
+    metadata, _ = _FILE.read(path)
     try:
         chosen = json.loads(metadata.get("k_bits", "{}"))
         if set(chosen.values()) <= set(K_BITS):
@@ -87,7 +62,7 @@ def anchor(path: str, layer: str, heads: int, rank: int, ranks: int) -> torch.Te
 
     Raises ValueError like `check`, and where the shares of the workers do not fit the file.
     """
-    _, anchors = _read(path, [layer])
+    _, anchors = _FILE.read(path, [layer])
     whole = anchors.get(layer)
     if whole is None:
         return None
@@ -99,24 +74,6 @@ def anchor(path: str, layer: str, heads: int, rank: int, ranks: int) -> torch.Te
 def _share(anchors: torch.Tensor, heads: int, rank: int, ranks: int) -> torch.Tensor:
     first = rank * len(anchors) // ranks  # with fewer heads than workers, several have the same
     return anchors[first : first + heads]
-
-
-def _read(path: str, layers: Sequence[str] = ()) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """The metadata, and the tensors of those of the layers that are there."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = set(file.keys())
-            tensors = {layer: file.get_tensor(layer) for layer in layers if layer in names}
-    except FileNotFoundError:
-        raise ValueError(f"there is no calibration {path}; make one with: sage calibrate") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a calibration or is damaged ({error}); make one with: sage calibrate") from None
-    if metadata.get("format") != FORMAT or "model" not in metadata:
-        raise ValueError(f"{path} is not a calibration of this release; make one with: sage calibrate")
-    return metadata, tensors
 
 
 class Watch:

@@ -21,12 +21,17 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from sage_backend.variator import plugin
+
 PHASES = ("prefill", "decode")
 SAMPLE_EVERY = {"prefill": 4, "decode": 16}
 """Steps of a phase from one whose attention is timed to the next. Prefills are fewer and longer."""
 
 FALLBACKS = ("gluon_missing", "page_format")
 """Why `sage_kernels.prefill.choose_kernel` takes the portable kernel."""
+
+RATIOS = ("1", *map(str, plugin.RATIOS))
+"""How many vectors become one in FFNs with compression plugins, and 1 for none."""
 
 COMMON_LABELS = ("model_name", "engine")
 """Labels of every metric, as vLLM's own have them: the served model's name, and the engine's data parallel rank."""
@@ -61,11 +66,19 @@ OPERATIONS = Metric("sage_attention_sampled_operations_total", "Operations of Q 
 BYTES = Metric("sage_attention_sampled_bytes_total", "Bytes of KV pages that these calls had to read.", {"phase": PHASES})
 TOKEN_BYTES = Metric("sage_kv_bytes_per_token", "Bytes of one token's keys and values in all layers of one worker.")
 COMPRESSION = Metric("sage_kv_compression_ratio", "Bytes of the same keys and values in BF16, over sage_kv_bytes_per_token.")
+READINGS = Metric(
+    "sage_variator_requests_total", "Requests whose prompts were read in groups of this many tokens.", {"ratio": RATIOS}
+)
+COMPRESSED = Metric(
+    "sage_variator_compressed_tokens_total", "Prompt tokens that FFNs computed in groups.", {"ratio": RATIOS[1:]}
+)
+SAVED = Metric("sage_variator_saved_operations_total", "Operations of FFNs that groups saved.")
 PAGES = Metric("sage_kv_pages", "Pages of the KV cache.")
 PAGES_IN_USE = Metric("sage_kv_pages_in_use", "Pages that requests hold.")
 
 METRICS = (
-    BUILD, TOKENS, STEPS, FALLBACK_STEPS, SAMPLES, SECONDS, OPERATIONS, BYTES, TOKEN_BYTES, COMPRESSION, PAGES, PAGES_IN_USE,
+    BUILD, TOKENS, STEPS, FALLBACK_STEPS, SAMPLES, SECONDS, OPERATIONS, BYTES, TOKEN_BYTES, COMPRESSION,
+    READINGS, COMPRESSED, SAVED, PAGES, PAGES_IN_USE,
 )  # fmt: skip
 
 
@@ -326,6 +339,17 @@ class Recorder:
         query_lens = np.diff(starts).astype(np.int64)
         seq_lens = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
         return Sample(self, names[-1], sampled, num_decodes, query_lens, seq_lens)
+
+    def add_reading(self, ratio: int) -> None:
+        """Count a request that has been given a ratio."""
+        if not self.paused:
+            self._values.add(READINGS, 1, str(ratio))
+
+    def add_compressed(self, ratio: int, tokens: int, saved_operations: int) -> None:
+        """Count tokens of a step that FFNs computed in groups of `ratio`."""
+        if not self.paused:
+            self._values.add(COMPRESSED, tokens, str(ratio))
+            self._values.add(SAVED, saved_operations)
 
     def _collect(self) -> None:
         """Add the pending samples whose events have passed."""

@@ -1,10 +1,12 @@
 """The user's options: `--additional-config '{"sage": {...}}'`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+from sage_backend.variator.groups import MIN_TAIL
+from sage_backend.variator.plugin import RATIOS
 from sage_paged import K_BITS, PAGE_TOKENS, Memory, PageLayout
 
 MAX_TOPK = 128
@@ -61,16 +63,88 @@ class MemoryOptions:
         return Memory(self.sink_tokens, self.local_tokens, self.topk_pages, self.query_block, int(self.extrapolate))
 
 
+def _list(values: Any) -> str:
+    *rest, last = (str(value) for value in values)
+    return f"{', '.join(rest)} or {last}" if rest else last
+
+
+@dataclass(frozen=True)
+class VariatorOptions:
+    """plugins: a file of `sage variator train`. ratio: of all requests that ask for none themselves, or "auto", by load: then
+    min_ratio and max_ratio are the least and the greatest that load can lead to, and load is high with `waiting` requests
+    waiting, or with the share `kv_use` of the KV cache in use. tail: tokens at a prompt's end that stay uncompressed."""
+
+    plugins: str
+    ratio: int | str = "auto"
+    min_ratio: int = 1
+    max_ratio: int = 8
+    waiting: int = 8
+    kv_use: float = 0.9
+    tail: int = 64
+
+    # By option: what it can be, and how users are told so.
+    ALLOWED: ClassVar[dict[str, tuple[Callable[[Any], bool], str]]] = {
+        "plugins": (lambda value: isinstance(value, str) and value != "", "a file"),
+        "ratio": (lambda value: value == "auto" or (type(value) is int and value in RATIOS), f'"auto", {_list(RATIOS)}'),
+        "min_ratio": (lambda value: type(value) is int and value in (1, *RATIOS), _list((1, *RATIOS))),
+        "max_ratio": (lambda value: type(value) is int and value in (1, *RATIOS), _list((1, *RATIOS))),
+        "waiting": (lambda value: type(value) is int and value >= 1, "a number of requests from 1 on"),
+        "kv_use": (lambda value: type(value) in (int, float) and 0 < value <= 1, "a share above 0 and up to 1"),
+        "tail": (lambda value: type(value) is int and value >= MIN_TAIL, f"a number of tokens from {MIN_TAIL} on"),
+    }
+
+    @classmethod
+    def parse(cls, section: object) -> "VariatorOptions":
+        """Raises ValueError, in one line, that names the option and what it may be."""
+        if not (isinstance(section, Mapping) and "plugins" in section):
+            raise ValueError(
+                'option "variator" in --additional-config "sage" must be an object such as {"plugins": "FILE"}, '
+                f"not {section!r}"
+            )
+        for name, value in section.items():
+            if name not in cls.ALLOWED:
+                known = _list(sorted(cls.ALLOWED))
+                raise ValueError(f'unknown option "{name}" in --additional-config "sage", "variator"; options are {known}')
+            fits, choices = cls.ALLOWED[name]
+            if not fits(value):
+                raise ValueError(f'option "{name}" in --additional-config "sage", "variator" is {value!r}; it can be {choices}')
+        options = cls(**section)
+        if options.ratio != "auto" and section.keys() & {"min_ratio", "max_ratio", "waiting", "kv_use"}:
+            raise ValueError(
+                'options "min_ratio", "max_ratio", "waiting" and "kv_use" in --additional-config "sage", "variator" go with '
+                f'"ratio": "auto", not {options.ratio}'
+            )
+        if options.min_ratio > options.max_ratio:
+            raise ValueError(
+                f'option "min_ratio" in --additional-config "sage", "variator" is {options.min_ratio}, '
+                f'and "max_ratio" only {options.max_ratio}'
+            )
+        return options
+
+    def choices(self, trained: Sequence[int]) -> list[int]:
+        """The ratios that load chooses among, or the only one, ascending. Raises ValueError for what was not trained."""
+        if isinstance(self.ratio, int):
+            found = [self.ratio] if self.ratio in trained else []
+        else:
+            found = [ratio for ratio in (1, *trained) if self.min_ratio <= ratio <= self.max_ratio]
+        if not found:
+            asked = self.ratio if isinstance(self.ratio, int) else f"{self.min_ratio} to {self.max_ratio}"
+            raise ValueError(f"{self.plugins} has no plugins of ratio {asked}; there is {_list(trained)}")
+        return found
+
+
 @dataclass(frozen=True)
 class SageOptions:
     """k_bits: bits of a stored key channel. page_tokens: tokens of a KV page, which is vLLM's KV block. smooth_k: whether an
     anchor is subtracted from keys (see `sage_kernels.reference`). calibration: a file with the anchors (see
-    `sage_backend.calibration`); without one, the first tokens fix them. memory: None to read all of every context."""
+    `sage_backend.calibration`); without one, the first tokens fix them. memory: None to read all of every context. variator:
+    compression plugins on the FFNs, if any."""
 
     k_bits: int = 8
     page_tokens: int = 128
     smooth_k: bool = True
     calibration: str | None = None
+    variator: VariatorOptions | None = None
     memory: MemoryOptions | None = None
 
     ALLOWED: ClassVar = {"k_bits": K_BITS, "page_tokens": PAGE_TOKENS, "smooth_k": (False, True)}
@@ -85,6 +159,7 @@ class SageOptions:
         if not isinstance(section, Mapping):
             raise ValueError(f'option "sage" in --additional-config must be an object such as {{"k_bits": 8}}, not {section!r}')
         known = {field.name for field in fields(cls)}
+        values: dict[str, Any] = dict(section)
         for name, value in section.items():
             if name not in known:
                 raise ValueError(f'unknown option "{name}" in --additional-config "sage"; options are {_list(sorted(known))}')
@@ -94,13 +169,17 @@ class SageOptions:
                 continue
             if name == "memory":
                 continue  # read below, when it is known what a page is
+            if name == "variator":
+                values[name] = VariatorOptions.parse(value)
+                continue
             allowed = cls.ALLOWED[name]
             if type(value) is not type(allowed[0]) or value not in allowed:
                 choices = _list(map(json.dumps, allowed))
                 raise ValueError(f'option "{name}" in --additional-config "sage" is {value!r}; it can be {choices}')
-        options = cls(**{name: value for name, value in section.items() if name != "memory"})
-        if section.get("memory") is not None:
-            options = replace(options, memory=MemoryOptions.parse(section["memory"], options.page_tokens))
+        memory = values.pop("memory", None)
+        options = cls(**values)
+        if memory is not None:
+            options = replace(options, memory=MemoryOptions.parse(memory, options.page_tokens))
         if options.calibration and not options.smooth_k:
             raise ValueError('options "calibration" and "smooth_k": false in --additional-config "sage" exclude each other')
         return options
@@ -108,11 +187,6 @@ class SageOptions:
     def layout(self, head_dim: int, k_bits: int | None = None) -> PageLayout:
         """k_bits: those of a layer for which a calibration has chosen them."""
         return PageLayout(head_dim, k_bits or self.k_bits, self.page_tokens, has_bounds=self.memory is not None)
-
-
-def _list(values: Any) -> str:
-    *rest, last = (str(value) for value in values)
-    return f"{', '.join(rest)} or {last}" if rest else last
 
 
 _current = SageOptions()

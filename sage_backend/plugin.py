@@ -6,6 +6,8 @@ from typing import Any
 
 BACKEND = "SAGE"
 _BACKEND_CLASS = "sage_backend.backend.SageBackend"
+COMPRESSOR = "sage.variator"
+"""The name under which an engine's layers (`static_forward_context`) hold its `variator.layers.Compressor`, if it has one."""
 
 _checking = False  # whether engine configurations are being checked in this process
 logger = logging.getLogger(__name__)
@@ -19,6 +21,7 @@ def register() -> None:
         _check_configurations()
         _set_apart_made_up_requests()
         _let_layers_differ()
+        _attach_compression()
 
 
 def backend_member(name: str) -> Any:
@@ -136,6 +139,59 @@ def _let_layers_differ() -> None:
         return choose_pages(specs, self.vllm_config)
 
     WorkerWrapperBase.get_kv_cache_spec = get_kv_cache_spec
+
+
+def _attach_compression() -> None:
+    """Attach compression plugins where an engine has the option `variator`: its scheduler gives requests ratios, its workers'
+    models get the plugins, and its server refuses requests that ask for what there is not."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    init_scheduler, init_processor = Scheduler.__init__, InputProcessor.__init__
+
+    def init_and_attach(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        init_scheduler(self, vllm_config, *args, **kwargs)
+        if found := _compression(vllm_config):
+            from sage_backend.variator import admission
+
+            admission.attach(self, *found)
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.worker.load_model(*args, **kwargs)
+        if found := _compression(self.vllm_config):
+            from sage_backend.variator import layers
+
+            layers.attach(self.worker, self.vllm_config, *found)
+
+    def init_and_check(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        init_processor(self, vllm_config, *args, **kwargs)
+        if found := _compression(vllm_config):
+            from sage_backend.variator import admission
+
+            validate = self._validate_params
+
+            def check_and_validate(params: Any, *args: Any, **kwargs: Any) -> Any:
+                admission.check_request(params, found[1])
+                return validate(params, *args, **kwargs)
+
+            self._validate_params = check_and_validate
+
+    Scheduler.__init__ = init_and_attach
+    WorkerWrapperBase.load_model = load_model
+    InputProcessor.__init__ = init_and_check
+
+
+def _compression(config: Any) -> Any:
+    """The option `variator` of an engine of this configuration (VllmConfig) and the ratios of its plugins, or None."""
+    from sage_backend.checks import is_chosen
+    from sage_backend.options import SageOptions
+
+    if not is_chosen(config) or (options := SageOptions.parse(config.additional_config).variator) is None:
+        return None
+    from sage_backend.variator import files
+
+    return options, files.contents(options.plugins)[1]
 
 
 def _warn_if_untested() -> None:

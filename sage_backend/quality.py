@@ -3,6 +3,9 @@
 Each run starts vLLM with its backend, as a user would, and has it predict every token of windows of the text from those
 before it. Since prompts are prefilled through KV pages, the pages' precision is part of what is measured. The first run is
 the baseline that the others are compared with. Pass keys, if asked for, are recalled by greedy decoding.
+
+Compression plugins (the option variator) change how a prompt is read. To see what that does to what follows, `--prompt` says
+how much of each window is the prompt: only the rest is scored, and only the prompt is compressed.
 """
 
 import argparse
@@ -158,17 +161,19 @@ def windows(tokenizer: Any, text: str, tokens: int, context: int) -> list[list[i
 
 
 def measure(
-    run: Run, model: str, text: str, tokens: int, context: int, passkey: Sequence[int] = (), keys: int = 1
+    run: Run, model: str, text: str, tokens: int, context: int, passkey: Sequence[int] = (), keys: int = 1, prompt: int = 0
 ) -> Scores:
     """Run an engine over the first `tokens` tokens of `text` and over pass-key prompts of the given lengths, `keys` a depth.
 
-    The text is cut into windows of context - 1 tokens; each predicts all of its tokens but the first. Raises ValueError
-    for a text or prompt that does not fit.
+    The text is cut into windows of context - 1 tokens; each predicts all of its tokens but the first and those of the prompt.
+    Raises ValueError for a text or prompt that does not fit.
     """
     from vllm import SamplingParams
     from vllm.platforms import current_platform
 
     from sage_backend.demo.passkey import make_passkey
+    from sage_backend.variator.admission import TAIL
+    from sage_backend.variator.groups import MIN_TAIL
 
     memory: dict[str, Any] = {"gpu_memory_utilization": 0.8}  # the rest is for the logits of whole prompts
     if current_platform.is_cpu():
@@ -178,16 +183,21 @@ def measure(
     fixed |= stretched(model, context)
     with engine(run, model, max_model_len=context, max_logprobs=TOP, **memory, **fixed) as llm:
         tokenizer = llm.get_tokenizer()
-        read = [window for window in windows(tokenizer, text, tokens, context) if len(window) > 1]
+        # What is scored has to be long enough to be left uncompressed.
+        least = prompt + MIN_TAIL if prompt else 2
+        read = [window for window in windows(tokenizer, text, tokens, context) if len(window) >= least]
         if not read:
-            raise ValueError("the text is empty")
-        scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=TOP, flat_logprobs=True, detokenize=False)
-        outputs = llm.generate([{"prompt_token_ids": window} for window in read], scoring)
+            raise ValueError(f"the text has nothing behind a prompt of {prompt} tokens" if prompt else "the text is empty")
+        scoring = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": TOP, "flat_logprobs": True, "detokenize": False}
+        outputs = llm.generate(
+            [{"prompt_token_ids": window} for window in read],
+            [SamplingParams(**scoring, extra_args={TAIL: len(window) - prompt} if prompt else None) for window in read],
+        )
         flat = [output.prompt_logprobs for output in outputs]
         # Each position but the first holds its own token and then the TOP likeliest.
         shape = (-1, TOP + 1)
-        logprobs = np.concatenate([np.array(each.logprobs).reshape(shape) for each in flat])
-        token_ids = np.concatenate([np.array(each.token_ids).reshape(shape) for each in flat])
+        logprobs = np.concatenate([np.array(each.logprobs).reshape(shape)[prompt:] for each in flat])
+        token_ids = np.concatenate([np.array(each.token_ids).reshape(shape)[prompt:] for each in flat])
 
         recalled = {}
         greedy = SamplingParams(temperature=0, max_tokens=_ANSWER_TOKENS)
@@ -237,13 +247,17 @@ def table(rows: list[list[str]]) -> str:
 def _parser() -> argparse.ArgumentParser:
     description = "Compare attention backends with the first of them."
     parser = argparse.ArgumentParser(prog="python -m sage_backend.quality", description=description)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="BACKEND, BACKEND/kv_cache_dtype or SAGE:k_bits=4")
+    forms = "BACKEND, BACKEND/kv_cache_dtype, SAGE:k_bits=4 or SAGE:variator.plugins=FILE,variator.ratio=2"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=forms)
     parser.add_argument("--model", default=str(MODEL_DIR), help="folder or name (default: the embedded small model)")
     parser.add_argument("--text", type=Path, default=HELDOUT, help="file to predict (default: the embedded held-out text)")
     parser.add_argument("--tokens", type=int, default=1 << 16, help="how many of its tokens (default: %(default)s)")
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--passkey", default="", metavar="LENGTHS", help="recall pass keys from, for example, 500,1500 tokens")
     parser.add_argument("--passkey-keys", type=int, default=1, metavar="N", help="at each depth (default: %(default)s)")
+    parser.add_argument(
+        "--prompt", type=int, default=0, help="tokens of each window that are a prompt and not scored (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="write the figures to this file, as JSON")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write plots (PNG) and a page with everything (HTML) there")
     return parser
@@ -291,14 +305,20 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
         raise ValueError("--passkey-keys must be at least 1")
     if arguments.plots:
         plots.check()
+    if not 0 <= arguments.prompt < arguments.context - 1:
+        raise ValueError(f"--prompt must be below {arguments.context - 1}")
     runs = [Run.parse(run) for run in arguments.runs]
+    if not arguments.prompt and any("variator" in run.options for run in runs):
+        raise ValueError(f"only what follows a prompt can be scored; add, for example, --prompt {arguments.context // 2}")
 
     results: list[dict[str, Any]] = []
     baseline = None
     for number, run in enumerate(runs, start=1):
         print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
         passkey = [int(each) for each in lengths]
-        scores = measure(run, arguments.model, text, arguments.tokens, arguments.context, passkey, arguments.passkey_keys)
+        scores = measure(
+            run, arguments.model, text, arguments.tokens, arguments.context, passkey, arguments.passkey_keys, arguments.prompt
+        )
         baseline = baseline or scores
         results.append({"run": run.name, **scores.against(baseline)})
     assert baseline is not None
@@ -312,6 +332,7 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
         "text": arguments.text.name,
         "predicted_tokens": baseline.true.size,
         "context": arguments.context,
+        "prompt": arguments.prompt,
         "runs": results,
     }
     if arguments.out:

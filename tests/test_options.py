@@ -31,8 +31,8 @@ def test_all_options() -> None:
         ({"smooth_k": "no"}, 'option "smooth_k" in --additional-config "sage" is \'no\'; it can be false or true'),
         (
             {"kbits": 8},
-            'unknown option "kbits" in --additional-config "sage"; options are calibration, k_bits, memory, page_tokens or '
-            "smooth_k",
+            'unknown option "kbits" in --additional-config "sage"; '
+            "options are calibration, k_bits, memory, page_tokens, smooth_k or variator",
         ),
         ({"calibration": 1}, 'option "calibration" in --additional-config "sage" is 1; it can be a file'),
         ({"calibration": ""}, 'option "calibration" in --additional-config "sage" is \'\'; it can be a file'),

@@ -79,6 +79,10 @@ def test_runs() -> None:
         assert Run.parse("sage:k_bits=4,smooth_k=false") == Run(
             "sage:k_bits=4,smooth_k=false", "SAGE", "auto", {"k_bits": 4, "smooth_k": False}
         )
+        assert Run.parse("SAGE:k_bits=8,variator.plugins=FILE,variator.ratio=2").options == {
+            "k_bits": 8,
+            "variator": {"plugins": "FILE", "ratio": 2},
+        }
         assert Run.parse("FLASH_ATTN/fp8").kv_cache_dtype == "fp8"
 
 
@@ -96,6 +100,9 @@ def test_runs() -> None:
         (["SAGE", "--tokens", "1"], "--tokens must be at least 2"),
         (["SAGE", "--model", "FOLDER"], "FOLDER is not a model folder: it has no config.json"),
         (["SAGE", "--passkey-keys", "0"], "--passkey-keys must be at least 1"),
+        (["SAGE", "--prompt", "2047"], "--prompt must be below 2047"),
+        (["SAGE:variator.plugins=FILE"], "only what follows a prompt can be scored; add, for example, --prompt 1024"),
+        (["SAGE:variator.ratio=2"], '"variator" in --additional-config "sage" must be an object such as'),
         (["SAGE", "--passkey", "many"], "--passkey takes lengths such as 500,1500, not 'many'"),
     ],
 )

@@ -12,5 +12,8 @@ from pathlib import Path
 MODEL_DIR = Path(__file__).parent / "model"
 """The checkpoint, in the Hugging Face layout: config, safetensors weights, tokenizer."""
 
+PLUGINS = Path(__file__).parent / "plugins.safetensors"
+"""The checkpoint's compression plugins (`sage_backend.variator`), for ratios 2 and 4."""
+
 HELDOUT = Path(__file__).parent / "heldout.txt"
 """Source text of standard-library modules that the model was not trained on, for measuring its loss."""

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text that the demonstration model is trained and measured on, and the tokenizer made from it."""
+"""The text that the demonstration model is trained and measured on, and the tokenizer made from it.
 
+`python -m sage_backend.demo.corpus` writes the former to its output.
+"""
+
+import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -85,3 +90,7 @@ def check_round_trip(tokenizer: Tokenizer, text: str) -> None:
     """Stop unless the tokenizer gives `text` back exactly."""
     if tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) != text:
         raise RuntimeError("the tokenizer does not give the held-out text back")
+
+
+if __name__ == "__main__":
+    sys.stdout.writelines(corpus_texts([Path(sysconfig.get_path("stdlib"))], limit_bytes=1 << 30))

@@ -1,0 +1,96 @@
+"""Plugin files: the plugins of some layers of one model, for one or more ratios.
+
+A safetensors file. The plugin of `ratio` at the FFN that is called `layer` (such as model.layers.3.mlp) both in transformers
+and in vLLM has its parameters under `{layer}.{ratio}.`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sage_backend.model_file import Kind
+from sage_backend.variator.plugin import RATIOS, CompressionPlugin
+
+FILE = Kind("plugin file", "sage variator train", "sage-variator-1")
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type` of the models whose FFNs are called model.layers.N.mlp and turn one hidden vector a token into another."""
+
+Plugins = dict[str, dict[int, CompressionPlugin]]
+"""By layer, then by ratio."""
+
+
+def default_layers(hf_config: Any) -> list[str]:
+    """All layers but the first and the last. Raises ValueError for a model of another kind."""
+    check_model(hf_config)
+    return [f"model.layers.{i}.mlp" for i in range(1, hf_config.num_hidden_layers - 1)]
+
+
+def check_model(hf_config: Any) -> None:
+    """Raises ValueError for a model that plugins cannot be attached to."""
+    if hf_config.model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"compression plugins do not know models of type {hf_config.model_type}; "
+            f"there is {', '.join(MODEL_TYPES)}; leave the option variator out"
+        )
+
+
+def make(layers: list[str], ratios: list[int], hidden: int) -> Plugins:
+    """Untrained plugins."""
+    return {layer: {ratio: CompressionPlugin(hidden, ratio) for ratio in ratios} for layer in layers}
+
+
+def save(path: Path, plugins: Plugins, model: str, hf_config: Any) -> None:
+    """Write plugins in bfloat16; an older file is replaced when the new one is complete."""
+    tensors = {
+        f"{layer}.{ratio}.{name}": tensor.detach().bfloat16().cpu().contiguous()
+        for layer, by_ratio in plugins.items()
+        for ratio, plugin in by_ratio.items()
+        for name, tensor in plugin.state_dict().items()
+    }
+    FILE.save(path, tensors, model, hf_config)
+
+
+def check(path: str, model_config: Any) -> tuple[int, ...]:
+    """The ratios that a file has plugins for, checked against a model (vLLM's ModelConfig).
+
+    Raises ValueError, in one line, for a file that has none, is damaged, or is one of another model, and for a model of a kind
+    that is not supported.
+    """
+    check_model(model_config.hf_config)
+    FILE.check(path, model_config)
+    layers, ratios = contents(path)
+    hidden = model_config.hf_config.hidden_size
+    expected = {
+        f"{layer}.{ratio}.{name}": tuple(tensor.shape)
+        for layer, by_ratio in make(layers, ratios, hidden).items()
+        for ratio, plugin in by_ratio.items()
+        for name, tensor in plugin.state_dict().items()
+    }
+    known = {f"model.layers.{i}.mlp" for i in range(model_config.hf_config.num_hidden_layers)}
+    if not layers or not known.issuperset(layers) or FILE.shapes(path) != expected:
+        raise ValueError(f"{path} is not a complete plugin file; make one with: {FILE.command} {model_config.model}")
+    return tuple(ratios)
+
+
+def contents(path: str) -> tuple[list[str], list[int]]:
+    """The layers and the ratios of a file, in order. Raises ValueError like `check`, for what is no plugin file."""
+    layers, ratios = set(), set()
+    for name in FILE.shapes(path):
+        layer, _, ratio = name.rpartition(".")[0].rpartition(".")[0].rpartition(".")
+        if not ratio.isdecimal() or int(ratio) not in RATIOS:
+            raise ValueError(f"{path} is not a plugin file of this release; make one with: {FILE.command}")
+        layers.add(layer)
+        ratios.add(int(ratio))
+    return sorted(layers), sorted(ratios)
+
+
+def load(path: str, layer: str, hidden: int, ratios: list[int]) -> dict[int, CompressionPlugin]:
+    """The plugins of a layer by ratio, in bfloat16 on the CPU. Raises ValueError like `check`."""
+    plugins = make([layer], ratios, hidden)[layer]
+    for ratio, plugin in plugins.items():
+        prefix = f"{layer}.{ratio}."
+        _, tensors = FILE.read(path, [prefix + name for name in plugin.state_dict()])
+        plugin.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    return {ratio: plugin.to(torch.bfloat16).requires_grad_(False) for ratio, plugin in plugins.items()}

@@ -1,0 +1,92 @@
+"""Which tokens become groups: those of a prompt, but for its last ones, in a request that has a ratio above 1.
+
+A group begins at a multiple of the ratio, counted from the start of the prompt, and lies in one block of the KV cache and in
+one chunk. So what a token's keys and values are depends on the prompt, on the request's `Reading` and on nothing else: not on
+other requests, on chunks, or on what was in the prefix cache.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+CHUNK = 16
+"""Chunks end at multiples of this in the part of a prompt that is compressed. It is a multiple of all ratios, and more tokens
+than speculative decoding verifies at once, below which a chunk would count as a decode."""
+
+MIN_TAIL = CHUNK
+"""So that the chunk with the last group never counts as a decode either."""
+
+
+class Reading(NamedTuple):
+    """How a prompt is read: its first `limit` tokens in groups of `ratio`. Goes to workers in a request's `extra_args`."""
+
+    ratio: int
+    limit: int
+
+    @classmethod
+    def of(cls, prompt: int, ratio: int, tail: int) -> "Reading":
+        """Of a prompt of `prompt` tokens, of which the last `tail` are left as they are."""
+        return cls(ratio, max(0, prompt - tail) // ratio * ratio if ratio > 1 else 0)
+
+    def groups(self, first: int, end: int) -> tuple[int, int]:
+        """The part of the tokens [first, end) that whole groups cover, as [first, end), which is empty if there is none."""
+        first = -(-first // self.ratio) * self.ratio
+        end = min(end, self.limit) // self.ratio * self.ratio
+        return first, max(first, end)
+
+
+PLAIN = Reading(1, 0)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [first, end) of a step's batch that are read alike."""
+
+    first: int
+    end: int
+    ratio: int
+
+    @property
+    def rows(self) -> int:
+        """Rows that a FFN computes for them."""
+        return (self.end - self.first) // self.ratio
+
+
+def segments(requests: Iterable[tuple[int, int, int, Reading]]) -> list[Segment]:
+    """Cut a batch into as few segments as there can be; an empty list if nothing of it is compressed.
+
+    requests: of each, in the order of the batch, its first row, the row behind its last one, the position of its first row's
+    token in its prompt, and its reading.
+    """
+    cut: list[Segment] = []
+
+    def add(first: int, end: int, ratio: int) -> None:
+        if first == end:
+            return
+        if cut and cut[-1].ratio == ratio:
+            first = cut.pop().first
+        cut.append(Segment(first, end, ratio))
+
+    for row, behind, position, reading in requests:
+        first, end = (row + at - position for at in reading.groups(position, position + behind - row))
+        if reading.ratio == 1 or first >= end:
+            first = end = behind
+        add(row, first, 1)
+        add(first, end, reading.ratio)
+        add(end, behind, 1)
+    return cut if any(segment.ratio > 1 for segment in cut) else []
+
+
+def clip(tokens: int, position: int, reading: Reading) -> int:
+    """How many of `tokens` tokens from `position` on a chunk may have, so that it ends between groups."""
+    end = position + tokens
+    return tokens if end >= reading.limit else max(0, end // CHUNK * CHUNK - position)
+
+
+def compressed(cut: Sequence[Segment]) -> dict[int, int]:
+    """Tokens in groups, by ratio."""
+    tokens: dict[int, int] = {}
+    for segment in cut:
+        if segment.ratio > 1:
+            tokens[segment.ratio] = tokens.get(segment.ratio, 0) + segment.end - segment.first
+    return tokens

@@ -1,0 +1,42 @@
+"""The plugin itself, in plain torch: what the engine serves and what is trained."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RATIOS = (2, 4, 8)
+"""How many hidden vectors can become one. All divide a page, so a group never reaches into another block of the KV cache."""
+
+BOTTLENECK = 64
+"""Channels of the adapter between its two layers, as in the paper."""
+
+
+class CompressionPlugin(nn.Module):
+    """Pools `ratio` consecutive vectors into one and expands a FFN's result for it again.
+
+    Untrained, it averages, and repeats the result.
+    """
+
+    def __init__(self, hidden: int, ratio: int) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.weigh = nn.Linear(ratio * hidden, ratio)
+        self.down = nn.Linear(2 * hidden, BOTTLENECK)
+        self.up = nn.Linear(BOTTLENECK, hidden)
+        for parameter in (*self.weigh.parameters(), *self.up.parameters()):
+            nn.init.zeros_(parameter)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """[..., tokens, hidden] -> [..., tokens / ratio, hidden]: sums of groups, weighted by what is in all of the group."""
+        groups = x.unflatten(-2, (-1, self.ratio))
+        weights = self.weigh(groups.flatten(-2)).softmax(-1)
+        return (weights.unsqueeze(-1) * groups).sum(-2)
+
+    def expand(self, y: Tensor, x: Tensor) -> Tensor:
+        """The FFN's results for groups, y [..., tokens / ratio, hidden], and what was pooled, x -> [..., tokens, hidden].
+
+        Each vector of a group gets the group's result, and what the adapter makes of that and of the vector itself.
+        """
+        # The adapter's input is [y, x]; y's share is the same for the whole group.
+        of_y, of_x = self.down.weight.split(y.shape[-1], -1)
+        inner = F.linear(x, of_x, self.down.bias).unflatten(-2, (-1, self.ratio)) + F.linear(y, of_y).unsqueeze(-2)
+        return (self.up(F.gelu(inner)) + y.unsqueeze(-2)).flatten(-3, -2)
