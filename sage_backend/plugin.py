@@ -21,6 +21,7 @@ def register() -> None:
         _check_configurations()
         _set_apart_made_up_requests()
         _let_layers_differ()
+        _prepare_models()
         _attach_compression()
 
 
@@ -110,16 +111,6 @@ def _set_apart_made_up_requests() -> None:
         with metrics.paused():
             return self.worker.execute_dummy_batch(*args, **kwargs)
 
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = self.worker.load_model(*args, **kwargs)
-        layers = self.vllm_config.compilation_config.static_forward_context.values()
-        if any(getattr(getattr(layer, "impl", None), "turns_pages", False) for layer in layers):
-            from sage_backend import positions
-
-            positions.find_frequencies(self.worker.get_model(), self.vllm_config)
-        return result
-
-    WorkerWrapperBase.load_model = load_model
     WorkerWrapperBase.compile_or_warm_up_model = compile_or_warm_up_model
     WorkerWrapperBase.execute_dummy_batch = execute_dummy_batch
 
@@ -141,12 +132,31 @@ def _let_layers_differ() -> None:
     WorkerWrapperBase.get_kv_cache_spec = get_kv_cache_spec
 
 
+def _prepare_models() -> None:
+    """Have workers, once a model is loaded, tell layers that turn pages how its positions work, and attach the compression
+    plugins of the option `variator`."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.worker.load_model(*args, **kwargs)
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        if any(getattr(getattr(layer, "impl", None), "turns_pages", False) for layer in layers):
+            from sage_backend import positions
+
+            positions.find_frequencies(self.worker.get_model(), self.vllm_config)
+        if found := _compression(self.vllm_config):
+            from sage_backend.variator import layers as compressed
+
+            compressed.attach(self.worker, self.vllm_config, *found)
+
+    WorkerWrapperBase.load_model = load_model
+
+
 def _attach_compression() -> None:
-    """Attach compression plugins where an engine has the option `variator`: its scheduler gives requests ratios, its workers'
-    models get the plugins, and its server refuses requests that ask for what there is not."""
+    """Attach compression plugins where an engine has the option `variator`: its scheduler gives requests ratios, and its server
+    refuses requests that ask for what there is not."""
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     init_scheduler, init_processor = Scheduler.__init__, InputProcessor.__init__
 
@@ -156,13 +166,6 @@ def _attach_compression() -> None:
             from sage_backend.variator import admission
 
             admission.attach(self, *found)
-
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.worker.load_model(*args, **kwargs)
-        if found := _compression(self.vllm_config):
-            from sage_backend.variator import layers
-
-            layers.attach(self.worker, self.vllm_config, *found)
 
     def init_and_check(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         init_processor(self, vllm_config, *args, **kwargs)
@@ -178,7 +181,6 @@ def _attach_compression() -> None:
             self._validate_params = check_and_validate
 
     Scheduler.__init__ = init_and_attach
-    WorkerWrapperBase.load_model = load_model
     InputProcessor.__init__ = init_and_check
 
 
