@@ -42,7 +42,9 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
     driver.set_active(CompilingDriver())
     device.fp8_path = lambda _: "native" if capability >= 89 else "half"  # type: ignore[assignment]
     device.shared_memory = lambda _: SHARED_KIB[capability] * 1024  # type: ignore[assignment]
-    from sage_kernels import decode, prefill, store
+    from sage_kernels import decode, prefill, recall, store
+    from sage_kernels.reference import Turns
+    from sage_paged import Memory
 
     compiled = []
     run = JITFunction.run
@@ -70,6 +72,11 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
             if head_dim == 128:
                 masks["sinks"] = {"sinks": torch.zeros(8), "anchor": anchor}
                 masks["all"] = {"window": 100, "soft_cap": 30.0, **masks["sinks"]}
+                masks["turns"] = {"turns": Turns(table.expand(2, 2).unsqueeze(0), torch.zeros(2, 128)), "anchor": anchor}
+                remembering = PageLayout(head_dim, k_bits, has_bounds=True)
+                where = remembering.empty(2, 2), remembering, table, lengths, starts
+                recall.store_bounds(*where, 1, torch.zeros(2, 128), anchor)
+                recall.recall(query, *where, Memory(), 512)
             attentions = [prefill.prefill, decode.decode]
             if capability == 90:
                 from sage_kernels import hopper
@@ -77,7 +84,8 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
                 if hopper.supports(layout, 4):
                     attentions.append(hopper.prefill)
             for case["mask"], mask in masks.items():
-                for attention in attentions:
+                # Only the portable kernels turn queries.
+                for attention in attentions[: 2 if "turns" in mask else None]:
                     attention(query, pages, layout, table, lengths, starts, 0.1, torch.empty_like(query), **mask)
     return compiled
 
@@ -105,6 +113,7 @@ def test_all_kernels_compile(compiled: tuple[int, list[dict[str, Any]]]) -> None
     for name in ("prefill", "decode", "merge", "store"):
         cases = {(kernel["head_dim"], kernel["k_bits"]) for kernel in kernels if kernel["kernel"] == name}
         assert len(cases) == 2 * len(HEAD_DIMS), name
+    assert {"bounds", "fold", "score", "list"} <= {kernel["kernel"] for kernel in kernels}
 
 
 def test_shared_memory_suffices(compiled: tuple[int, list[dict[str, Any]]]) -> None:

@@ -92,7 +92,7 @@ def refused_at_start(run: str, **arguments: Any) -> str:
 
 def test_memory_that_holds_every_context_is_refused() -> None:
     message = refused_at_start("SAGE:memory.local_tokens=1024", max_model_len=2048)
-    assert "reads up to 6016 tokens, which is all of the 2048 of --max-model-len" in message
+    assert "reads up to 5888 tokens, which is all of the 2048 of --max-model-len" in message
 
 
 @pytest.mark.parametrize(
