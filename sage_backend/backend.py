@@ -137,7 +137,9 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             known = vllm_config.compilation_config.static_forward_context
             owners = [name for name in layer_names if known[name].kv_sharing_target_layer_name is None]
             layout = known[layer_names[0]].impl.layout
-            self.recorder.add_layers(layer_names, len(owners), layout, self.kv_heads, self.heads, device_)
+            sampled = known[layer_names[-1]]
+            memory = sampled.impl.memory_of(sampled)
+            self.recorder.add_layers(layer_names, len(owners), layout, self.kv_heads, self.heads, device_, memory)
         self.compressor = vllm_config.compilation_config.static_forward_context.get(COMPRESSOR)
         self.workspace = None
         if device_.type != "cpu":

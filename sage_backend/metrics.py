@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from sage_backend.variator import plugin
+from sage_paged import Memory
 
 PHASES = ("prefill", "decode")
 SAMPLE_EVERY = {"prefill": 4, "decode": 16}
@@ -66,6 +67,10 @@ OPERATIONS = Metric("sage_attention_sampled_operations_total", "Operations of Q 
 BYTES = Metric("sage_attention_sampled_bytes_total", "Bytes of KV pages that these calls had to read.", {"phase": PHASES})
 TOKEN_BYTES = Metric("sage_kv_bytes_per_token", "Bytes of one token's keys and values in all layers of one worker.")
 COMPRESSION = Metric("sage_kv_compression_ratio", "Bytes of the same keys and values in BF16, over sage_kv_bytes_per_token.")
+CONTEXT = Metric("sage_memory_context_tokens_total", "Tokens of context before the end of rows of queries.", {"phase": PHASES})
+READ = Metric("sage_memory_read_tokens_total", "Those of them that each KV head reads.", {"phase": PHASES})
+SCORED = Metric("sage_memory_scored_pages_total", "Pages that each KV head scores for rows of queries.", {"phase": PHASES})
+RECALLED = Metric("sage_memory_recalled_pages_total", "Those of them that it recalls.", {"phase": PHASES})
 READINGS = Metric(
     "sage_variator_requests_total", "Requests whose prompts were read in groups of this many tokens.", {"ratio": RATIOS}
 )
@@ -78,7 +83,7 @@ PAGES_IN_USE = Metric("sage_kv_pages_in_use", "Pages that requests hold.")
 
 METRICS = (
     BUILD, TOKENS, STEPS, FALLBACK_STEPS, SAMPLES, SECONDS, OPERATIONS, BYTES, TOKEN_BYTES, COMPRESSION,
-    READINGS, COMPRESSED, SAVED, PAGES, PAGES_IN_USE,
+    CONTEXT, READ, SCORED, RECALLED, READINGS, COMPRESSED, SAVED, PAGES, PAGES_IN_USE,
 )  # fmt: skip
 
 
@@ -193,6 +198,36 @@ def _open_values(config: Any) -> Values | None:
     return ray_values(common) if is_in_ray_actor() else None
 
 
+class Rows(NamedTuple):
+    """What memory makes of a batch: of each row of queries (see `sage_paged.memory`), int64 [rows], the position of its first
+    query and that behind its last one, the tokens that a KV head reads, and the pages that it scores and recalls."""
+
+    first: np.ndarray
+    end: np.ndarray
+    read: np.ndarray
+    scored: np.ndarray
+    recalled: np.ndarray
+
+    @classmethod
+    def of(cls, memory: Memory, page_tokens: int, query_lens: np.ndarray, seq_lens: np.ndarray, query_block: int) -> "Rows":
+        """Of requests with these query tokens and tokens in all, int64 [requests]; query_block 0 for one row a request."""
+        begins, ends = (seq_lens - query_lens)[query_lens > 0], seq_lens[query_lens > 0]
+        first, end = begins, ends
+        if query_block:
+            cuts = [
+                np.arange(begin // query_block + 1, -(-end // query_block)) * query_block
+                for begin, end in zip(begins, ends, strict=True)
+            ]
+            first = np.concatenate([np.r_[begin, cut] for begin, cut in zip(begins, cuts, strict=True)] or [begins])
+            end = np.concatenate([np.r_[cut, end] for end, cut in zip(ends, cuts, strict=True)] or [ends])
+        local = np.maximum(first - memory.local_tokens + 1, 0) // page_tokens
+        sinks = memory.sink_pages(page_tokens)
+        choosing = local > sinks + memory.topk_pages
+        far = np.where(choosing, sinks + memory.topk_pages, local)
+        scored, recalled = np.where(choosing, local - sinks, 0), np.where(choosing, memory.topk_pages, 0)
+        return cls(first, end, (far - local) * page_tokens + end, scored, recalled)
+
+
 @dataclass
 class Work:
     """What attention had to do: `operations` of the two matrix products, `bytes` of pages, each read once a request."""
@@ -201,9 +236,13 @@ class Work:
     bytes: float
 
     @classmethod
-    def of(cls, impl: Any, query_lens: np.ndarray, seq_lens: np.ndarray) -> "Work":
-        """Of requests with these query tokens and tokens in all, int64 [requests], in the layer of `impl` (SageImpl)."""
-        if impl.window:
+    def of(cls, impl: Any, query_lens: np.ndarray, seq_lens: np.ndarray, rows: Rows | None = None) -> "Work":
+        """Of requests with these query tokens and tokens in all, int64 [requests], in the layer of `impl` (SageImpl). rows:
+        those that memory makes of them, if the layer has it."""
+        if rows is not None:
+            query_lens, keys = rows.end - rows.first, rows.read
+            pairs = query_lens * (2 * keys - query_lens + 1) // 2
+        elif impl.window:
             pairs = _visible(seq_lens, impl.window) - _visible(seq_lens - query_lens, impl.window)
             keys = np.minimum(seq_lens, impl.window - 1 + query_lens)
         else:
@@ -233,13 +272,17 @@ class Sample:
     seq_lens: np.ndarray
 
     @contextmanager
-    def timed(self, phase: str, impl: Any, device: torch.device) -> Iterator[None]:
-        """Time what is called inside, which attends for `phase` in the layer of `impl` (SageImpl)."""
+    def timed(self, phase: str, impl: Any, memory: Memory | None, device: torch.device) -> Iterator[None]:
+        """Time what is called inside, which attends for `phase` in the layer of `impl` (SageImpl), with its memory."""
         if phase not in self.phases:
             yield
             return
-        rows = slice(self.num_decodes) if phase == "decode" else slice(self.num_decodes, None)
-        work = Work.of(impl, self.query_lens[rows], self.seq_lens[rows])
+        requests = slice(self.num_decodes) if phase == "decode" else slice(self.num_decodes, None)
+        query_lens, seq_lens, rows = self.query_lens[requests], self.seq_lens[requests], None
+        if memory is not None:
+            query_block = 0 if phase == "decode" else memory.query_block
+            rows = Rows.of(memory, impl.layout.tokens, query_lens, seq_lens, query_block)
+        work = Work.of(impl, query_lens, seq_lens, rows)
         if device.type == "cpu":
             began = time.perf_counter()
             yield
@@ -259,7 +302,7 @@ def timed(sample: Sample | None, phase: str, layer: Any, device: torch.device) -
     """What `layer` (vLLM's Attention) has to attend for `phase` inside of, so that it is timed where `sample` says so."""
     if sample is None or sample.layer != layer.layer_name:
         return _NOT_TIMED
-    return sample.timed(phase, layer.impl, device)
+    return sample.timed(phase, layer.impl, layer.impl.memory_of(layer), device)
 
 
 class Recorder:
@@ -273,6 +316,8 @@ class Recorder:
         self._values = values
         self._group: list[str] = []
         self._fallback: str | None = None
+        self._memory: tuple[Memory, int] | None = None
+        """That of the counted layers, and the tokens of their pages."""
         self._steps = dict.fromkeys(PHASES, 0)
         self._group_bytes: dict[tuple[str, ...], np.ndarray] = {}
         # A counter that appears with its first event has no rate at that event.
@@ -282,15 +327,23 @@ class Recorder:
                     values.add(metric, 0, *labels)
 
     def add_layers(
-        self, names: list[str], owners: int, layout: Any, kv_heads: int, heads: int, device: torch.device
+        self,
+        names: list[str],
+        owners: int,
+        layout: Any,
+        kv_heads: int,
+        heads: int,
+        device: torch.device,
+        memory: Memory | None = None,
     ) -> None:
-        """Tell of a group of layers, of which `owners` have pages of their own, in `layout` (PageLayout).
+        """Tell of a group of layers, of which `owners` have pages of their own, in `layout` (PageLayout), and their memory.
 
         kv_heads, heads: of one layer in this worker.
         """
         if not self._group or self._group == names:
             # Steps are counted where the first group's metadata are built. A draft model's groups come later.
             self._group = names
+            self._memory = None if memory is None else (memory, layout.tokens)
             self._tell_build(layout, heads // kv_heads, device)
         # By name, for vLLM may make a group's metadata builder more than once.
         self._group_bytes[tuple(names)] = np.array([layout.bytes_per_token, 2 * 2 * layout.head_dim]) * (kv_heads * owners)
@@ -334,10 +387,20 @@ class Recorder:
                     sampled.append(phase)
         if prefill and self._fallback:
             self._values.add(FALLBACK_STEPS, 1, self._fallback)
-        if not sampled or self.pending or common.seq_lens_cpu_upper_bound is None:
+        if common.seq_lens_cpu_upper_bound is None or not (self._memory or sampled):
             return None
         query_lens = np.diff(starts).astype(np.int64)
         seq_lens = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
+        if self._memory:
+            memory, page_tokens = self._memory
+            for phase, requests in (("prefill", slice(num_decodes, None)), ("decode", slice(num_decodes))):
+                query_block = memory.query_block if phase == "prefill" else 0
+                rows = Rows.of(memory, page_tokens, query_lens[requests], seq_lens[requests], query_block)
+                counted = {CONTEXT: rows.end, READ: rows.read, SCORED: rows.scored, RECALLED: rows.recalled}
+                for metric, numbers in counted.items():
+                    self._values.add(metric, int(numbers.sum()), phase)
+        if not sampled or self.pending:
+            return None
         return Sample(self, names[-1], sampled, num_decodes, query_lens, seq_lens)
 
     def add_reading(self, ratio: int) -> None:

@@ -24,12 +24,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from server import Server
 
 from sage_backend import exporter, metrics, plugin
-from sage_backend.metrics import COMMON_LABELS, METRICS, SAMPLE_EVERY, FileValues, Metric, Recorder, Work
-from sage_paged import PageLayout
+from sage_backend.metrics import COMMON_LABELS, METRICS, SAMPLE_EVERY, FileValues, Metric, Recorder, Rows, Work
+from sage_kernels import reference
+from sage_paged import Memory, PageLayout
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["layers.0", "layers.1"]
-IMPL = SimpleNamespace(num_heads=4, num_kv_heads=2, head_size=64, window=0, layout=PageLayout(64))
+IMPL = SimpleNamespace(
+    num_heads=4, num_kv_heads=2, head_size=64, window=0, layout=PageLayout(64), memory_of=lambda layer: None
+)
 
 
 def scraped(folder: Path) -> dict[tuple[str, ...], float]:
@@ -84,6 +87,40 @@ def test_work(window: int, query_len: int, seq_len: int) -> None:
     work = Work.of(impl, np.array([query_len, 0]), np.array([seq_len, 0]))
     assert work.operations == 2 * 2 * 4 * 64 * sum(map(len, seen))
     assert work.bytes == 2 * PageLayout(64).bytes_per_token * len(set().union(*seen))
+
+
+@pytest.mark.parametrize("query_block", [0, 64])
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 900), (70, 900), (200, 200), (333, 1234)])
+def test_rows_are_those_that_are_read(lengths: tuple[int, int], query_block: int) -> None:
+    """Against the specification."""
+    queries, tokens = lengths
+    layout, memory = PageLayout(64, tokens=64, has_bounds=True), Memory(70, 130, 3, 64)
+    starts, ends = torch.tensor([0, queries, queries]), torch.tensor([tokens, 0])
+    query, table = torch.randn(queries, 1, 64), torch.arange(20).expand(2, -1)
+    lists = reference.recall(query, layout.empty(20, 1), layout, table, ends, starts, memory, query_block)
+    rows = Rows.of(memory, 64, np.array([queries, 0]), np.array([tokens, 0]), query_block)
+    read = [length for length in lists.seq_lens.tolist() if length]
+    assert rows.read.tolist() == read
+    assert (rows.end - rows.first).tolist() == [n for n in lists.query_start_loc.diff().tolist() if n]
+    impl = SimpleNamespace(**{**vars(IMPL), "window": 0})
+    pairs = sum(n * length - n * (n - 1) // 2 for n, length in zip(rows.end - rows.first, read, strict=True))
+    assert Work.of(impl, np.array([queries]), np.array([tokens]), rows).operations == 4 * 4 * 64 * pairs
+    assert rows.recalled.tolist() == [3 if scored else 0 for scored in rows.scored]
+    assert rows.scored.any() == (tokens >= 900)
+
+
+def test_memory_is_counted(tmp_path: Path) -> None:
+    recorder = Recorder(FileValues(tmp_path, "sage-1", ("a model", "0")))
+    memory = Memory(64, 130, 3, 64)
+    recorder.add_layers(LAYERS, 1, PageLayout(64, tokens=64, has_bounds=True), 2, 4, torch.device("cpu"), memory)
+    recorder.paused = False
+    recorder.step(LAYERS, batch((1, 1000), (1, 100)), 2)
+    values = scraped(tmp_path)
+    assert values["sage_memory_context_tokens_total", "decode"] == 1100
+    assert values["sage_memory_read_tokens_total", "decode"] == 4 * 64 + 1000 - 13 * 64 + 100
+    assert values["sage_memory_scored_pages_total", "decode"] == 12
+    assert values["sage_memory_recalled_pages_total", "decode"] == 3
+    assert values["sage_memory_context_tokens_total", "prefill"] == 0
 
 
 def test_steps(recorder: Recorder, tmp_path: Path) -> None:
