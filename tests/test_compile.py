@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-HEAD_DIMS = (64, 80, 128, 256)
+HEAD_DIMS = dict.fromkeys((80, 89, 90, 100), (64, 80, 128, 256))
+HEAD_DIMS[86] = (256,)  # the code of sm_80 in the shared memory of sm_89: what matters is whether the largest tiles fit
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 """Shared memory that a program may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 INSTRUCTIONS = {
@@ -59,7 +60,7 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
     JITFunction.run = compile_only
     starts, lengths, table = torch.tensor([0, 1]), torch.tensor([1]), torch.zeros(1, 2)
     starts, lengths, table = (x.to(torch.int32) for x in (starts, lengths, table))
-    for head_dim in HEAD_DIMS:
+    for head_dim in HEAD_DIMS[capability]:
         for k_bits in (8, 4):
             layout = PageLayout(head_dim, k_bits)
             pages = layout.empty(2, 2)
@@ -109,11 +110,12 @@ def compiled(request: pytest.FixtureRequest, compilers: dict[int, subprocess.Pop
 
 
 def test_all_kernels_compile(compiled: tuple[int, list[dict[str, Any]]]) -> None:
-    _, kernels = compiled
+    capability, kernels = compiled
     for name in ("prefill", "decode", "merge", "store"):
         cases = {(kernel["head_dim"], kernel["k_bits"]) for kernel in kernels if kernel["kernel"] == name}
-        assert len(cases) == 2 * len(HEAD_DIMS), name
-    assert {"bounds", "fold", "score", "list"} <= {kernel["kernel"] for kernel in kernels}
+        assert len(cases) == 2 * len(HEAD_DIMS[capability]), name
+    remembering = {"bounds", "fold", "score", "list"} & {kernel["kernel"] for kernel in kernels}
+    assert len(remembering) == (4 if 128 in HEAD_DIMS[capability] else 0)
 
 
 def test_shared_memory_suffices(compiled: tuple[int, list[dict[str, Any]]]) -> None:
