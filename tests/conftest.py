@@ -30,6 +30,6 @@ def kernels() -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for all tests that need one, which test_serving.py stops."""
+    """One server for all tests that need one, which test_serving.py stops: other files that use it have names before that."""
     with serve(tmp_path_factory.mktemp("server")) as server:
         yield server
