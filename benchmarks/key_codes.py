@@ -190,20 +190,28 @@ def table(results: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare codes for keys.")
+def study(
+    script: str,
+    description: str,
+    heading: str,
+    activations: dict[str, Callable[[], list[Heads]]],
+    errors: Callable[[list[Heads]], list[dict[str, object]]],
+    table: Callable[[list[dict[str, object]]], str],
+) -> None:
+    """The command of a script here: print the errors on each kind of activations, and write them to the file of --out."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     report: dict[str, object] = {
-        "command": "benchmarks/key_codes.py" + (f" --out {arguments.out}" if arguments.out else ""),
+        "command": f"benchmarks/{script}" + (f" --out {arguments.out}" if arguments.out else ""),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "tokens": TOKENS,
     }
     with torch.inference_mode():
-        for name, layers in {"embedded model": model_activations(), "random": random_activations()}.items():
-            results = errors(layers)
-            print(f"{name}: relative error of attention, by anchor (first line) and transformation (second)")
+        for name, make in activations.items():
+            results = errors(make())
+            print(f"{name}: relative error of attention, {heading}")
             print(table(results), end="\n\n")
             report[name] = results
     if arguments.out:
@@ -211,4 +219,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    study(
+        "key_codes.py",
+        "Compare codes for keys.",
+        "by anchor (first line) and transformation (second)",
+        {"embedded model": model_activations, "random": random_activations},
+        errors,
+        table,
+    )

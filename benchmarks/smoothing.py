@@ -14,16 +14,11 @@ written once allow it:
 Plain torch on a CPU; takes a minute or two.
 """
 
-import argparse
 import itertools
-import json
 import math
-import platform
-from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
-from key_codes import ANCHORS, HEAD_DIM, TOKENS, Heads, attention, model_activations, random_activations
+from key_codes import ANCHORS, HEAD_DIM, TOKENS, Heads, attention, model_activations, random_activations, study
 from torch import Tensor
 
 from sage_kernels.reference import LOG2E, P_BITS, products, quantize_k, quantize_q, quantize_v
@@ -90,25 +85,12 @@ def table(results: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what smoothing of K, Q and V is worth.")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    arguments = parser.parse_args()
-    report: dict[str, object] = {
-        "command": "benchmarks/smoothing.py" + (f" --out {arguments.out}" if arguments.out else ""),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "tokens": TOKENS,
-    }
-    with torch.inference_mode():
-        for name, layers in {"embedded model": model_activations(), "random": biased_activations()}.items():
-            results = errors(layers)
-            print(f"{name}: relative error of attention, by what is smoothed")
-            print(table(results), end="\n\n")
-            report[name] = results
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    study(
+        "smoothing.py",
+        "Measure what smoothing of K, Q and V is worth.",
+        "by what is smoothed",
+        {"embedded model": model_activations, "random": biased_activations},
+        errors,
+        table,
+    )

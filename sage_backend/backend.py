@@ -333,27 +333,29 @@ class SageImpl(AttentionImpl[SageMetadata]):
         prefills: Requests = m.block_table[n:], m.seq_lens[n:], m.query_start_loc[n:]
         if memory is not None and target is None:
             self.store_bounds(pages, m, anchor)
+        reading = None if memory is None or memory.reads_all(self.layout.tokens, m.max_seq_len) else memory
         if n:
             q = query[: m.num_decode_tokens]
             with metrics.timed(m.sample, "decode", layer, query.device):
-                if memory is not None and not memory.reads_all(self.layout.tokens, m.max_seq_len):
-                    decodes, mask["turns"] = self.recall(q, pages, decodes, memory, 0, m.max_decode_query_len)
+                if reading is not None:
+                    decodes, mask["turns"] = self.recall(q, pages, decodes, reading, 0, m.max_decode_query_len)
                 table, lengths, starts = decodes
                 decode(q, pages, self.layout, table, lengths, starts, self.scale, out[: m.num_decode_tokens], **mask, **how)
         if n < m.seq_lens.shape[0] and m.num_decode_tokens < m.num_tokens:
             with metrics.timed(m.sample, "prefill", layer, query.device):
                 mask["turns"] = None
-                if memory is not None and not memory.reads_all(self.layout.tokens, m.max_seq_len):
-                    prefills, mask["turns"] = self.recall(query, pages, prefills, memory, memory.query_block)
+                if reading is not None:
+                    prefills, mask["turns"] = self.recall(query, pages, prefills, reading, reading.query_block)
                 table, lengths, starts = prefills
                 prefill(query, pages, self.layout, table, lengths, starts, self.scale, out, **mask)
         return output
 
     def memory_of(self, layer: Any) -> Memory | None:
         """What this layer, whose index is in its name, reads of long contexts."""
-        if self.memory is None or extract_layer_index(layer.layer_name) in self.memory.dense_layers:
+        if self.memory is None:
             return None
-        return self.memory.policy
+        dense = self.memory.dense_layers  # asked first, for names are taken apart in every step
+        return None if dense and extract_layer_index(layer.layer_name) in dense else self.memory.policy
 
     def turn_table(self, device_: torch.device) -> torch.Tensor | None:
         if not self.turns_pages:

@@ -12,14 +12,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from sage_backend import cli, plots, quality
 from sage_backend.demo import MODEL_DIR
-from sage_backend.demo.passkey import make_passkey
-
-_ANSWER_TOKENS = 8  # room for a key of five digits and a space
 
 
 def recall(
@@ -29,18 +25,11 @@ def recall(
 
     arguments: the engine's. Raises ValueError for lengths that do not hold a prompt.
     """
-    from vllm import SamplingParams
-
     found = {}
-    with quality.engine(run, model, max_model_len=max(lengths) + _ANSWER_TOKENS, **arguments) as llm:
-        tokenizer = llm.get_tokenizer()
-        greedy = SamplingParams(temperature=0, max_tokens=_ANSWER_TOKENS)
+    with quality.engine(run, model, max_model_len=max(lengths) + quality.ANSWER_TOKENS, **arguments) as llm:
         for length in lengths:
-            rng = Random(length)
-            at = [i / max(depths - 1, 1) for i in range(depths)]
-            prompts, answers = zip(*(make_passkey(length, each, rng, tokenizer, document) for each in at), strict=True)
-            texts = [output.outputs[0].text for output in llm.generate(list(prompts), greedy, use_tqdm=False)]
-            found[length] = [text.strip().startswith(answer) for text, answer in zip(texts, answers, strict=True)]
+            at = [i / (depths - 1) for i in range(depths)]
+            found[length] = quality.recalls(llm, length, at, document, progress=False)
             print(f"  {length:>9} tokens: {sum(found[length])} of {depths} recalled", file=sys.stderr, flush=True)
     return found
 
@@ -62,7 +51,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     engine: dict[str, Any] = {"enforce_eager": True, "enable_prefix_caching": False, "disable_log_stats": True}
     if current_platform.is_cpu():
         engine["kv_cache_memory_bytes"] = 1 << 30
-    engine |= quality.stretched(arguments.model, max(lengths) + _ANSWER_TOKENS)
+    engine |= quality.stretched(arguments.model, max(lengths) + quality.ANSWER_TOKENS)
     results: list[dict[str, Any]] = []
     for number, run in enumerate(runs, start=1):
         print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)

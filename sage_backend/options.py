@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 from sage_backend.variator.groups import MIN_TAIL
@@ -58,7 +59,7 @@ class MemoryOptions:
             )
         return options
 
-    @property
+    @cached_property
     def policy(self) -> Memory:
         return Memory(self.sink_tokens, self.local_tokens, self.topk_pages, self.query_block, int(self.extrapolate))
 

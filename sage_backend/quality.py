@@ -16,7 +16,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ KL_TOP = 10
 """Likeliest tokens of the baseline that the KL divergence is taken over."""
 PASSKEY_DEPTHS = 10
 """Where pass keys are told, from the start of the text to its end."""
-_ANSWER_TOKENS = 8  # room for a key of five digits and a space
+ANSWER_TOKENS = 8  # room for a key of five digits and a space
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,22 @@ def windows(tokenizer: Any, text: str, tokens: int, context: int) -> list[list[i
     return [ids[i : i + context - 1] for i in range(0, len(ids), context - 1)]
 
 
+def recalls(
+    llm: Any, length: int, depths: Iterable[float], document: Sequence[str] = (), progress: bool = True
+) -> list[bool]:
+    """Whether an engine recalls pass keys that are told at these depths of prompts of `length` tokens, which are a document's
+    lines or filler."""
+    from vllm import SamplingParams
+
+    from sage_backend.demo.passkey import make_passkey
+
+    rng, tokenizer = Random(length), llm.get_tokenizer()
+    prompts, answers = zip(*(make_passkey(length, depth, rng, tokenizer, document) for depth in depths), strict=True)
+    greedy = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
+    texts = [output.outputs[0].text for output in llm.generate(list(prompts), greedy, use_tqdm=progress)]
+    return [text.strip().startswith(answer) for text, answer in zip(texts, answers, strict=True)]
+
+
 def measure(
     run: Run, model: str, text: str, tokens: int, context: int, passkey: Sequence[int] = (), keys: int = 1, prompt: int = 0
 ) -> Scores:
@@ -171,7 +187,6 @@ def measure(
     from vllm import SamplingParams
     from vllm.platforms import current_platform
 
-    from sage_backend.demo.passkey import make_passkey
     from sage_backend.variator.admission import TAIL
     from sage_backend.variator.groups import MIN_TAIL
 
@@ -200,15 +215,10 @@ def measure(
         token_ids = np.concatenate([np.array(each.token_ids).reshape(shape)[prompt:] for each in flat])
 
         recalled = {}
-        greedy = SamplingParams(temperature=0, max_tokens=_ANSWER_TOKENS)
         for length in passkey:
-            if length + _ANSWER_TOKENS > context:
+            if length + ANSWER_TOKENS > context:
                 raise ValueError(f"pass-key prompts of {length} tokens do not fit a context of {context}")
-            rng = Random(length)
-            depths = np.tile(np.linspace(0, 1, PASSKEY_DEPTHS), keys)
-            prompts, answers = zip(*(make_passkey(length, depth, rng, tokenizer) for depth in depths), strict=True)
-            texts = [output.outputs[0].text for output in llm.generate(list(prompts), greedy)]
-            right = [text.strip().startswith(answer) for text, answer in zip(texts, answers, strict=True)]
+            right = recalls(llm, length, np.tile(np.linspace(0, 1, PASSKEY_DEPTHS), keys))
             recalled[length] = np.reshape(right, (keys, PASSKEY_DEPTHS)).mean(0).tolist()
         kv_tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
     return Scores(logprobs[:, 0], token_ids[:, 1:], logprobs[:, 1:], recalled, kv_tokens)
@@ -294,8 +304,8 @@ def circumstances(command: str, model: str) -> dict[str, Any]:
 
 def _compare(arguments: argparse.Namespace, command: str) -> None:
     text = cli.read_text(arguments.text)
-    if arguments.tokens < 2 or arguments.context < 2 * _ANSWER_TOKENS:
-        raise ValueError(f"--tokens must be at least 2 and --context at least {2 * _ANSWER_TOKENS}")
+    if arguments.tokens < 2 or arguments.context < 2 * ANSWER_TOKENS:
+        raise ValueError(f"--tokens must be at least 2 and --context at least {2 * ANSWER_TOKENS}")
     if Path(arguments.model).is_absolute():
         check_model_folder(Path(arguments.model))
     lengths = arguments.passkey.split(",") if arguments.passkey else []

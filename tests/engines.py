@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from sage_backend import quality
@@ -132,3 +133,15 @@ def save_random_model(folder: Path, config: Any) -> None:
             if name.endswith("sinks"):
                 parameter.fill_(4.0)  # as much as many keys
     model.save_pretrained(folder)
+
+
+def give_two_workers_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an engine with two workers run: each on a core of its own. Skips the test where there are no two, or no two GPUs."""
+    if torch.cuda.is_available():
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs two GPUs")
+    else:
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) < 2:
+            pytest.skip("needs two cores")
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")

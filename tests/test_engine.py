@@ -1,6 +1,5 @@
 """The backend inside vLLM: whatever way a request goes through the engine, its tokens are the same."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from engines import (
     assert_same_tokens,
     capacity,
     engine,
+    give_two_workers_cores,
     greedy,
     heldout_prompts,
     metric,
@@ -140,14 +140,7 @@ def test_two_workers(
     arguments: dict[str, Any], eager: tuple[list[list[int]], list[Answer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In processes of their own, each with half of the heads, or half of the layers."""
-    if torch.cuda.is_available():
-        if torch.cuda.device_count() < 2:
-            pytest.skip("needs two GPUs")
-    else:
-        cores = sorted(os.sched_getaffinity(0))
-        if len(cores) < 2:
-            pytest.skip("needs two cores")
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+    give_two_workers_cores(monkeypatch)
     prompts, answers = eager
     with engine(dtype="bfloat16", **arguments) as llm:
         assert_same_tokens(greedy(llm, prompts), answers, NEAR_TIE)

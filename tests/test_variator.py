@@ -1,7 +1,6 @@
 """Compression plugins: what they compute, which tokens they take, how they are trained, and what an engine makes of them."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from engines import Answer, assert_same_tokens, engine, environment, heldout_prompts, metric, save_random_model
+from engines import (
+    Answer,
+    assert_same_tokens,
+    engine,
+    environment,
+    give_two_workers_cores,
+    heldout_prompts,
+    metric,
+    save_random_model,
+)
 from prometheus_client import REGISTRY
 from safetensors.torch import load_file
 
@@ -714,14 +722,7 @@ def test_tensor_parallel(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with compressing(plugins) as llm:
         prompts = heldout_prompts(llm, LENGTHS)
         expected = ask_all(llm, prompts, 4)
-    if torch.cuda.is_available():
-        if torch.cuda.device_count() < 2:
-            pytest.skip("needs two GPUs")
-    else:
-        cores = sorted(os.sched_getaffinity(0))
-        if len(cores) < 2:
-            pytest.skip("needs two cores")
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+    give_two_workers_cores(monkeypatch)
     with compressing(plugins, tensor_parallel_size=2) as llm:
         assert_same(ask_all(llm, prompts, 4), expected, 0.05)
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from sage_kernels.device import fp8_path, pipeline_stages
 from sage_kernels.reference import Turns
-from sage_kernels.tiles import LOG2E, TABLES, attend_page, find_request, quantize_q
+from sage_kernels.tiles import LOG2E, TABLES, attend_page, find_request, quantize_q, turned
 from sage_paged import PageLayout
 
 logger = logging.getLogger(__name__)
@@ -66,9 +66,7 @@ def quantized_query(
         low = load_query(query, token, head, valid, token_stride, head_stride, half, HALF)
         high = load_query(query + HALF, token, head, valid, token_stride, head_stride, half, HALF)
         if TURN:
-            cos = tl.load(turn + half, mask=half < HALF, other=1.0)[None, :]
-            sin = tl.load(turn + HALF + half, mask=half < HALF, other=0.0)[None, :]
-            low, high = low * cos + high * sin, high * cos - low * sin
+            low, high = turned(low, high, (turn + half)[None, :], (half < HALF)[None, :], HALF)
         # Both halves have one scale, so they are quantized as one row.
         codes, q_scale = quantize_q(tl.reshape(tl.join(low, high), [low.shape[0], BLOCK_D]), scale)
         low_codes, high_codes = tl.split(tl.reshape(codes, [low.shape[0], BLOCK_D // 2, 2]))

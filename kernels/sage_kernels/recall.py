@@ -1,8 +1,8 @@
 """Memory on a GPU: the bounds of full pages, and the choice of the pages that rows of queries read.
 
 The choice takes three launches: the queries of a row are folded into two vectors, the pages of a context are scored, and the
-best become a page list. All grids follow from shapes alone and nothing is
-read back, so that it can be captured in a CUDA graph.
+best become a page list. All grids follow from shapes alone and nothing is read back, so that it can be captured in a CUDA
+graph.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from sage_kernels.reference import SCORE_BITS as _SCORE_BITS
 from sage_kernels.reference import PageLists, Turns, max_rows
-from sage_kernels.tiles import TABLES, find_request, load_scale_and_zero
+from sage_kernels.tiles import TABLES, find_request, load_scale_and_zero, turned
 from sage_paged import Memory, PageLayout
 
 _PART_PAGES = 64
@@ -61,10 +61,7 @@ def _bounds_kernel(
         if ANCHOR:
             low += tl.load(anchor + head * HEAD_DIM + half, mask=inside, other=0.0)[None, :]
             high += tl.load(anchor + head * HEAD_DIM + HALF + half, mask=inside, other=0.0)[None, :]
-        turn = turn_table + page * HEAD_DIM
-        cos = tl.load(turn + half, mask=inside, other=1.0)[None, :]
-        sin = tl.load(turn + HALF + half, mask=inside, other=0.0)[None, :]
-        low, high = low * cos + high * sin, high * cos - low * sin
+        low, high = turned(low, high, (turn_table + page * HEAD_DIM + half)[None, :], inside[None, :], HALF)
     least = cache_f16 + offset // 2 + BOUNDS + half
     tl.store(least, tl.min(low, 0).to(tl.float16), mask=inside)
     tl.store(least + HALF, tl.min(high, 0).to(tl.float16), mask=inside)
@@ -94,25 +91,16 @@ def store_bounds(
 
 
 @triton.jit
-def _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK: tl.constexpr):
-    """A row's request, the position of its first query and the one past its last, and where its queries start."""
+def _locate(
+    query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK: tl.constexpr, LOCAL: tl.constexpr, PAGE: tl.constexpr
+):
+    """A row's request, the position of its first query and the one past its last, its first local page, and where its queries
+    start."""
     if QUERY_BLOCK > 0:
-        # As `find_request`, but a request of n tokens may have a part of n // QUERY_BLOCK + 2 blocks.
-        base = tl.load(query_start_loc)
-        request = 0
-        end = num_reqs
-        while end - request > 1:
-            middle = (request + end) // 2
-            if (tl.load(query_start_loc + middle) - base) // QUERY_BLOCK + 2 * middle <= row:
-                request = middle
-            else:
-                end = middle
-        start = tl.load(query_start_loc + request)
-        nth = row - ((start - base) // QUERY_BLOCK + 2 * request)
+        request, nth = find_request(query_start_loc, row, num_reqs, QUERY_BLOCK, 2)
     else:
-        request = row
-        start = tl.load(query_start_loc + request)
-        nth = 0
+        request, nth = row, 0
+    start = tl.load(query_start_loc + request)
     length = tl.load(seq_lens + request)
     begin = length - (tl.load(query_start_loc + request + 1) - start)
     low, high = begin, length
@@ -120,7 +108,7 @@ def _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK: tl.constexpr)
         block = begin // QUERY_BLOCK + nth
         low = tl.minimum(tl.maximum(block * QUERY_BLOCK, begin), length)
         high = tl.maximum(tl.minimum((block + 1) * QUERY_BLOCK, length), low)
-    return request, low, high, start + low - begin
+    return request, low, high, tl.maximum(low - LOCAL + 1, 0) // PAGE, start + low - begin
 
 
 @triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
@@ -135,8 +123,7 @@ def _fold_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0)
     head = tl.program_id(1)
-    _, low, high, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK)
-    local = tl.maximum(low - LOCAL + 1, 0) // PAGE
+    _, low, high, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
     listed = tl.minimum(local, SINKS + TOPK)
     if head == 0:
         tl.store(row_starts + row, start)
@@ -161,10 +148,7 @@ def _fold_kernel(
         q_high = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
         if TURN:
             nearer = tl.maximum(token // PAGE - LOCAL // PAGE - 1, 0)
-            turn = turn_table + nearer[:, None] * HEAD_DIM + half[None, :]
-            cos = tl.load(turn, mask=mask, other=1.0)
-            sin = tl.load(turn + HALF, mask=mask, other=0.0)
-            q_low, q_high = q_low * cos + q_high * sin, q_high * cos - q_low * sin
+            q_low, q_high = turned(q_low, q_high, turn_table + nearer[:, None] * HEAD_DIM + half[None, :], mask, HALF)
         low_negative += tl.minimum(q_low, 0.0)
         low_positive += tl.maximum(q_low, 0.0)
         high_negative += tl.minimum(q_high, 0.0)
@@ -185,8 +169,7 @@ def _score_kernel(
     """Grid: (parts of a context, KV heads, rows). scores: float32 [rows, kv_heads, width], of the pages behind the sinks."""
     head = tl.program_id(1)
     row = tl.program_id(2)
-    request, low, _, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK)
-    local = tl.maximum(low - LOCAL + 1, 0) // PAGE
+    request, _, _, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
     page = SINKS + tl.program_id(0) * PART + tl.arange(0, PART)
     if local <= SINKS + TOPK or SINKS + tl.program_id(0) * PART >= local:
         return
@@ -242,8 +225,7 @@ def _list_kernel(
     """Grid: (rows, KV heads). lists, turns: int32 [rows, kv_heads, list_width]; turns are written where TRAINED is not 0."""
     row = tl.program_id(0)
     head = tl.program_id(1)
-    request, low, high, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK)
-    local = tl.maximum(low - LOCAL + 1, 0) // PAGE
+    request, low, high, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
     target = (row * tl.num_programs(1) + head).to(tl.int64) * list_width
     table = block_table + request.to(tl.int64) * table_stride
     far = tl.minimum(local, SINKS + TOPK)
@@ -288,7 +270,8 @@ def recall(
     sinks = memory.sink_pages(layout.tokens)
     list_width = memory.list_pages(layout.tokens, query_block or max_query_len)
     candidates = max(1, block_table.shape[1] - sinks)
-    lists, turns = (torch.empty(rows, kv_heads, list_width, dtype=torch.int32, device=device) for _ in range(2))
+    lists = torch.empty(rows, kv_heads, list_width, dtype=torch.int32, device=device)
+    turns = None if turn_table is None else Turns(torch.empty_like(lists), turn_table)
     row_lens, row_starts = (torch.empty(n, dtype=torch.int32, device=device) for n in (rows, rows + 1))
     folded = torch.empty(rows, kv_heads, 2, layout.head_dim, dtype=torch.float32, device=device)
     scores = torch.empty(rows, kv_heads, candidates, dtype=torch.float32, device=device)
@@ -312,7 +295,8 @@ def recall(
     )  # fmt: skip
     block = triton.next_power_of_2(candidates)
     _list_kernel[(rows, kv_heads)](
-        scores, lists, turns, block_table, seq_lens, query_start_loc, requests, candidates, list_width, block_table.stride(0),
-        TRAINED=memory.trained_tokens, CANDIDATES=block, BLOCK=64, num_warps=8, **policy,
+        scores, lists, lists if turns is None else turns.pages, block_table, seq_lens, query_start_loc, requests, candidates,
+        list_width, block_table.stride(0),
+        TRAINED=0 if turns is None else memory.trained_tokens, CANDIDATES=block, BLOCK=64, num_warps=8, **policy,
     )  # fmt: skip
-    return PageLists(lists, row_lens, row_starts, Turns(turns, turn_table) if turn_table is not None else None)
+    return PageLists(lists, row_lens, row_starts, turns)

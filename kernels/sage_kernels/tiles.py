@@ -76,22 +76,32 @@ def e4m3_bits_to_half(code):
 
 
 @triton.jit
-def find_request(query_start_loc, q_block, num_reqs, BLOCK_Q: tl.constexpr):
-    """The request that query block `q_block` belongs to.
+def find_request(query_start_loc, q_block, num_reqs, BLOCK_Q: tl.constexpr, SPARE: tl.constexpr = 1):
+    """The request that query block `q_block` belongs to, and the how manieth of its blocks that is.
 
-    Request r gets its blocks from start(r) // BLOCK_Q + r on: at least as many as it needs, without a table.
+    Request r gets its blocks from start(r) // BLOCK_Q + SPARE * r on: at least as many as it needs, without a table. Blocks
+    that begin with a request's first query need one to spare, others, which may begin before it, two.
     """
     base = tl.load(query_start_loc)
     low = 0
     high = num_reqs
     while high - low > 1:
         middle = (low + high) // 2
-        if (tl.load(query_start_loc + middle) - base) // BLOCK_Q + middle <= q_block:
+        if (tl.load(query_start_loc + middle) - base) // BLOCK_Q + SPARE * middle <= q_block:
             low = middle
         else:
             high = middle
-    first_block = (tl.load(query_start_loc + low) - base) // BLOCK_Q + low
+    first_block = (tl.load(query_start_loc + low) - base) // BLOCK_Q + SPARE * low
     return low, q_block - first_block
+
+
+@triton.jit
+def turned(low, high, turn, mask, HALF: tl.constexpr):
+    """The halves of `reference.turned`. turn: pointers to the cosines of rows of a turn table; mask: which of them are there.
+    Both have shapes that go with that of low and high."""
+    cos = tl.load(turn, mask=mask, other=1.0)
+    sin = tl.load(turn + HALF, mask=mask, other=0.0)
+    return low * cos + high * sin, high * cos - low * sin
 
 
 @triton.jit
