@@ -187,7 +187,8 @@ def sage(batch: Batch, k_bits: int) -> Prepared:
     arguments = batch.query, pages, layout, *where, batch.scale, out
     if case.kind == "decode":
         processors = device.multiprocessors(batch.device)
-        splits = decode.choose_splits(case.batch, shape.kv_heads, case.length, layout.tokens, processors)
+        own = decode.choose_kernel(batch.device, layout) is not None
+        splits = decode.choose_splits(case.batch, shape.kv_heads, case.length, layout.tokens, processors, own)
         workspace = decode.Workspace.allocate(case.batch * shape.heads * splits, shape.head_dim, batch.device)
         launch = partial(decode.decode, *arguments, max_query_len=1, splits=splits, workspace=workspace)
     else:

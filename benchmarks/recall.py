@@ -68,7 +68,8 @@ def measure(length: int, arguments: argparse.Namespace) -> dict[str, float | int
     out = torch.empty(1, heads, dim, dtype=torch.bfloat16, device=where)
 
     def splits(tokens: int) -> int:
-        return decode.choose_splits(1, kv_heads, tokens, layout.tokens, device.multiprocessors(where))
+        own = decode.choose_kernel(where, layout) is not None
+        return decode.choose_splits(1, kv_heads, tokens, layout.tokens, device.multiprocessors(where), own)
 
     def dense() -> None:
         for query, pages, table in layers:

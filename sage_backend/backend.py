@@ -150,6 +150,8 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             max_requests = vllm_config.scheduler_config.max_num_seqs
             rows = decode.workspace_rows(max_requests, self.reorder_batch_threshold, self.heads, self.kv_heads, self.processors)
             self.workspace = decode.Workspace.allocate(rows, kv_cache_spec.head_size, device_)
+            layout = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl.layout
+            self.own_decode = decode.choose_kernel(device_, layout) is not None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -171,7 +173,9 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             if self.memory is not None and not self.memory.dense_layers:
                 listed = self.memory.policy.list_pages(self.page_tokens, threshold)
                 longest = min(longest, listed * self.page_tokens)
-            splits = decode.choose_splits(num_decodes, self.kv_heads, longest, self.page_tokens, self.processors)
+            splits = decode.choose_splits(
+                num_decodes, self.kv_heads, longest, self.page_tokens, self.processors, self.own_decode
+            )
         return SageMetadata(
             num_tokens=common.num_actual_tokens,
             num_decodes=num_decodes,

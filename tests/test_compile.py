@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -47,13 +48,19 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
     from sage_kernels.reference import Turns
     from sage_paged import Memory
 
+    def decode_by_its_own_kernel(*args: Any, **kwargs: Any) -> None:
+        from sage_kernels import hopper_decode
+
+        with mock.patch.object(decode, "choose_kernel", return_value=hopper_decode):
+            decode.decode(*args, **kwargs)
+
     compiled = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         found = [name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, kernel.asm["ptx"])]
-        hopper = self.__module__.endswith("hopper")
+        hopper = "hopper" in self.__module__
         name = self.__name__.strip("_").removesuffix("_kernel")
         compiled.append({"kernel": "hopper " * hopper + name, **case, "uses": found, "shared": kernel.metadata.shared})
 
@@ -80,10 +87,12 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
                 recall.recall(query, *where, Memory(), 512)
             attentions = [prefill.prefill, decode.decode]
             if capability == 90:
-                from sage_kernels import hopper
+                from sage_kernels import hopper, hopper_decode
 
                 if hopper.supports(layout, 4):
                     attentions.append(hopper.prefill)
+                if hopper_decode.supports(layout):
+                    attentions.append(decode_by_its_own_kernel)
             for case["mask"], mask in masks.items():
                 # Only the portable kernels turn queries.
                 for attention in attentions[: 2 if "turns" in mask else None]:
@@ -126,12 +135,13 @@ def test_shared_memory_suffices(compiled: tuple[int, list[dict[str, Any]]]) -> N
 def test_tensor_cores_are_used(compiled: tuple[int, list[dict[str, Any]]]) -> None:
     """INT8 instructions for Q K^T everywhere; FP8 ones for P V where there are any, else FP16.
 
-    Decoding has fewer rows than the asynchronous instructions of sm_90 and later take, and with those of before Triton
-    widens FP8 to FP16 there.
+    Portable decoding has fewer rows than the asynchronous instructions of sm_90 and later take, and with those of before
+    Triton widens FP8 to FP16 there.
     """
     capability, kernels = compiled
     pv = {"decode": "fp8" if capability == 89 else "half", "prefill": "fp8" if capability >= 89 else "half"}
-    attentions = [(kernel, pv[kernel["kernel"].split()[-1]]) for kernel in kernels if kernel["kernel"].split()[-1] in pv]
+    pv |= {"hopper decode": "fp8", "hopper prefill": "fp8"}
+    attentions = [(kernel, pv[kernel["kernel"]]) for kernel in kernels if kernel["kernel"] in pv]
     assert attentions
     assert [kernel for kernel, instruction in attentions if kernel["uses"] != ["int8", instruction]] == []
 

@@ -117,7 +117,7 @@ def test_a_gpu_that_torch_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ((object(), None), "native", OK, "prefill Gluon"),
         ((None, "gluon_missing"), "native", WARN, "Gluon cannot be imported"),
-        ((None, None), "half", OK, "prefill Triton; store and decode Triton; FP16"),
+        ((None, None), "half", OK, "prefill Triton; decode Triton; store Triton; FP16"),
     ],
 )
 def test_which_kernels(choice: Any, fp8: str, state: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,15 @@ grids follow from shapes alone, nothing is read back, and the workspace is alloc
 CUDA graph and replayed with other lengths.
 """
 
+import functools
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.device import fp8_path, pipeline_stages
+from sage_kernels.device import fp8_path, has_own_kernels, pipeline_stages
 from sage_kernels.prefill import quantized_query, table_strides, turn_arguments
 from sage_kernels.reference import Turns
 from sage_kernels.tiles import LOG2E, TABLES, attend_page
@@ -163,9 +165,26 @@ class Workspace:
         return Workspace(empty(rows, head_dim), empty(rows), empty(rows))
 
 
-def choose_splits(requests: int, kv_heads: int, max_seq_len: int, page_tokens: int, processors: int) -> int:
-    """Over how many programs to spread each request's KV length: enough to fill the chip, none with under two pages."""
-    wanted = -(-_PROGRAMS_PER_PROCESSOR * processors // (requests * kv_heads))
+@functools.cache
+def choose_kernel(device: torch.device, layout: PageLayout) -> ModuleType | None:
+    """The module with a kernel made for this device and these pages, or None for the portable one."""
+    if not has_own_kernels(device):
+        return None
+    from sage_kernels import hopper_decode
+
+    return hopper_decode if hopper_decode.supports(layout) else None
+
+
+def choose_splits(requests: int, kv_heads: int, max_seq_len: int, page_tokens: int, processors: int, own: bool = False) -> int:
+    """Over how many programs to spread each request's KV length: enough to fill the chip, none with under two pages.
+
+    own: whether the kernel is one that `choose_kernel` knows. Two of its programs fill a processor. Requests beside each
+    other differ in length, so they are cut into smaller pieces.
+    """
+    programs = _PROGRAMS_PER_PROCESSOR
+    if own:
+        programs = 2 if requests == 1 else 4
+    wanted = -(-programs * processors // (requests * kv_heads))
     return max(1, min(wanted, -(-max_seq_len // (2 * page_tokens)), _MAX_SPLITS))
 
 
@@ -208,20 +227,25 @@ def decode(
         workspace = Workspace.allocate(tokens * heads * splits, head_dim, query.device)
     elif workspace.top.numel() < tokens * heads * splits:
         raise ValueError(f"workspace of {workspace.top.numel()} rows, {tokens * heads * splits} needed")
-    fp8 = fp8_path(query.device)
     block_d = triton.next_power_of_2(head_dim)
-    block_m = max(16, triton.next_power_of_2(max_query_len * group))
-    _decode_kernel[(splits, kv_heads, requests)](
-        query, workspace.out, workspace.top, workspace.total,
-        pages.view(torch.int8), pages.view(torch.uint8 if fp8 == "half" else torch.float8_e4m3fn), pages.view(torch.float32),
-        block_table, seq_lens, query_start_loc, query if anchor is None else anchor, scale, soft_cap,
-        *turn_arguments(turns, query), query.stride(0), query.stride(1), *table_strides(block_table), pages.stride(0),
-        pages.stride(1),
-        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, ANCHOR=anchor is not None,
-        HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
-        BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8, TURN=turns is not None, num_warps=_WARPS,
-        num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens),
-    )  # fmt: skip
+    partial = workspace.out, workspace.top, workspace.total
+    own = choose_kernel(query.device, layout) if turns is None else None
+    if own is not None:
+        where = block_table, seq_lens, query_start_loc
+        own.attend(query, pages, layout, *where, scale, window, soft_cap, anchor, max_query_len, splits, partial)
+    else:
+        fp8 = fp8_path(query.device)
+        block_m = max(16, triton.next_power_of_2(max_query_len * group))
+        _decode_kernel[(splits, kv_heads, requests)](
+            query, *partial, pages.view(torch.int8), pages.view(torch.uint8 if fp8 == "half" else torch.float8_e4m3fn),
+            pages.view(torch.float32), block_table, seq_lens, query_start_loc, query if anchor is None else anchor, scale,
+            soft_cap, *turn_arguments(turns, query), query.stride(0), query.stride(1), *table_strides(block_table),
+            pages.stride(0), pages.stride(1),
+            GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, ANCHOR=anchor is not None,
+            HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
+            BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8, TURN=turns is not None, num_warps=_WARPS,
+            num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens),
+        )  # fmt: skip
     _merge_kernel[(tokens, heads)](
         out, workspace.out, workspace.top, workspace.total, out if sinks is None else sinks, splits,
         out.stride(0), out.stride(1),

@@ -1,8 +1,11 @@
 """What a device can do, asked once."""
 
 import functools
+import logging
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -15,6 +18,19 @@ def fp8_path(device: torch.device) -> str:
     if device.type != "cuda":
         return "emulated"
     return "native" if torch.cuda.get_device_capability(device) >= (8, 9) else "half"
+
+
+@functools.cache
+def has_own_kernels(device: torch.device) -> bool | None:
+    """Whether kernels made for this device are to be asked; None if there are some, but Triton's Gluon cannot be imported."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    try:
+        import triton.experimental.gluon  # noqa: F401
+    except ImportError as error:
+        logger.warning("attention takes the portable kernels, which are slower: Triton's Gluon cannot be used (%s)", error)
+        return None
+    return True
 
 
 @functools.cache

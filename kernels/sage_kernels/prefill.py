@@ -5,19 +5,16 @@ The heads that share a KV head are packed into the rows of one tile, so each pag
 """
 
 import functools
-import logging
 from types import ModuleType
 
 import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.device import fp8_path, pipeline_stages
+from sage_kernels.device import fp8_path, has_own_kernels, pipeline_stages
 from sage_kernels.reference import Turns
 from sage_kernels.tiles import LOG2E, TABLES, attend_page, find_request, quantize_q, turned
 from sage_paged import PageLayout
-
-logger = logging.getLogger(__name__)
 
 
 @triton.jit
@@ -185,13 +182,11 @@ def choose_kernel(device: torch.device, layout: PageLayout, group: int) -> tuple
     Where the device has such a kernel and the portable one is taken all the same, the second element says why:
     "gluon_missing" if it cannot be imported, "page_format" if it does not read these pages.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return None, None
-    try:
-        from sage_kernels import hopper
-    except ImportError as error:
-        logger.warning("prefill takes the portable kernel, which is slower: Triton's Gluon cannot be used (%s)", error)
-        return None, "gluon_missing"
+    own = has_own_kernels(device)
+    if not own:
+        return None, None if own is False else "gluon_missing"
+    from sage_kernels import hopper
+
     return (hopper, None) if hopper.supports(layout, group) else (None, "page_format")
 
 
