@@ -180,7 +180,9 @@ def sage(batch: Batch, k_bits: int) -> Prepared:
     layout = PageLayout(shape.head_dim, k_bits, 128)
     paging = batch.paging(layout.tokens)
     pages = layout.empty(paging.blocks, shape.kv_heads, batch.device)
-    write = partial(store.store, batch.key, batch.value, pages, paging.slots, layout)
+    # As in an engine without a calibration, the first tokens that are stored fix what is subtracted from all keys.
+    anchor = torch.full((shape.kv_heads, shape.head_dim), torch.nan, device=batch.device)
+    write = partial(store.store, batch.key, batch.value, pages, paging.slots, layout, anchor)
     write()
     out = batch.poisoned()
     where = paging.block_table, batch.seq_lens, batch.query_start_loc

@@ -11,7 +11,7 @@ A run is named as for `sage_backend.quality`, except that its compression plugin
 its own, in a process of its own, with random weights of the given shape (default: Llama-3.1-8B) and random prompts. Prefill is
 the time to the first token of one prompt, the median of --repeat prompts after a warm-up of the same length or of --warm-up
 tokens. A decode step of BATCHxLENGTH is the time by which a longer generation exceeds a shorter one, for BATCH requests of
-LENGTH tokens.
+LENGTH tokens, whose prompts are in the prefix cache by then.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
             folder,
             load_format="dummy",
             skip_tokenizer_init=True,
-            enable_prefix_caching=False,
+            enable_prefix_caching=True,
             max_model_len=longest,
             max_num_batched_tokens=arguments.chunk,
             enforce_eager=arguments.eager,
@@ -100,10 +100,11 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
             cache = llm.llm_engine.vllm_config.cache_config
             figures["kv_tokens"] = (cache.num_gpu_blocks or 0) * cache.block_size
 
-            def generate(batch: int, length: int, tokens: int) -> float:
-                prompts: list[Any] = [
-                    {"prompt_token_ids": [rng.randrange(shape["vocab_size"]) for _ in range(length)]} for _ in range(batch)
-                ]
+            def prompts(batch: int, length: int) -> list[Any]:
+                ids = [[rng.randrange(shape["vocab_size"]) for _ in range(length)] for _ in range(batch)]
+                return [{"prompt_token_ids": each} for each in ids]
+
+            def generate(prompts: list[Any], tokens: int) -> float:
                 sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
                 start = time.perf_counter()
                 llm.generate(prompts, sampling, use_tqdm=False)
@@ -113,15 +114,16 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 from sage_kernels import prefill
 
                 prefill.prefill = lambda *_, **__: None
-            figures["first_request_seconds"] = round(generate(1, min(200, longest - 1), 1), 3)
+            figures["first_request_seconds"] = round(generate(prompts(1, min(200, longest - 1)), 1), 3)
             for length in arguments.prefill:
-                generate(1, min(length, arguments.warm_up), 1)
-                seconds = statistics.median(generate(1, length, 1) for _ in range(arguments.repeat))
+                generate(prompts(1, min(length, arguments.warm_up)), 1)
+                seconds = statistics.median(generate(prompts(1, length), 1) for _ in range(arguments.repeat))
                 figures[f"prefill_{length}"] = round(length / seconds)
                 print(f"  {run}: prefill {length}: {length / seconds:,.0f} tokens/s", flush=True)
             for batch, length in arguments.decode:
-                generate(batch, min(length, arguments.warm_up), 8)
-                short, long = generate(batch, length, 8), generate(batch, length, 72)
+                asked = prompts(batch, length)
+                generate(asked, 8)
+                short, long = generate(asked, 8), generate(asked, 72)
                 figures[f"decode_{batch}x{length}_ms"] = round((long - short) / 64 * 1e3, 3)
                 print(f"  {run}: decode {batch} x {length}: {figures[f'decode_{batch}x{length}_ms']} ms a step", flush=True)
     return figures
