@@ -66,6 +66,14 @@ def random_plugins(folder: str) -> str:
     return str(path)
 
 
+def execution(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How the engine is to run its model."""
+    if not arguments.graphs:
+        return {"enforce_eager": arguments.eager}
+    sizes = sorted({batch for batch, _ in arguments.decode} | {1})
+    return {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}}
+
+
 def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Start an engine and time it; returns the figures."""
     from vllm import SamplingParams
@@ -93,7 +101,7 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
             enable_prefix_caching=True,
             max_model_len=longest,
             max_num_batched_tokens=arguments.chunk,
-            enforce_eager=arguments.eager,
+            **execution(arguments),
             disable_log_stats=True,
         ) as llm:
             figures["start_seconds"] = round(time.perf_counter() - began, 1)
@@ -167,7 +175,9 @@ def parse() -> argparse.Namespace:
         help="of SAGE, for decode steps behind contexts that would take minutes to read; what is in their pages then is not "
         "what the model would have put there, which changes no step's time",
     )
-    parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
+    how.add_argument("--graphs", action="store_true", help="without torch.compile, with CUDA graphs for decode steps")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     return parser.parse_args()
