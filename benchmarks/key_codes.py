@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sage_backend.demo import HELDOUT, MODEL_DIR
-from sage_kernels.reference import ANCHOR_TOKENS
+from sage_kernels.reference import ANCHOR_TOKENS, quantize_k
 
 TOKENS, HEAD_DIM, SCALE_BYTES = 2047, 128, 4
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -138,6 +138,11 @@ def mixed(x: Tensor, channels: int = 16) -> Tensor:
     return torch.empty_like(x).scatter_(-1, by_size.expand_as(x), coded)
 
 
+def in_use(x: Tensor) -> Tensor:
+    codes, scale = quantize_k(x, 4)
+    return codes * scale[..., None]
+
+
 CODES: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
     "INT8": (HEAD_DIM + SCALE_BYTES, lambda x: symmetric(x, 127)),
     "INT4": (HEAD_DIM / 2 + SCALE_BYTES, int4),
@@ -148,12 +153,13 @@ CODES: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
     "INT4, 4 groups": (HEAD_DIM / 2 + 2 * SCALE_BYTES, grouped(int4, 4)),
     "INT4, 4 groups, asymmetric": (HEAD_DIM / 2 + 4 * SCALE_BYTES, grouped(uint4, 4)),
     "INT4, 8 groups": (HEAD_DIM / 2 + 4 * SCALE_BYTES, grouped(int4, 8)),
+    "INT4 of INT8, 8 groups": (HEAD_DIM / 2 + 16 + SCALE_BYTES, in_use),
     "INT4 (2, a.), 16 in INT8": (HEAD_DIM / 2 + 8 + 2.5 * SCALE_BYTES, mixed),
     "INT5": (HEAD_DIM * 5 / 8 + SCALE_BYTES, lambda x: symmetric(x, 15)),
     "INT5, 2 groups, asymmetric": (HEAD_DIM * 5 / 8 + 2 * SCALE_BYTES, grouped(lambda x: asymmetric(x, 32), 2)),
 }
 """Bytes of a key of one head, and the code. One scale is float32; several, and those with zero points, are bfloat16.
-`INT4, 2 groups, asymmetric` is what INT4 pages hold."""
+`INT4 of INT8, 8 groups` is what INT4 pages hold."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

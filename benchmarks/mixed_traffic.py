@@ -77,10 +77,16 @@ async def send(session: aiohttp.ClientSession, base: str, rng: random.Random, lo
         return "complete" if received == body["max_tokens"] else f"{received} tokens, not {body['max_tokens']}"
 
 
-async def metric(session: aiohttp.ClientSession, base: str, name: str) -> float:
+async def metrics(session: aiohttp.ClientSession, base: str) -> dict[str, float]:
+    """What the server tells at /metrics: each series' sum over its labels."""
     async with session.get(f"{base}/metrics") as response:
         lines = (await response.text()).splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+    sums: dict[str, float] = {}
+    for line in lines:
+        if not line.startswith("#"):
+            name = line.split("{")[0].split(" ")[0]
+            sums[name] = sums.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
+    return sums
 
 
 async def drive(arguments: argparse.Namespace, server: subprocess.Popen, base: str) -> dict[str, Any]:
@@ -96,8 +102,8 @@ async def drive(arguments: argparse.Namespace, server: subprocess.Popen, base: s
         seconds = time.monotonic() - start
         running = kv_use = 1.0
         for _ in range(100):
-            running = await metric(session, base, "vllm:num_requests_running")
-            kv_use = await metric(session, base, "vllm:kv_cache_usage_perc")
+            told = await metrics(session, base)
+            running, kv_use = told["vllm:num_requests_running"], told["vllm:kv_cache_usage_perc"]
             if running == kv_use == 0:
                 break
             await asyncio.sleep(0.1)
@@ -110,7 +116,12 @@ async def drive(arguments: argparse.Namespace, server: subprocess.Popen, base: s
             "outcomes": counts,
             "requests_running_after": running,
             "kv_cache_usage_after": kv_use,
-            "generated_tokens": await metric(session, base, "vllm:generation_tokens_total"),
+            "generated_tokens": told["vllm:generation_tokens_total"],
+            "metrics": {
+                name: value
+                for name, value in sorted(told.items())
+                if name.startswith("sage_") and not name.endswith(("_bucket", "_created"))
+            },
         }
 
 

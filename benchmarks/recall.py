@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from sage_kernels import decode, device, recall
+from sage_kernels import decode, device, recall, store
 from sage_kernels.reference import turn_table
 from sage_paged import Memory, PageLayout
 
@@ -53,16 +53,14 @@ def measure(length: int, arguments: argparse.Namespace) -> dict[str, float | int
         turns = turn_table(frequencies, length // layout.tokens + 1, layout.tokens).to(where)
     count = -(-length // layout.tokens)
     lengths, starts = (torch.tensor(x, dtype=torch.int32, device=where) for x in ([length], [0, 1]))
+    every = torch.tensor([0, length], dtype=torch.int32, device=where)
     layers = []
     for _ in range(arguments.layers):
         pages = torch.empty(count, kv_heads, layout.page_bytes, dtype=torch.uint8, device=where)
-        views = layout.views(pages)
-        views.k.copy_(torch.randint(-127, 128, (1, kv_heads, *views.k.shape[2:]), device=where, dtype=torch.int8))
-        views.v.view(torch.uint8).copy_(torch.randint(0, 120, (1, *views.v.shape[1:]), device=where, dtype=torch.uint8))
-        views.k_scale.uniform_(0.005, 0.02)
-        views.v_scale.fill_(2.0**-8)
-        assert views.bounds is not None
-        views.bounds.normal_()
+        for slots in torch.arange(count * layout.tokens, device=where).split(1 << 16):
+            key, value = (torch.randn(len(slots), kv_heads, dim, dtype=torch.bfloat16, device=where) for _ in range(2))
+            store.store(key, value, pages, slots, layout)
+        recall.store_bounds(pages, layout, torch.arange(count, device=where)[None].int(), lengths, every, length)
         table = torch.randperm(count, device=where, dtype=torch.int32)[None]
         layers.append((torch.randn(1, heads, dim, dtype=torch.bfloat16, device=where), pages, table))
     out = torch.empty(1, heads, dim, dtype=torch.bfloat16, device=where)

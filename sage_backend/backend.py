@@ -325,6 +325,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         if self.soft_cap or self.sinks is not None or self.turns_pages:
             mask["anchor"] = anchor  # elsewhere, attention comes out the same with any
         how: dict[str, Any] = {}
+        most: dict[str, Any] = {}
         if query.device.type == "cpu":
             decode = prefill = cpu.attention
         else:
@@ -332,6 +333,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
             from sage_kernels.prefill import prefill
 
             how = {"max_query_len": m.max_decode_query_len, "splits": m.splits, "workspace": m.workspace}
+            most = {"max_seq_len": m.max_seq_len}
         n = m.num_decodes
         decodes: Requests = m.block_table[:n], m.seq_lens[:n], m.query_start_loc[: n + 1]
         prefills: Requests = m.block_table[n:], m.seq_lens[n:], m.query_start_loc[n:]
@@ -351,7 +353,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
                 if reading is not None:
                     prefills, mask["turns"] = self.recall(query, pages, prefills, reading, reading.query_block)
                 table, lengths, starts = prefills
-                prefill(query, pages, self.layout, table, lengths, starts, self.scale, out, **mask)
+                prefill(query, pages, self.layout, table, lengths, starts, self.scale, out, **mask, **most)
         return output
 
     def memory_of(self, layer: Any) -> Memory | None:

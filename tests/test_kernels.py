@@ -71,29 +71,23 @@ def test_store(kernels, case) -> None:
     if not ON_GPU:
         assert torch.equal(written, batch.pages)
         return
-    # A GPU fuses the multiply and the rounding: codes on a boundary may be one off, everything else is equal.
-    mine, theirs = batch.layout.views(written.cpu()), batch.layout.views(batch.pages.cpu())
-    assert torch.equal(mine.k_scale.view(torch.int16), theirs.k_scale.view(torch.int16))
-    assert torch.equal(mine.v_scale.view(torch.int32), theirs.v_scale.view(torch.int32))
-    assert torch.equal(mine.v.view(torch.uint8), theirs.v.view(torch.uint8))
-    k, k_expected = (
-        reference.unpack_int4(x.k).int() if batch.layout.k_bits == 4 else x.k.int() for x in (mine, theirs)
-    )
-    assert (k - k_expected).abs().max() <= 1
-    assert (k != k_expected).float().mean() < 1e-3
+    # A GPU fuses the multiply and the rounding: codes on a boundary may be one off, everything else is equal. For INT4 keys,
+    # such a code may lead to other levels for its group.
+    mine, theirs = (batch.layout.views(pages.cpu()) for pages in (written, batch.pages))
+    for name in ("k_scale", "v_scale", "v"):
+        if getattr(mine, name) is not None:
+            assert torch.equal(getattr(mine, name).view(torch.uint8), getattr(theirs, name).view(torch.uint8)), name
+    k, k_expected = (reference.key_codes(pages.cpu(), batch.layout)[0].int() for pages in (written, batch.pages))
+    assert (k - k_expected).abs().max() <= (1 if batch.layout.k_bits == 8 else 17)
+    assert (k != k_expected).float().mean() < (1e-3 if batch.layout.k_bits == 8 else 1e-2)
 
 
 def stored_keys(pages: torch.Tensor, batch: Batch) -> torch.Tensor:
     """The keys that were written for the tokens of a batch, [tokens, kv_heads, head_dim], less their anchor."""
-    views = batch.layout.views(pages)
-    codes = reference.unpack_int4(views.k) if batch.layout.k_bits == 4 else views.k
+    codes, k_scale = reference.key_codes(pages, batch.layout)
     slots = batch.slots[batch.slots >= 0]
     block, offset = slots // batch.layout.tokens, slots % batch.layout.tokens
-    k_scale = views.k_scale[block, :, offset]
-    if batch.layout.k_bits == 8:
-        return codes[block, :, offset] * k_scale[..., None]
-    scale, zero = k_scale.float().repeat_interleave(batch.layout.head_dim // 2, -2).unbind(-1)
-    return codes[block, :, offset] * scale + zero
+    return (codes * k_scale[..., None])[block, :, offset]
 
 
 @pytest.mark.parametrize("triton", [False, True])
@@ -232,7 +226,7 @@ def test_requests_without_queries_and_padding_are_left_alone(kernels) -> None:
         assert torch.equal(out[:2], expected) or relative_error(out[:2], expected) < SCHEDULE_ERROR
 
 
-@pytest.mark.parametrize(("k_bits", "smooth", "bound"), [(8, False, 0.05), (8, True, 0.045), (4, False, 0.3), (4, True, 0.12)])
+@pytest.mark.parametrize(("k_bits", "smooth", "bound"), [(8, False, 0.05), (8, True, 0.045), (4, False, 0.2), (4, True, 0.11)])
 @pytest.mark.parametrize("soft_cap", [0.0, 10.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("window", [0, 50])
@@ -247,6 +241,27 @@ def test_accuracy_on_biased_keys(
     actual = reference.attention(*batch.attention_args(), **mask, anchor=batch.anchor)
     exact = reference.exact_attention(batch.query, batch.key[:-1], batch.value[:-1], batch.scale, **mask)  # without padding
     assert relative_error(actual, exact) < bound
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("tokens", PAGE_TOKENS)
+@pytest.mark.parametrize("per_head", [False, True])
+def test_widened_pages_hold_the_same(kernels, head_dim: int, tokens: int, per_head: bool) -> None:
+    """INT4 keys as INT8 keys: the same codes, scales and values, to the bit."""
+    from sage_kernels.widen import widened
+
+    batch = make_batch(PageLayout(head_dim, 4, tokens), [(300, 5), (129, 129)], 4, 2, device=kernels.device)
+    table = batch.block_table[:, None].repeat(1, 2, 1) if per_head else batch.block_table
+    if per_head:  # each head its own pages
+        table[:, 1] = table[:, 1].roll(1, -1)
+    wide, layout, wide_table = widened(batch.pages, batch.layout, table, batch.seq_lens, 300)
+    assert layout == PageLayout(head_dim, 8, tokens)
+    for r, length in enumerate(batch.seq_lens.tolist()):
+        used = -(-length // tokens)
+        mine = reference.load(wide.cpu(), wide_table[r, :used].cpu(), layout)
+        theirs = reference.load(batch.pages.cpu(), table[r, ..., :used].cpu(), batch.layout)
+        for a, b in zip(mine, theirs, strict=True):
+            assert torch.equal(a.nan_to_num(nan=-1), b.nan_to_num(nan=-1))  # garbage behind the last token included
 
 
 def test_decode_refuses_too_many_rows_and_small_workspaces(kernels) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sage_kernels import reference
-from sage_paged import HEAD_DIMS, K_BITS, PAGE_TOKENS, PageLayout
+from sage_paged import GROUP_BYTES, HEAD_DIMS, K_BITS, PAGE_TOKENS, PageLayout
 
 LAYOUTS = [PageLayout(*combination) for combination in itertools.product(HEAD_DIMS, K_BITS, PAGE_TOKENS)]
 
@@ -15,12 +15,14 @@ LAYOUTS = [PageLayout(*combination) for combination in itertools.product(HEAD_DI
 def test_sections_cover_the_page_without_overlap(layout: PageLayout) -> None:
     pages = layout.empty(3, 2)
     views = layout.views(pages)
-    sections = [views.k, views.v, views.k_scale, views.v_scale]
-    assert sum(s[0, 0].numel() * s.element_size() for s in sections) == layout.page_bytes
+    sections = [s for s in (views.k, views.v, views.k_groups, views.k_scale, views.v_scale) if s is not None]
+    assert len(sections) == 4
+    unused = layout.page_bytes - sum(s[0, 0].numel() * s.element_size() for s in sections)
+    assert unused == (2 * layout.tokens if (layout.head_dim, layout.k_bits) == (80, 4) else 0)
     for mark, section in enumerate(sections, start=1):
         section.view(torch.uint8).copy_(torch.full_like(section.view(torch.uint8), mark))
     counts = [int((pages == mark).sum()) for mark in range(5)]
-    assert counts == [0, *(s.numel() * s.element_size() for s in sections)]
+    assert counts == [6 * unused, *(s.numel() * s.element_size() for s in sections)]
     assert layout.bytes_per_token * layout.tokens == layout.page_bytes
     assert layout.page_bytes % 16 == 0, "kernels load 16 bytes at a time"
     assert layout.bytes_per_token % 4 == 0, "vLLM hands the cache out as 2 or 4 byte elements"
@@ -46,18 +48,24 @@ def test_round_trip(layout: PageLayout) -> None:
     k, k_scale, v, v_scale = reference.load(pages, torch.arange(5), layout)
     k, v = decoded(k, k_scale)[:, slots], (v * v_scale[..., None])[:, slots]
     key, value = key.transpose(0, 1), value.transpose(0, 1)
+    code = key.abs().amax(-1, keepdim=True) / 127
     if layout.k_bits == 8:
-        step = key.abs().amax(-1, keepdim=True) / 127
-    else:  # bfloat16 scales
-        halves = key.unflatten(-1, (2, -1))
-        step = (halves.amax(-1) - halves.amin(-1)).repeat_interleave(layout.head_dim // 2, -1) / 15 * 1.004
-    assert ((k - key).abs() <= 0.5001 * step).all()
+        assert ((k - key).abs() <= 0.5001 * code).all()
+    else:
+        # At most what 16 levels from a group's least to its largest code leave, wherever between them codes are.
+        error, of_groups = (x.unflatten(-1, (2, -1, GROUP_BYTES)) for x in (k - key, key))
+        span = of_groups.amax((-3, -1)) - of_groups.amin((-3, -1))
+        step = (span / code / 15 + 1 / 15).ceil() * code
+        assert (error.square().mean((-3, -1)).sqrt() <= 0.5 * step + 0.51 * code).all()
+        assert (error / step[..., None, :, None]).square().mean().sqrt() < 0.3
     # e4m3 keeps 3 fraction bits: half a step is 1/16 of a number, and 2**-10 of the scale for its subnormals.
     assert ((v - value).abs() <= torch.maximum(value.abs() / 16, v_scale[:, slots, None] * 2**-10)).all()
 
     untouched = torch.ones(5 * layout.tokens, dtype=torch.bool).index_fill_(0, slots, False)
-    for name in ("k", "k_scale", "v_scale"):
-        old, new = (getattr(layout.views(x), name).view(torch.uint8) for x in (before, pages))
+    for name in ("k", "k_groups", "k_scale", "v_scale"):
+        if getattr(layout.views(pages), name) is None:
+            continue
+        old, new = (getattr(layout.views(x), name).contiguous().view(torch.uint8) for x in (before, pages))
         old, new = (x.unflatten(2, (layout.tokens, -1)).transpose(1, 2).flatten(0, 1) for x in (old, new))
         assert torch.equal(old[untouched], new[untouched]), f"{name} of other tokens changed"
 
@@ -83,11 +91,21 @@ def test_zero_nan_and_huge_tokens_stay_their_own(k_bits: int) -> None:
     torch.testing.assert_close(k[0], key[0, 0], rtol=0, atol=0.02 if k_bits == 8 else 0.25)
 
 
-def test_int4_packing_is_a_bijection() -> None:
-    codes = torch.randint(-8, 8, (50, 64), dtype=torch.int8)
-    packed = reference.pack_int4(codes)
-    assert packed.shape == (50, 32)
-    assert torch.equal(reference.unpack_int4(packed), codes)
+def test_int4_keys_stand_for_int8_codes() -> None:
+    codes = torch.randint(-127, 128, (500, 2, 96), dtype=torch.int8)
+    codes[:200] //= 20  # groups that 16 levels suffice for
+    codes[0], codes[1], codes[2] = 127, -127, 0
+    packed, groups = reference.narrow(codes)
+    assert (packed.shape, groups.shape) == ((500, 2, 48), (500, 2, 2, 6))
+    step, base = groups.int().unbind(-2)
+    assert (step >= 1).all()
+    assert (base + 15 * step <= 127).all()
+    wide = reference.widen(packed, groups)
+    assert torch.equal(wide[:200], codes[:200])
+    # Byte i has channels i and i + 48, with the step and the base of i // 8.
+    nibbles = torch.stack([packed.view(torch.uint8) & 0xF, packed.view(torch.uint8) >> 4], -2).int()
+    of_byte = torch.arange(48) // GROUP_BYTES
+    assert torch.equal(wide.int().unflatten(-1, (2, 48)), base[..., None, of_byte] + step[..., None, of_byte] * nibbles)
 
 
 @pytest.mark.parametrize(("argument", "value"), [("head_dim", 72), ("k_bits", 5), ("tokens", 32)])

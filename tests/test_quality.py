@@ -34,7 +34,7 @@ def test_report(report: dict[str, Any]) -> None:
     assert 1 < plain["loss"] < 3
     assert plain["passkey"] == {"1500": 1.0}
     assert plain["passkey_by_depth"] == {"1500": [1.0] * PASSKEY_DEPTHS}
-    assert [run["kv_capacity"] for run in report["runs"]] == pytest.approx([1, 512 / 264, 512 / 204], rel=0.01)
+    assert [run["kv_capacity"] for run in report["runs"]] == pytest.approx([1, 512 / 264, 512 / 212], rel=0.01)
 
 
 @pytest.mark.engine
@@ -50,8 +50,8 @@ def test_int8_keys(report: dict[str, Any]) -> None:
 def test_int4_keys(report: dict[str, Any]) -> None:
     """16 levels are few, so these bounds leave some room for another machine's rounding."""
     int4 = report["runs"][2]
-    assert abs(int4["loss_change"]) <= 0.035
-    assert int4["top1_agreement"] >= 0.915
+    assert abs(int4["loss_change"]) <= 0.015
+    assert int4["top1_agreement"] >= 0.94
 
 
 def _scores(logits: np.ndarray) -> Scores:

@@ -54,7 +54,7 @@ def _decode_kernel(
     local = rows // GROUP
     head = kv_head * GROUP + rows % GROUP
     valid = local < q_len
-    q_low, q_high, q_low_sum, q_high_sum, q_scale, q_bias = quantized_query(
+    q_low, q_high, q_scale, q_bias = quantized_query(
         query, anchor + kv_head * HEAD_DIM, turn_table, q_start + local, head, valid, q_token_stride, q_head_stride, scale,
         ANCHOR, False, HEAD_DIM, K_BITS, BLOCK_D,
     )  # fmt: skip
@@ -80,14 +80,14 @@ def _decode_kernel(
     for page in range(first_page, full_pages):
         offset = tl.load(table + page).to(tl.int64) * block_stride + head_offset
         if TURN:
-            q_low, q_high, q_low_sum, q_high_sum, q_scale, page_bias = quantized_query(
+            q_low, q_high, q_scale, page_bias = quantized_query(
                 query, anchor + kv_head * HEAD_DIM, turn_table + tl.load(turns + table_offset + page) * HEAD_DIM,
                 q_start + local, head, valid, q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D,
             )  # fmt: skip
             if not SOFT_CAP:
                 page_bias -= q_bias
         acc, total, top = attend_page(
-            q_low, q_high, q_low_sum, q_high_sum, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            q_low, q_high, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
             PAGE, rows, rows, soft_cap, HEAD_DIM, K_BITS, PAGE, False, SOFT_CAP, FP8, TURN,
         )  # fmt: skip
     for page in range(tl.maximum(first_page, full_pages), end_page):
@@ -95,14 +95,14 @@ def _decode_kernel(
         last_visible = position - page * PAGE
         first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else tl.zeros_like(last_visible)
         if TURN:
-            q_low, q_high, q_low_sum, q_high_sum, q_scale, page_bias = quantized_query(
+            q_low, q_high, q_scale, page_bias = quantized_query(
                 query, anchor + kv_head * HEAD_DIM, turn_table + tl.load(turns + table_offset + page) * HEAD_DIM,
                 q_start + local, head, valid, q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D,
             )  # fmt: skip
             if not SOFT_CAP:
                 page_bias -= q_bias
         acc, total, top = attend_page(
-            q_low, q_high, q_low_sum, q_high_sum, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            q_low, q_high, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
             seq_len - page * PAGE, first_visible, last_visible, soft_cap,
             HEAD_DIM, K_BITS, PAGE, True, SOFT_CAP, FP8, TURN,
         )  # fmt: skip

@@ -27,6 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sage_kernels.prefill import table_strides
 from sage_kernels.tiles import LOG2E, P_BITS, TABLES, find_request, inverse_or_zero, to_int
+from sage_kernels.widen import widened
 from sage_paged import PageLayout, v_token
 
 ROWS = gl.constexpr(64)
@@ -392,24 +393,26 @@ def _prefill_kernel(
 
 def supports(layout: PageLayout, group: int) -> bool:
     """Whether there is a kernel for pages of this layout and `group` query heads a KV head."""
-    return layout.k_bits == 8 and layout.head_dim in (64, 128) and group <= BLOCK_M
+    return layout.head_dim in (64, 128) and group <= BLOCK_M
 
 
 @functools.lru_cache(maxsize=1024)
-def descriptors(data: int, rows: int, layout: PageLayout) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:
-    """What the copy engine needs to know of a cache at address `data` that spans `rows` rows of layout.tokens bytes, to copy
-    the keys, the values, and both scales of a page."""
-    page, dim = layout.tokens, layout.head_dim
+def descriptors(data: int, rows: int, layout: PageLayout) -> tuple[TensorDescriptor, ...]:
+    """What the copy engine needs to know of a cache at address `data` that spans `rows` rows of layout.tokens bytes, to copy a
+    page's keys, values, groups of INT4 keys, and scales. The last two arrive as they lie in memory."""
+    page = layout.tokens
 
-    def descriptor(dtype: torch.dtype, gl_dtype: gl.dtype, block: list[int]) -> TensorDescriptor:
+    def descriptor(dtype: torch.dtype, gl_dtype: gl.dtype, block: list[int], tiled: bool = True) -> TensorDescriptor:
         shape = [rows * page // (block[1] * dtype.itemsize), block[1]]
-        base = _Address(data, dtype)
-        return TensorDescriptor(base, shape, [block[1], 1], block, gl.NVMMASharedLayout.get_default_for(block, gl_dtype))
+        plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * dtype.itemsize, rank=2)
+        placed = gl.NVMMASharedLayout.get_default_for(block, gl_dtype) if tiled else plain
+        return TensorDescriptor(_Address(data, dtype), shape, [block[1], 1], block, placed)
 
     return (
-        descriptor(torch.int8, gl.int8, [page, dim]),
-        descriptor(torch.float8_e4m3fn, gl.float8e4nv, [dim, page]),
-        descriptor(torch.float32, gl.float32, [2, page]),
+        descriptor(torch.int8, gl.int8, [page, layout.k_row_bytes]),
+        descriptor(torch.float8_e4m3fn, gl.float8e4nv, [layout.head_dim, page]),
+        descriptor(torch.int8, gl.int8, [max(1, 2 * layout.k_groups), page], tiled=False),
+        descriptor(torch.float32, gl.float32, [2 if layout.k_bits == 8 else 1, page], tiled=False),
     )
 
 
@@ -422,6 +425,10 @@ class _Address:
 
     def data_ptr(self) -> int:
         return self.address
+
+
+SCRATCH = 256 << 20
+"""Bytes of INT8 pages that INT4 ones are widened to at a time; one KV head of one request may take more."""
 
 
 def prefill(
@@ -437,14 +444,57 @@ def prefill(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
+    max_seq_len: int | None = None,
 ) -> None:
-    """`reference.attention` with the same arguments, where `supports` holds; writes `out`, which has query's shape."""
+    """`reference.attention` with the same arguments, where `supports` holds; writes `out`, which has query's shape.
+
+    max_seq_len: the most tokens of a request, as many as fit into block_table if None.
+    """
+    if layout.k_bits == 8:
+        _launch(query, pages, layout, block_table, seq_lens, query_start_loc, scale, out, window, soft_cap, sinks, anchor)
+        return
+    requests, kv_heads, group = seq_lens.numel(), pages.shape[1], query.shape[1] // pages.shape[1]
+    longest = min(max_seq_len or 1 << 31, block_table.shape[-1] * layout.tokens)
+    context_bytes = -(-longest // layout.tokens) * PageLayout(layout.head_dim, 8, layout.tokens).page_bytes
+    rooms = max(1, SCRATCH // context_bytes)  # contexts of one head that there is room for
+    heads_at_once = min(kv_heads, max(1, rooms // requests))
+    requests_at_once = min(requests, max(1, rooms // heads_at_once))
+    for head in range(0, kv_heads, heads_at_once):
+        kv, heads = slice(head, head + heads_at_once), slice(head * group, (head + heads_at_once) * group)
+        for request in range(0, requests, requests_at_once):
+            own = slice(request, request + requests_at_once)
+            table, lengths = block_table[own], seq_lens[own]
+            wide, wide_layout, wide_table = widened(
+                pages[:, kv], layout, table[:, kv] if table.dim() == 3 else table, lengths, longest
+            )
+            _launch(
+                query[:, heads], wide, wide_layout, wide_table, lengths, query_start_loc[request : own.stop + 1], scale,
+                out[:, heads], window, soft_cap, None if sinks is None else sinks[heads],
+                None if anchor is None else anchor[kv],
+            )  # fmt: skip
+
+
+def _launch(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    window: int,
+    soft_cap: float,
+    sinks: torch.Tensor | None,
+    anchor: torch.Tensor | None,
+) -> None:
+    """`prefill` over pages of INT8 keys."""
     num_reqs = seq_lens.numel()
     tokens, heads, head_dim = query.shape
     group = heads // pages.shape[1]
     q_blocks = tokens // (BLOCK_M // group) + num_reqs
     block_rows, head_rows = pages.stride(0) // layout.tokens, pages.stride(1) // layout.tokens
-    k_pages, v_pages, _ = descriptors(pages.data_ptr(), pages.shape[0] * block_rows, layout)
+    k_pages, v_pages, *_ = descriptors(pages.data_ptr(), pages.shape[0] * block_rows, layout)
     _prefill_kernel[(q_blocks, pages.shape[1])](
         query, out, k_pages, v_pages, pages.view(torch.float32), block_table, seq_lens, query_start_loc,
         query if sinks is None else sinks, query if anchor is None else anchor,

@@ -39,8 +39,8 @@ def quantized_query(
     query, anchor, turn, token, head, valid, token_stride, head_stride, scale,
     ANCHOR: tl.constexpr, TURN: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The query tile as `attend_page` takes it: codes of the low and high half of the head (INT8 keys: all, all), their sums,
-    q_scale and q_bias. anchor: pointer to that of the KV head, if ANCHOR. turn: pointer to a row of a turn table, if TURN."""
+    """The query tile as `attend_page` takes it: codes of the low and high half of the head (INT8 keys: all, all), q_scale and
+    q_bias. anchor: pointer to that of the KV head, if ANCHOR. turn: pointer to a row of a turn table, if TURN."""
     HALF: tl.constexpr = HEAD_DIM // 2
     if K_BITS == 8:
         channels = tl.arange(0, BLOCK_D)
@@ -55,8 +55,6 @@ def quantized_query(
             q = q * cos[None, :] + other * tl.where(low_half, sin, -sin)[None, :]
         low_codes, q_scale = quantize_q(q, scale)
         high_codes = low_codes
-        low_sum = q_scale  # in place of sums that only INT4 keys need
-        high_sum = q_scale
         product = _times_anchor(q, anchor, channels, HEAD_DIM, ANCHOR)
     else:
         half = tl.arange(0, BLOCK_D // 2)
@@ -67,10 +65,8 @@ def quantized_query(
         # Both halves have one scale, so they are quantized as one row.
         codes, q_scale = quantize_q(tl.reshape(tl.join(low, high), [low.shape[0], BLOCK_D]), scale)
         low_codes, high_codes = tl.split(tl.reshape(codes, [low.shape[0], BLOCK_D // 2, 2]))
-        low_sum = tl.sum(low_codes.to(tl.int32), 1).to(tl.float32)
-        high_sum = tl.sum(high_codes.to(tl.int32), 1).to(tl.float32)
         product = _times_anchor(low, anchor, half, HALF, ANCHOR) + _times_anchor(high, anchor + HALF, half, HALF, ANCHOR)
-    return low_codes, high_codes, low_sum, high_sum, q_scale, product * (scale * LOG2E)
+    return low_codes, high_codes, q_scale, product * (scale * LOG2E)
 
 
 @triton.jit(do_not_specialize=["num_reqs", "q_blocks"], do_not_specialize_on_alignment=TABLES)
@@ -97,7 +93,7 @@ def _prefill_kernel(
     local = q_block * BLOCK_Q + rows // GROUP
     head = kv_head * GROUP + rows % GROUP
     valid = (rows < BLOCK_Q * GROUP) & (local < q_len)
-    q_low, q_high, q_low_sum, q_high_sum, q_scale, q_bias = quantized_query(
+    q_low, q_high, q_scale, q_bias = quantized_query(
         query, anchor + kv_head * HEAD_DIM, turn_table, q_start + local, head, valid, q_token_stride, q_head_stride, scale,
         ANCHOR, False, HEAD_DIM, K_BITS, BLOCK_D,
     )  # fmt: skip
@@ -122,14 +118,14 @@ def _prefill_kernel(
     for page in range(first_page, full_pages):
         offset = tl.load(table + page).to(tl.int64) * block_stride + head_offset
         if TURN:
-            q_low, q_high, q_low_sum, q_high_sum, q_scale, page_bias = quantized_query(
+            q_low, q_high, q_scale, page_bias = quantized_query(
                 query, anchor + kv_head * HEAD_DIM, turn_table + tl.load(turns + table_offset + page) * HEAD_DIM,
                 q_start + local, head, valid, q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D,
             )  # fmt: skip
             if not SOFT_CAP:
                 page_bias -= q_bias
         acc, total, top = attend_page(
-            q_low, q_high, q_low_sum, q_high_sum, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            q_low, q_high, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
             PAGE, rows, rows, soft_cap, HEAD_DIM, K_BITS, PAGE, False, SOFT_CAP, FP8, TURN,
         )  # fmt: skip
     for page in range(full_pages, last_page + 1):
@@ -137,14 +133,14 @@ def _prefill_kernel(
         last_visible = position - page * PAGE
         first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else tl.zeros_like(last_visible)
         if TURN:
-            q_low, q_high, q_low_sum, q_high_sum, q_scale, page_bias = quantized_query(
+            q_low, q_high, q_scale, page_bias = quantized_query(
                 query, anchor + kv_head * HEAD_DIM, turn_table + tl.load(turns + table_offset + page) * HEAD_DIM,
                 q_start + local, head, valid, q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D,
             )  # fmt: skip
             if not SOFT_CAP:
                 page_bias -= q_bias
         acc, total, top = attend_page(
-            q_low, q_high, q_low_sum, q_high_sum, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            q_low, q_high, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
             seq_len - page * PAGE, first_visible, last_visible, soft_cap,
             HEAD_DIM, K_BITS, PAGE, True, SOFT_CAP, FP8, TURN,
         )  # fmt: skip
@@ -204,16 +200,19 @@ def prefill(
     sinks: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
     turns: Turns | None = None,
+    *,
+    max_seq_len: int | None = None,
 ) -> None:
     """`reference.attention` on a GPU, with the same arguments; writes `out`, which has query's shape.
+
+    max_seq_len: the most tokens of a request, if known; it saves room where pages are widened (see `hopper`).
 
     Only rows query_start_loc[0] to query_start_loc[-1] are read and written. query and out need unit stride in head_dim only.
     """
     hopper, _ = choose_kernel(query.device, layout, query.shape[1] // pages.shape[1])
     if hopper is not None and turns is None:
-        hopper.prefill(
-            query, pages, layout, block_table, seq_lens, query_start_loc, scale, out, window, soft_cap, sinks, anchor=anchor
-        )
+        where = block_table, seq_lens, query_start_loc
+        hopper.prefill(query, pages, layout, *where, scale, out, window, soft_cap, sinks, anchor, max_seq_len)
         return
     num_reqs = seq_lens.numel()
     tokens, heads, head_dim = query.shape

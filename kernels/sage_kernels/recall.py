@@ -11,7 +11,7 @@ import triton.language as tl
 
 from sage_kernels.reference import SCORE_BITS as _SCORE_BITS
 from sage_kernels.reference import PageLists, Turns, max_rows
-from sage_kernels.tiles import TABLES, find_request, load_scale_and_zero, turned
+from sage_kernels.tiles import GROUP_BYTES, TABLES, find_request, load_k, load_wide_k, turned
 from sage_paged import Memory, PageLayout
 
 _PART_PAGES = 64
@@ -32,7 +32,8 @@ def _bounds_kernel(
     """Grid: (pages that a step may fill, KV heads)."""
     HALF: tl.constexpr = HEAD_DIM // 2
     K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
-    SCALES: tl.constexpr = PAGE * (K_ROW + HEAD_DIM) // 4
+    GROUPS: tl.constexpr = K_ROW // GROUP_BYTES if K_BITS == 4 else 0
+    SCALES: tl.constexpr = PAGE * (K_ROW + HEAD_DIM + 2 * GROUPS) // 4
     head = tl.program_id(1)
     request, nth = find_request(query_start_loc, tl.program_id(0), num_reqs, PAGE)
     q_len = tl.load(query_start_loc + request + 1) - tl.load(query_start_loc + request)
@@ -45,28 +46,24 @@ def _bounds_kernel(
     tokens = tl.arange(0, PAGE)
     half = tl.arange(0, BLOCK_D // 2)
     inside = half < HALF
-    scales = cache_f32 + offset // 4 + SCALES
-    codes = cache_i8 + offset + tokens[:, None] * K_ROW + half[None, :]
-    first = tl.load(codes, mask=inside[None, :], other=0)
+    scale = tl.load(cache_f32 + offset // 4 + SCALES + tokens)[None, :]
     if K_BITS == 8:
-        scale = tl.load(scales + tokens)[:, None]
-        low = first.to(tl.float32) * scale
-        high = tl.load(codes + HALF, mask=inside[None, :], other=0).to(tl.float32) * scale
+        low = load_k(cache_i8 + offset, tokens, half, K_ROW, HALF).to(tl.float32) * scale
+        high = load_k(cache_i8 + offset + HALF, tokens, half, K_ROW, HALF).to(tl.float32) * scale
     else:
-        scale, zero = load_scale_and_zero(scales + 2 * tokens)
-        low = ((first << 4).to(tl.int8) >> 4).to(tl.float32) * scale[:, None] + zero[:, None]
-        scale, zero = load_scale_and_zero(scales + 2 * tokens + 1)
-        high = (first >> 4).to(tl.float32) * scale[:, None] + zero[:, None]
+        low, high = load_wide_k(cache_i8 + offset, tokens, half, PAGE, HEAD_DIM)
+        low = low.to(tl.float32) * scale
+        high = high.to(tl.float32) * scale
     if TURN:
         if ANCHOR:
-            low += tl.load(anchor + head * HEAD_DIM + half, mask=inside, other=0.0)[None, :]
-            high += tl.load(anchor + head * HEAD_DIM + HALF + half, mask=inside, other=0.0)[None, :]
-        low, high = turned(low, high, (turn_table + page * HEAD_DIM + half)[None, :], inside[None, :], HALF)
+            low += tl.load(anchor + head * HEAD_DIM + half, mask=inside, other=0.0)[:, None]
+            high += tl.load(anchor + head * HEAD_DIM + HALF + half, mask=inside, other=0.0)[:, None]
+        low, high = turned(low, high, (turn_table + page * HEAD_DIM + half)[:, None], inside[:, None], HALF)
     least = cache_f16 + offset // 2 + BOUNDS + half
-    tl.store(least, tl.min(low, 0).to(tl.float16), mask=inside)
-    tl.store(least + HALF, tl.min(high, 0).to(tl.float16), mask=inside)
-    tl.store(least + HEAD_DIM, tl.max(low, 0).to(tl.float16), mask=inside)
-    tl.store(least + HEAD_DIM + HALF, tl.max(high, 0).to(tl.float16), mask=inside)
+    tl.store(least, tl.min(low, 1).to(tl.float16), mask=inside)
+    tl.store(least + HALF, tl.min(high, 1).to(tl.float16), mask=inside)
+    tl.store(least + HEAD_DIM, tl.max(low, 1).to(tl.float16), mask=inside)
+    tl.store(least + HEAD_DIM + HALF, tl.max(high, 1).to(tl.float16), mask=inside)
 
 
 def store_bounds(

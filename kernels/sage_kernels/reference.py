@@ -1,9 +1,9 @@
 """The specification: what every kernel of this package computes, in plain torch and float32.
 
 Quantization follows SageAttention (Zhang et al., ICLR 2025, section 4) and SageAttention2 (Zhang et al., ICML 2025,
-section 3): INT8 queries and INT8 or INT4 keys for Q K^T, FP8 e4m3 probabilities and values for P V. Scales are per token
-and head, because a page must never depend on which tokens happen to be neighbours. INT4 keys have two for each token, one for
-each half of the head, and zero points: 16 levels are few, and those that lie where a token has no channels are lost.
+section 3): INT8 queries and keys for Q K^T, FP8 e4m3 probabilities and values for P V. Scales are per token and head, because
+a page must never depend on which tokens happen to be neighbours. INT4 keys are kept in 4 bits and multiplied as the INT8 codes
+they stand for: for every 16 channels, 16 of these codes a step apart, those that lie nearest to the channels' own (`narrow`).
 
 Two scales are powers of two. That of a token's V, which P takes over before it is rounded: its exponent is simply added to
 the token's base-2 logit. And the reference point that is subtracted before the exponential: the maximum of those sums,
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sage_paged import Memory, PageLayout, v_position
+from sage_paged import GROUP_BYTES, Memory, PageLayout, v_position
 
 FP8_MAX = 448.0
 P_BITS = 8
@@ -48,44 +48,50 @@ def quantize_q(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _symmetric(query.float(), 127)
 
 
-def quantize_k(key: torch.Tensor, k_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """key [..., head_dim] -> int8 codes of the same shape (INT4 not yet packed), and what `products` takes as their scales.
+def quantize_k(key: torch.Tensor, k_bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """key [..., head_dim] -> int8 codes of the same shape, for INT4 keys those they stand for, and float32 scales [...]."""
+    codes, scale = _symmetric(key.float(), 127)
+    return (codes if k_bits == 8 else widen(*narrow(codes))), scale
 
-    Those of INT8 codes are float32 [...]; of INT4 codes bfloat16 [..., 2, 2], for each half of the head the scale and the zero
-    point. The 16 levels of a half go from its smallest to its largest channel; codes make up for the rounding of both numbers.
+
+def narrow(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """INT8 codes in 4 bits: int8 [..., head_dim] -> int8 bytes [..., head_dim // 2] of two nibbles each, and int8 steps and
+    bases [..., 2, groups] (see `sage_paged.layout`).
+
+    The step is the smallest that takes 16 levels from a group's least to its largest code, or one less; the levels begin at the
+    least code, end at the largest, or lie in the middle between. Of these six, the one with the smallest sum of squared errors
+    is taken, of equals the first.
     """
-    if k_bits == 8:
-        return _symmetric(key.float(), 127)
-    halves = key.float().unflatten(-1, (2, -1))
-    low, high = halves.amin(-1) / 2, halves.amax(-1) / 2
-    scale = ((high - low) / 7.5).bfloat16()
-    zero = (low + high + scale.float() / 2).bfloat16()  # codes reach from -8 to 7, so their middle is at -1/2
-    inverse = torch.where(scale > 0, 1 / scale.float(), 0.0)
-    codes = ((halves - zero.float()[..., None]) * inverse[..., None]).round().clamp(-8, 7).to(torch.int8)
-    return codes.flatten(-2), torch.stack([scale, zero], -1)
+    low, high = (half.int().unflatten(-1, (-1, GROUP_BYTES)) for half in codes.chunk(2, -1))
+    both = torch.cat([low, high], -1)
+    least, largest = both.amin(-1, keepdim=True), both.amax(-1, keepdim=True)
+    whole = ((largest - least + 14) // 15).clamp(min=1)
+    best: tuple[torch.Tensor, ...] = ()
+    for step in (whole, (whole - 1).clamp(min=1)):
+        for base in (least, largest - 15 * step, (least + largest - 15 * step) >> 1):
+            base = torch.minimum(base.clamp(min=-128), 127 - 15 * step)
+            nibbles = ((both - base) * (1 / step)).round().clamp(0, 15).int()
+            found = (base + step * nibbles - both).square().sum(-1, keepdim=True), step, base, nibbles
+            if not best:
+                best = found
+            better = found[0] < best[0]
+            best = tuple(torch.where(better, x, y) for x, y in zip(found, best, strict=True))
+    _, step, base, nibbles = best
+    low, high = nibbles.to(torch.uint8).chunk(2, -1)
+    return (low | (high << 4)).flatten(-2).view(torch.int8), torch.cat([step, base], -1).transpose(-1, -2).to(torch.int8)
 
 
-def dequantize_k(codes: torch.Tensor, k_scale: torch.Tensor) -> torch.Tensor:
-    """The keys, float32 [..., head_dim], that codes and their scales (see `quantize_k`) stand for."""
-    if k_scale.dim() < codes.dim():
-        return codes * k_scale[..., None]
-    scale, zero = k_scale.float()[..., None].unbind(-2)
-    return (codes.unflatten(-1, (2, -1)) * scale + zero).flatten(-2)
+def widen(packed: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """The INT8 codes, int8 [..., head_dim], that bytes, steps and bases stand for (see `narrow`)."""
+    nibbles = torch.stack([packed & 0xF, (packed >> 4) & 0xF], -2).unflatten(-1, (-1, GROUP_BYTES))  # [..., half, groups, 8]
+    step, base = groups[..., None, :, None].unbind(-4)
+    return (base + step * nibbles).flatten(-3)
 
 
 def products(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor) -> torch.Tensor:
-    """Q K^T of the codes q [..., queries, head_dim] with the keys that k [..., tokens, head_dim] and k_scale stand for (see
-    `quantize_k`), float32 [..., queries, tokens]."""
-
-    def of_codes(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(q.float(), k.float().transpose(-1, -2))
-
-    if k_scale.dim() < k.dim():
-        return of_codes(q, k) * k_scale[..., None, :]
-    scales, zeros = k_scale.float()[..., None, :, :, :].unbind(-1)  # [..., 1, tokens, half]
-    halves = zip(q.chunk(2, -1), k.chunk(2, -1), scales.unbind(-1), zeros.unbind(-1), strict=True)
-    low, high = (of_codes(q, k) * scale + q.float().sum(-1, keepdim=True) * zero for q, k, scale, zero in halves)
-    return low + high
+    """Q K^T of the codes q [..., queries, head_dim] with the keys that the codes k [..., tokens, head_dim] and their scales
+    k_scale [..., tokens] stand for, float32 [..., queries, tokens]."""
+    return torch.matmul(q.float(), k.float().transpose(-1, -2)) * k_scale[..., None, :]
 
 
 def quantize_v(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,17 +101,6 @@ def quantize_v(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = ((ratio.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # up to the next power of two
     scale = scale.clamp(*V_SCALES)
     return (value / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
-
-
-def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """int8 codes in [-8, 7], [..., head_dim] -> int8 bytes [..., head_dim // 2], first half in the low nibbles."""
-    low, high = codes.chunk(2, -1)
-    return (low & 0xF) | (high << 4)
-
-
-def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_int4`."""
-    return torch.cat([(packed << 4) >> 4, packed >> 4], -1)
 
 
 def fix_anchor(anchor: torch.Tensor, key: torch.Tensor, used: torch.Tensor) -> None:
@@ -141,13 +136,24 @@ def store(
     slots = slots[used].long()
     block, offset = slots // layout.tokens, slots % layout.tokens
     views = layout.views(pages)
-    k_codes, k_scale = quantize_k(key[used] if anchor is None else key[used].float() - anchor, layout.k_bits)
+    k_codes, k_scale = quantize_k(key[used] if anchor is None else key[used].float() - anchor)
     v_codes, v_scale = quantize_v(value[used])
-    views.k[block, :, offset] = pack_int4(k_codes) if layout.k_bits == 4 else k_codes
+    if views.k_groups is not None:
+        k_codes, views.k_groups[block, :, offset] = narrow(k_codes)
+        exponent = v_scale.view(torch.int32) >> 23
+        k_scale = ((k_scale.contiguous().view(torch.int32) & ~0xFF) | exponent).view(torch.float32)
+    if views.v_scale is not None:
+        views.v_scale[block, :, offset] = v_scale
+    views.k[block, :, offset] = k_codes
     # torch cannot index-assign float8, so the codes travel as bytes.
     views.v.view(torch.uint8)[block, :, :, v_position(offset)] = v_codes.view(torch.uint8)
     views.k_scale[block, :, offset] = k_scale
-    views.v_scale[block, :, offset] = v_scale
+
+
+def key_codes(pages: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """INT8 codes [..., tokens, head_dim] and float32 scales [..., tokens] of the keys in pages [..., page_bytes]."""
+    views = layout.views(pages)
+    return (views.k if views.k_groups is None else widen(views.k, views.k_groups)), views.k_scale
 
 
 def load(
@@ -155,15 +161,19 @@ def load(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gather the pages of one request.
 
-    block_table: int [n], or [kv_heads, n] where heads read different pages. Returns K codes int8
-    [kv_heads, n * tokens, head_dim], their scales [kv_heads, n * tokens, ...] as `quantize_k` gives them, V codes float32 of
-    the same shape as K's, and their scales float32 [kv_heads, n * tokens].
+    block_table: int [n], or [kv_heads, n] where heads read different pages. Returns K as INT8 codes
+    [kv_heads, n * tokens, head_dim], V codes float32 of the same shape, and behind each its scales, float32
+    [kv_heads, n * tokens].
     """
     heads = torch.arange(pages.shape[1], device=pages.device)[:, None]
-    views = layout.views(pages[block_table.long().expand(pages.shape[1], -1), heads])
-    k_codes = unpack_int4(views.k) if layout.k_bits == 4 else views.k
+    pages = pages[block_table.long().expand(pages.shape[1], -1), heads]
+    views = layout.views(pages)
+    k_codes, k_scale = key_codes(pages, layout)
     v_codes = views.v.float()[..., v_position(torch.arange(layout.tokens, device=pages.device))].transpose(-1, -2)
-    return k_codes.flatten(1, 2), views.k_scale.flatten(1, 2), v_codes.flatten(1, 2), views.v_scale.flatten(1)
+    v_scale = views.v_scale
+    if v_scale is None:
+        v_scale = ((k_scale.view(torch.int32) & 0xFF) << 23).view(torch.float32)
+    return k_codes.flatten(1, 2), k_scale.flatten(1), v_codes.flatten(1, 2), v_scale.flatten(1)
 
 
 def exact_attention(
@@ -304,11 +314,11 @@ def store_bounds(
         length, queries = int(seq_lens[r]), int(query_start_loc[r + 1] - query_start_loc[r])
         for page in range((length - queries) // layout.tokens, length // layout.tokens):
             block = int(block_table[r, page])
-            codes = unpack_int4(views.k[block]) if layout.k_bits == 4 else views.k[block]
-            keys = dequantize_k(codes, views.k_scale[block])
+            codes, k_scale = key_codes(pages[block], layout)
+            key = codes * k_scale[..., None]
             if turn_table is not None:
-                keys = turned(keys if anchor is None else keys + anchor[:, None], turn_table[page])
-            views.bounds[block] = torch.stack([keys.amin(1), keys.amax(1)], 1).half()
+                key = turned(key if anchor is None else key + anchor[:, None], turn_table[page])
+            views.bounds[block] = torch.stack([key.amin(1), key.amax(1)], 1).half()
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import triton.language as tl
 from sage_kernels.device import fp8_path
 from sage_kernels.reference import ANCHOR_TOKENS
 from sage_kernels.tiles import (
+    GROUP_BYTES,
     V_SCALE_MAX,
     V_SCALE_MIN,
     inverse_or_zero,
     next_power_of_two,
-    to_bf16,
     to_e4m3_bits,
     to_int,
     v_position,
@@ -40,22 +40,49 @@ def _quantize_v(value, tokens, used, token_stride, HEAD_DIM: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _quantize_half(k, inside):
-    """4-bit codes (int8 [tokens, channels]) of half a head, their scale and zero point (bfloat16 numbers as float32 [tokens]),
-    as in `reference.quantize_k`. k: float32 [tokens, channels]; inside: which channels there are."""
-    low = tl.min(tl.where(inside[None, :], k, float("inf")), 1) * 0.5
-    high = tl.max(tl.where(inside[None, :], k, float("-inf")), 1) * 0.5
-    scale = to_bf16(tl.math.div_rn(high - low, 7.5))
-    zero = to_bf16(low + high + scale * 0.5)
-    codes = to_int((k - zero[:, None]) * inverse_or_zero(scale, 1.0)[:, None])
-    return tl.minimum(tl.maximum(codes, -8), 7).to(tl.int8), scale, zero
+def _store_v_scale(cache_i8, cache_f32, k_word, scale, used, PAGE: tl.constexpr, K_BITS: tl.constexpr):
+    """Write scales of V where they belong to tokens whose scales of K are the words `k_word` of the cache."""
+    if K_BITS == 8:
+        tl.store(cache_f32 + k_word + PAGE, scale, mask=used)
+    else:
+        tl.store(cache_i8 + 4 * k_word, (scale.to(tl.int32, bitcast=True) >> 23).to(tl.int8), mask=used)
 
 
 @triton.jit
-def _pair(first, second):
-    """Two bfloat16 numbers, given as float32, side by side: float32 whose bits `tiles.load_scale_and_zero` takes apart."""
-    bits = (first.to(tl.uint32, bitcast=True) >> 16) | second.to(tl.uint32, bitcast=True)
-    return bits.to(tl.float32, bitcast=True)
+def _better(best, both, step, base):
+    """The better of `best` (errors, steps, bases, nibbles), if there is one, and these steps and bases for the codes of groups
+    `both`, [groups, channels]. All are float32."""
+    base = tl.minimum(tl.maximum(base, -128.0), 127.0 - 15.0 * step)
+    nibbles = to_int((both - base[:, None]) * tl.math.div_rn(1.0, step)[:, None]).to(tl.float32)
+    nibbles = tl.minimum(tl.maximum(nibbles, 0.0), 15.0)
+    miss = base[:, None] + step[:, None] * nibbles - both
+    error = tl.sum(miss * miss, 1)
+    if best is not None:
+        better = error < best[0]
+        step = tl.where(better, step, best[1])
+        base = tl.where(better, base, best[2])
+        nibbles = tl.where(better[:, None], nibbles, best[3])
+        error = tl.where(better, error, best[0])
+    return error, step, base, nibbles
+
+
+@triton.jit
+def _narrow(low, high, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """`reference.narrow` of the codes of the halves of a head, [BLOCK_T, GROUPS * GROUP] each: bytes of that shape, and steps
+    and bases [BLOCK_T, GROUPS]. All are whole numbers, which float32 holds exactly."""
+    both = tl.join(low.to(tl.float32), high.to(tl.float32)).reshape([BLOCK_T * GROUPS, 2 * GROUP])
+    least, largest = tl.min(both, 1), tl.max(both, 1)
+    whole = tl.maximum((largest - least + 14.0).to(tl.int32) // 15, 1).to(tl.float32)
+    best = None
+    for less in tl.static_range(2):
+        step = tl.maximum(whole - less, 1.0)
+        best = _better(best, both, step, least)
+        best = _better(best, both, step, largest - 15.0 * step)
+        best = _better(best, both, step, tl.floor((least + largest - 15.0 * step) * 0.5))
+    _, step, base, nibbles = best
+    low, high = tl.split(nibbles.to(tl.int32).reshape([BLOCK_T, GROUPS * GROUP, 2]))
+    packed = (low | (high << 4)).to(tl.int8)
+    return packed, step.reshape([BLOCK_T, GROUPS]).to(tl.int8), base.reshape([BLOCK_T, GROUPS]).to(tl.int8)
 
 
 @triton.jit
@@ -107,8 +134,8 @@ def _store_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
     V_OFFSET: tl.constexpr = PAGE * K_ROW
-    SCALES: tl.constexpr = (V_OFFSET + PAGE * HEAD_DIM) // 4
-    V_SCALES: tl.constexpr = SCALES + PAGE * (8 // K_BITS)
+    GROUPS: tl.constexpr = K_ROW // GROUP_BYTES if K_BITS == 4 else 0
+    SCALES: tl.constexpr = (V_OFFSET + PAGE * (HEAD_DIM + 2 * GROUPS)) // 4
 
     head = tl.program_id(1)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -131,19 +158,27 @@ def _store_kernel(
         low -= anchor_low[None, :]
         high -= anchor_high[None, :]
     target = cache_i8 + page[:, None] + row[:, None] * K_ROW + half[None, :]
-    scales = cache_f32 + page // 4 + SCALES
+    amax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+    inverse = inverse_or_zero(amax, 127.0)[:, None]
+    low_codes = to_int(low * inverse).to(tl.int8)
+    high_codes = to_int(high * inverse).to(tl.int8)
+    k_scale = tl.math.div_rn(amax, 127.0)
     if K_BITS == 8:
-        amax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
-        inverse = inverse_or_zero(amax, 127.0)[:, None]
-        tl.store(target, to_int(low * inverse).to(tl.int8), mask=half_mask)
-        tl.store(target + HALF, to_int(high * inverse).to(tl.int8), mask=half_mask)
-        tl.store(scales + row, tl.math.div_rn(amax, 127.0), mask=used)
+        tl.store(target, low_codes, mask=half_mask)
+        tl.store(target + HALF, high_codes, mask=half_mask)
+        tl.store(cache_f32 + page // 4 + SCALES + row, k_scale, mask=used)
     else:
-        low_codes, low_scale, low_zero = _quantize_half(low, half < HALF)
-        high_codes, high_scale, high_zero = _quantize_half(high, half < HALF)
-        tl.store(target, ((low_codes & 0xF) | (high_codes << 4)).to(tl.int8), mask=half_mask)
-        tl.store(scales + 2 * row, _pair(low_scale, low_zero), mask=used)
-        tl.store(scales + 2 * row + 1, _pair(high_scale, high_zero), mask=used)
+        packed, step, base = _narrow(low_codes, high_codes, BLOCK_T, BLOCK_D // 2 // GROUP_BYTES, GROUP_BYTES)
+        tl.store(target, packed, mask=half_mask)
+        group = tl.arange(0, BLOCK_D // 2 // GROUP_BYTES)
+        group_mask = used[:, None] & (group < GROUPS)[None, :]
+        groups = cache_i8 + (page + V_OFFSET + PAGE * HEAD_DIM + row * 2 * GROUPS)[:, None] + group[None, :]
+        tl.store(groups, step, mask=group_mask)
+        tl.store(groups + GROUPS, base, mask=group_mask)
+        # The first of a scale's four bytes belongs to V.
+        word = cache_i8 + page + 4 * (SCALES + row)
+        for byte in tl.static_range(1, 4):
+            tl.store(word + byte, (k_scale.to(tl.int32, bitcast=True) >> (8 * byte)).to(tl.int8), mask=used)
 
     # Tokens of a prompt mostly fill whole groups of slots, one after another. Then values are taken in the order of V, so that
     # bytes that leave together stand together.
@@ -161,14 +196,15 @@ def _store_kernel(
         v_offset = tl.multiple_of(page_offset + V_OFFSET + first % PAGE, 16)
         pointers = cache_i8 + v_offset + channels[:, None] * PAGE + lanes[None, :]
         tl.store(pointers, tl.trans(codes), mask=(channels < HEAD_DIM)[:, None])
-        tl.store(cache_f32 + page_offset // 4 + V_SCALES + first % PAGE + v_token(lanes), scale)
+        k_word = page_offset // 4 + SCALES + first % PAGE + v_token(lanes)
+        _store_v_scale(cache_i8, cache_f32, k_word, scale, lanes >= 0, PAGE, K_BITS)
     else:
         codes, scale = _quantize_v(
             value + head * value_head_stride, tokens, used, value_token_stride, HEAD_DIM, BLOCK_D, FP8
         )
         pointers = cache_i8 + (page + V_OFFSET + v_position(row))[None, :] + channels[:, None] * PAGE
         tl.store(pointers, tl.trans(codes), mask=used[None, :] & (channels < HEAD_DIM)[:, None])
-        tl.store(cache_f32 + page // 4 + V_SCALES + row, scale, mask=used)
+        _store_v_scale(cache_i8, cache_f32, page // 4 + SCALES + row, scale, used, PAGE, K_BITS)
 
 
 def store(
@@ -188,5 +224,5 @@ def store(
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
         BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, FP8=fp8_path(key.device),
-        ANCHOR_TOKENS=0 if anchor is None else ANCHOR_TOKENS, num_warps=4,
+        ANCHOR_TOKENS=0 if anchor is None else ANCHOR_TOKENS, num_warps=4 if layout.k_bits == 8 else 8,
     )  # fmt: skip

@@ -17,6 +17,8 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 TABLES = ["block_table", "seq_lens", "query_start_loc"]
 """Arguments that are sliced where the decodes of a batch end: how a slice is aligned must not cost a compilation."""
 
+GROUP_BYTES = tl.constexpr(sage_paged.GROUP_BYTES)
+
 # The interpreter takes functions as they are, and jit only where `tl` is in sight.
 v_position, v_token = (f if INTERPRETED else triton.jit(f) for f in (sage_paged.v_position, sage_paged.v_token))
 
@@ -45,13 +47,6 @@ def inverse_or_zero(x, numerator):
 def next_power_of_two(x):
     """The least power of two that is at least x, for x >= 0; 0 for 0."""
     return ((x.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def to_bf16(x):
-    """Round finite float32 to bfloat16, ties to even, and stay float32: the interpreter's own conversion cuts bits off."""
-    bits = x.to(tl.uint32, bitcast=True)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -124,10 +119,27 @@ def load_k(page, tokens, channels, K_ROW: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def load_scale_and_zero(pointers):
-    """pointers: to pairs of bfloat16, as float32. Returns both numbers of each, float32."""
-    pair = tl.load(pointers).to(tl.int32, bitcast=True)
-    return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+def load_wide_k(page, tokens, channels, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Of a page of INT4 keys, the INT8 codes of the low and of the high half of the head, [channels, tokens] each."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    GROUPS: tl.constexpr = HALF // GROUP_BYTES
+    k = load_k(page, tokens, channels, HALF, HALF)
+    groups = page + PAGE * (HALF + HEAD_DIM) + tokens[None, :] * (2 * GROUPS) + (channels // GROUP_BYTES)[:, None]
+    if channels.shape[0] == HALF:
+        step = tl.load(groups)
+        base = tl.load(groups + GROUPS)
+    else:
+        inside = (channels < HALF)[:, None]
+        step = tl.load(groups, mask=inside, other=0)
+        base = tl.load(groups + GROUPS, mask=inside, other=0)
+    # What leaves the range of int8 on the way comes back.
+    return ((k & 0xF) * step + base).to(tl.int8), (((k >> 4) & 0xF) * step + base).to(tl.int8)
+
+
+@triton.jit
+def v_scale_bits_beside(k_scale):
+    """The bits of V's scale, a power of two, from the scale of an INT4 key, whose last 8 bits are its exponent."""
+    return (k_scale.to(tl.int32, bitcast=True) & 0xFF) << 23
 
 
 @triton.jit
@@ -155,7 +167,7 @@ def tanh(x):
 
 @triton.jit
 def attend_page(
-    q_low, q_high, q_low_sum, q_high_sum, q_scale, q_bias, acc, total, top,
+    q_low, q_high, q_scale, q_bias, acc, total, top,
     cache_i8, cache_v, cache_f32, page_offset, length, first_visible, last_visible, soft_cap,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
     SOFT_CAP: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr,
@@ -163,38 +175,33 @@ def attend_page(
     """One step of the online softmax: the rows of a query tile against one page.
 
     q_low, q_high: int8 [rows, channels], for INT4 the halves of the head, for INT8 the whole head in q_low.
-    q_low_sum, q_high_sum: float32 [rows], their sums over channels, for INT4 only. q_scale: float32 [rows].
-    q_bias: float32 [rows], what base-2 logits lack by the keys' anchor. acc: float32 [rows, channels]. total: float32 [rows].
-    top: float32 [rows], the integer reference of the exponentials. page_offset: int64, bytes from the cache's start.
+    q_scale: float32 [rows]. q_bias: float32 [rows], what base-2 logits lack by the keys' anchor.
+    acc: float32 [rows, channels]. total: float32 [rows]. top: float32 [rows], the integer reference of the exponentials.
+    page_offset: int64, bytes from the cache's start.
     length: tokens of the page that are filled. first_visible, last_visible: int [rows], tokens of the page that a row may
     see. FP8: see `device.fp8_path`. TURN: whether queries are turned for this page, so that pages have biases of their own.
     Returns acc, total, top.
     """
     tokens = v_token(tl.arange(0, PAGE))  # every column of this tile is in the order of V
-    V_OFFSET: tl.constexpr = PAGE * HEAD_DIM * K_BITS // 8
-    SCALES: tl.constexpr = (V_OFFSET + PAGE * HEAD_DIM) // 4
     K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
+    V_OFFSET: tl.constexpr = PAGE * K_ROW
+    GROUPS: tl.constexpr = K_ROW // GROUP_BYTES if K_BITS == 4 else 0
+    SCALES: tl.constexpr = (V_OFFSET + PAGE * (HEAD_DIM + 2 * GROUPS)) // 4
     k_channels = tl.arange(0, q_low.shape[1])
-
-    V_SCALES: tl.constexpr = SCALES + PAGE * (8 // K_BITS)
-
-    k = load_k(cache_i8 + page_offset, tokens, k_channels, K_ROW, K_ROW)
-    scales = cache_f32 + page_offset // 4
+    k_scale = tl.load(cache_f32 + page_offset // 4 + SCALES + tokens)
+    if K_BITS == 8:
+        k = load_k(cache_i8 + page_offset, tokens, k_channels, K_ROW, K_ROW)
+        codes = tl.dot(q_low, k, out_dtype=tl.int32)
+        v_scale_bits = tl.load(cache_f32 + page_offset // 4 + SCALES + PAGE + tokens).to(tl.int32, bitcast=True)
+    else:
+        k_low, k_high = load_wide_k(cache_i8 + page_offset, tokens, k_channels, PAGE, HEAD_DIM)
+        codes = tl.dot(q_high, k_high, tl.dot(q_low, k_low, out_dtype=tl.int32), out_dtype=tl.int32)
+        v_scale_bits = v_scale_bits_beside(k_scale)
     # V's scale is a power of two: its exponent and its inverse are a matter of moving bits.
-    v_scale_bits = tl.load(scales + V_SCALES + tokens).to(tl.int32, bitcast=True)
     v_exponent = v_scale_bits.to(tl.float32) * (1.0 / (1 << 23)) - 127.0
     v_inverse = ((254 << 23) - v_scale_bits).to(tl.float32, bitcast=True)
 
-    if K_BITS == 8:
-        logits = tl.dot(q_low, k, out_dtype=tl.int32).to(tl.float32) * tl.load(scales + SCALES + tokens)[None, :]
-    else:
-        # Each nibble is used where it stands in the byte's upper half: 16 times its value, taken back by the scale.
-        scale, zero = load_scale_and_zero(scales + SCALES + 2 * tokens)
-        codes = tl.dot(q_low, (k << 4).to(tl.int8), out_dtype=tl.int32)
-        logits = codes.to(tl.float32) * (scale * 0.0625)[None, :] + q_low_sum[:, None] * zero[None, :]
-        scale, zero = load_scale_and_zero(scales + SCALES + 2 * tokens + 1)
-        codes = tl.dot(q_high, (k & -16).to(tl.int8), out_dtype=tl.int32)
-        logits += codes.to(tl.float32) * (scale * 0.0625)[None, :] + q_high_sum[:, None] * zero[None, :]
+    logits = codes.to(tl.float32) * k_scale[None, :]
     if SOFT_CAP:
         logits = logits * q_scale[:, None] + q_bias[:, None]
         logits = (soft_cap * LOG2E) * tanh(logits / (soft_cap * LOG2E)) + v_exponent[None, :]

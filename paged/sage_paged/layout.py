@@ -6,9 +6,9 @@ A page holds the keys and values of `tokens` consecutive tokens of one KV head, 
     -------   ----------------------   -------   ------------------------------------------------------------
     k         [tokens, k_row_bytes]    int8      key codes, one row a token
     v         [head_dim, tokens]       e4m3      value codes, transposed: one row a channel, tokens in `v_position` order
-    k_scale   [tokens]                 float32   INT8 keys: key = code * k_scale
-              [tokens, 2, 2]           bfloat16  INT4 keys: for each half of the head, key = code * scale + zero
-    v_scale   [tokens]                 float32   value = code * v_scale
+    k_groups  [tokens, 2, k_groups]    int8      INT4 keys only: steps and bases that make INT8 codes of nibbles
+    k_scale   [tokens]                 float32   key = INT8 code * k_scale
+    v_scale   [tokens]                 float32   INT8 keys only: value = code * v_scale
     bounds    [2, head_dim]            float16   least and largest key of each channel, in pages for `sage_paged.memory` only
 
 Every number of a token depends on that token alone, and bounds on the keys of a full page, so a page can be shared, moved,
@@ -17,10 +17,11 @@ that is summed over, which for P @ V is the token, to be the contiguous one. The
 thread gets Q K^T for tokens 2j, 2j + 1, 2j + 8 and 2j + 9, and has to hand in P for four tokens that stand side by side:
 stored this way they do, and P never has to travel between threads.
 
-INT4 keys: byte `i` of a row carries channel `i` in its low nibble and channel `i + head_dim // 2` in its high one, both
-two's complement in [-8, 7]. A kernel gets either half of the row with one mask or shift and never has to interleave, and
-multiplies the halves one after the other, so that each can have a scale and a zero point of its own: where a token's smallest
-and largest channels of a half lie, its 16 levels lie too.
+INT4 keys are INT8 codes kept in 4 bits: byte `i` of a row has channel `i` in its low nibble and channel `i + head_dim // 2` in
+its high one, numbers from 0 to 15, and the INT8 code is base + step * nibble. The channels of GROUP_BYTES bytes that stand side
+by side share a step and a base. A rotary embedding turns channels `i` and `i + head_dim // 2` into each other, so that they are
+of one size. What attends to keys needs to know INT8 codes only. Beside them, a scale of V has no room of its own: the last 8
+bits of k_scale are its exponent, as it stands in a float32, and change k_scale by less than 2**-15 of itself.
 """
 
 import math
@@ -32,8 +33,10 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_TOKENS = (64, 128)
 K_BITS = (4, 8)
 
+GROUP_BYTES = 8
+"""Bytes of INT4 keys, two channels each, that share a step and a base."""
+
 _SCALE_BYTES = 4
-_K_SCALE_BYTES = {8: 4, 4: 8}
 
 
 def v_position(token):  # without annotations, which Triton would look up
@@ -53,15 +56,16 @@ def v_token(position):
 class PageViews:
     """Typed views of a cache; leading dimensions are [blocks, kv_heads].
 
-    k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens], tokens in `v_position` order; k_scale: float32
-    [..., tokens], for INT4 keys bfloat16 [..., tokens, half, scale and zero]; v_scale: float32 [..., tokens]; bounds: float16
-    [..., 2, head_dim], or None where the layout has none.
+    k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens], tokens in `v_position` order; k_groups: int8
+    [..., tokens, step or base, k_groups]; k_scale, v_scale: float32 [..., tokens]; bounds: float16 [..., 2, head_dim]. None
+    where the layout has none.
     """
 
     k: torch.Tensor
     v: torch.Tensor
+    k_groups: torch.Tensor | None
     k_scale: torch.Tensor
-    v_scale: torch.Tensor
+    v_scale: torch.Tensor | None
     bounds: torch.Tensor | None
 
 
@@ -91,25 +95,38 @@ class PageLayout:
         return self.head_dim * self.k_bits // 8
 
     @property
+    def k_groups(self) -> int:
+        """Groups of a token's INT4 keys; 0 for INT8 keys."""
+        return self.k_row_bytes // GROUP_BYTES if self.k_bits == 4 else 0
+
+    @property
     def v_offset(self) -> int:
         return self.tokens * self.k_row_bytes
 
     @property
-    def k_scale_offset(self) -> int:
+    def k_groups_offset(self) -> int:
         return self.v_offset + self.tokens * self.head_dim
 
     @property
+    def k_scale_offset(self) -> int:
+        return self.k_groups_offset + self.tokens * 2 * self.k_groups
+
+    @property
     def v_scale_offset(self) -> int:
-        return self.k_scale_offset + self.tokens * _K_SCALE_BYTES[self.k_bits]
+        return self.k_scale_offset + self.tokens * _SCALE_BYTES
 
     @property
     def bounds_offset(self) -> int:
-        return self.v_scale_offset + self.tokens * _SCALE_BYTES
+        codes = self.v_scale_offset + (self.tokens * _SCALE_BYTES if self.k_bits == 8 else 0)
+        return self._whole(codes)
 
     @property
     def page_bytes(self) -> int:
-        whole = 4 * self.tokens  # so that a token's share is a whole number of elements of any model's dtype
-        return self.bounds_offset + (-(-4 * self.head_dim // whole) * whole if self.has_bounds else 0)
+        return self.bounds_offset + (self._whole(4 * self.head_dim) if self.has_bounds else 0)
+
+    def _whole(self, size: int) -> int:
+        """`size` rounded up so that a token's share is a whole number of elements of any model's dtype."""
+        return -(-size // (4 * self.tokens)) * 4 * self.tokens
 
     @property
     def bytes_per_token(self) -> int:
@@ -147,11 +164,13 @@ class PageLayout:
             size = math.prod(shape) * dtype.itemsize
             return pages[..., offset : offset + size].view(dtype).unflatten(-1, shape)
 
-        k_scale = ((self.tokens,), torch.float32) if self.k_bits == 8 else ((self.tokens, 2, 2), torch.bfloat16)
+        scale, narrow = ((self.tokens,), torch.float32), self.k_bits == 4
+        groups = (self.tokens, 2, self.k_groups)
         return PageViews(
             k=section(0, (self.tokens, self.k_row_bytes), torch.int8),
             v=section(self.v_offset, (self.head_dim, self.tokens), torch.float8_e4m3fn),
-            k_scale=section(self.k_scale_offset, *k_scale),
-            v_scale=section(self.v_scale_offset, (self.tokens,), torch.float32),
+            k_groups=section(self.k_groups_offset, groups, torch.int8) if narrow else None,
+            k_scale=section(self.k_scale_offset, *scale),
+            v_scale=None if narrow else section(self.v_scale_offset, *scale),
             bounds=section(self.bounds_offset, (2, self.head_dim), torch.float16) if self.has_bounds else None,
         )

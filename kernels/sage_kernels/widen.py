@@ -1,0 +1,64 @@
+"""Pages of INT4 keys as pages of INT8 keys: the same codes, scales and values, for kernels that read nothing else.
+
+INT4 keys stand for INT8 codes (`reference.widen`), so attention to either kind of page gives the same, bit for bit. A prompt
+reads each page of its history once for every 128 rows of queries; widening it once before costs a few percent of that.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sage_kernels.tiles import TABLES, load_wide_k, v_scale_bits_beside
+from sage_paged import PageLayout
+
+
+@triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=TABLES)
+def _widen_kernel(
+    narrow_i8, narrow_i32, wide_i8, wide_i32, block_table, seq_lens, pages,
+    table_stride, table_head_stride, block_stride, head_stride,
+    HEAD_DIM: tl.constexpr, K_ROW: tl.constexpr, PAGE: tl.constexpr, K_SCALE: tl.constexpr, WIDE_BYTES: tl.constexpr,
+):  # fmt: skip
+    """Grid: (pages, KV heads, requests). K_SCALE: bytes from a narrow page's start to its scales."""
+    page = tl.program_id(0)
+    head = tl.program_id(1)
+    request = tl.program_id(2)
+    if page * PAGE >= tl.load(seq_lens + request):
+        return
+    block = tl.load(block_table + request.to(tl.int64) * table_stride + head * table_head_stride + page)
+    source = block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride
+    target = ((request.to(tl.int64) * pages + page) * tl.num_programs(1) + head) * WIDE_BYTES
+    tokens = tl.arange(0, PAGE)
+    channels = tl.arange(0, K_ROW)
+    low, high = load_wide_k(narrow_i8 + source, tokens, channels, PAGE, HEAD_DIM)
+    k = wide_i8 + target + tokens[None, :] * HEAD_DIM + channels[:, None]
+    tl.store(k, low)
+    tl.store(k + K_ROW, high)
+    words = tl.arange(0, PAGE * HEAD_DIM // 4)
+    v = tl.load(narrow_i32 + (source + PAGE * K_ROW) // 4 + words)
+    tl.store(wide_i32 + (target + PAGE * HEAD_DIM) // 4 + words, v)
+    k_scale = tl.load(narrow_i32 + (source + K_SCALE) // 4 + tokens)
+    scales = wide_i32 + (target + 2 * PAGE * HEAD_DIM) // 4 + tokens
+    tl.store(scales, k_scale)
+    tl.store(scales + PAGE, v_scale_bits_beside(k_scale))
+
+
+def widened(
+    pages: torch.Tensor, layout: PageLayout, block_table: torch.Tensor, seq_lens: torch.Tensor, max_seq_len: int
+) -> tuple[torch.Tensor, PageLayout, torch.Tensor]:
+    """The pages of requests of at most max_seq_len tokens, their layout, and the block table that leads to them.
+
+    The other arguments are those of `reference.attention`; head_dim has to be a power of two.
+    """
+    requests, kv_heads = seq_lens.numel(), pages.shape[1]
+    used = min(-(-max_seq_len // layout.tokens), block_table.shape[-1])
+    wide_layout = PageLayout(layout.head_dim, 8, layout.tokens)
+    wide = torch.empty(requests * used, kv_heads, wide_layout.page_bytes, dtype=torch.uint8, device=pages.device)
+    head_stride = block_table.stride(1) if block_table.dim() == 3 else 0
+    _widen_kernel[(used, kv_heads, requests)](
+        pages.view(torch.int8), pages.view(torch.int32), wide.view(torch.int8), wide.view(torch.int32), block_table, seq_lens,
+        used, block_table.stride(0), head_stride, pages.stride(0), pages.stride(1),
+        HEAD_DIM=layout.head_dim, K_ROW=layout.k_row_bytes, PAGE=layout.tokens, K_SCALE=layout.k_scale_offset,
+        WIDE_BYTES=wide_layout.page_bytes, num_warps=4,
+    )  # fmt: skip
+    table = torch.arange(requests * used, dtype=torch.int32, device=pages.device).view(requests, used)
+    return wide, wide_layout, table
