@@ -14,6 +14,7 @@ from sage_kernels.tiles import (
     next_power_of_two,
     to_e4m3_bits,
     to_int,
+    to_whole,
     v_position,
     v_token,
 )
@@ -49,21 +50,27 @@ def _store_v_scale(cache_i8, cache_f32, k_word, scale, used, PAGE: tl.constexpr,
 
 
 @triton.jit
-def _better(best, both, step, base):
-    """The better of `best` (errors, steps, bases, nibbles), if there is one, and these steps and bases for the codes of groups
-    `both`, [groups, channels]. All are float32."""
+def _nibbles(both, step, base):
+    """Where the codes of groups, [groups, channels], stand between levels that begin at `base`, `step` apart."""
+    return to_whole((both - base[:, None]) * tl.math.div_rn(1.0, step)[:, None])
+
+
+@triton.jit
+def _better(best, both, step, base, REACH: tl.constexpr):
+    """The better of `best` (errors, steps, bases), if there is one, and these steps and bases for the codes of groups `both`,
+    [groups, channels]. All are float32. REACH: whether the 16 levels reach all codes."""
     base = tl.minimum(tl.maximum(base, -128.0), 127.0 - 15.0 * step)
-    nibbles = to_int((both - base[:, None]) * tl.math.div_rn(1.0, step)[:, None]).to(tl.float32)
-    nibbles = tl.minimum(tl.maximum(nibbles, 0.0), 15.0)
-    miss = base[:, None] + step[:, None] * nibbles - both
+    nibbles = _nibbles(both, step, base)
+    if not REACH:
+        nibbles = tl.minimum(tl.maximum(nibbles, 0.0), 15.0)
+    miss = step[:, None] * nibbles - (both - base[:, None])
     error = tl.sum(miss * miss, 1)
     if best is not None:
         better = error < best[0]
         step = tl.where(better, step, best[1])
         base = tl.where(better, base, best[2])
-        nibbles = tl.where(better[:, None], nibbles, best[3])
         error = tl.where(better, error, best[0])
-    return error, step, base, nibbles
+    return error, step, base
 
 
 @triton.jit
@@ -76,10 +83,11 @@ def _narrow(low, high, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.co
     best = None
     for less in tl.static_range(2):
         step = tl.maximum(whole - less, 1.0)
-        best = _better(best, both, step, least)
-        best = _better(best, both, step, largest - 15.0 * step)
-        best = _better(best, both, step, tl.floor((least + largest - 15.0 * step) * 0.5))
-    _, step, base, nibbles = best
+        best = _better(best, both, step, least, less == 0)
+        best = _better(best, both, step, largest - 15.0 * step, less == 0)
+        best = _better(best, both, step, tl.floor((least + largest - 15.0 * step) * 0.5), less == 0)
+    _, step, base = best
+    nibbles = tl.minimum(tl.maximum(_nibbles(both, step, base), 0.0), 15.0)
     low, high = tl.split(nibbles.to(tl.int32).reshape([BLOCK_T, GROUPS * GROUP, 2]))
     packed = (low | (high << 4)).to(tl.int8)
     return packed, step.reshape([BLOCK_T, GROUPS]).to(tl.int8), base.reshape([BLOCK_T, GROUPS]).to(tl.int8)

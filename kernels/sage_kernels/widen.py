@@ -8,13 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.tiles import TABLES, load_wide_k, v_scale_bits_beside
+from sage_kernels.tiles import GROUP_BYTES, TABLES, v_scale_bits_beside
 from sage_paged import PageLayout
 
 
 @triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=TABLES)
 def _widen_kernel(
-    narrow_i8, narrow_i32, wide_i8, wide_i32, block_table, seq_lens, pages,
+    narrow_i8, narrow_i32, wide_i32, block_table, seq_lens, pages,
     table_stride, table_head_stride, block_stride, head_stride,
     HEAD_DIM: tl.constexpr, K_ROW: tl.constexpr, PAGE: tl.constexpr, K_SCALE: tl.constexpr, WIDE_BYTES: tl.constexpr,
 ):  # fmt: skip
@@ -27,12 +27,17 @@ def _widen_kernel(
     block = tl.load(block_table + request.to(tl.int64) * table_stride + head * table_head_stride + page)
     source = block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride
     target = ((request.to(tl.int64) * pages + page) * tl.num_programs(1) + head) * WIDE_BYTES
+    # Four bytes at a time: with 128 added to bases, no byte of base + step * nibble leaves its place.
     tokens = tl.arange(0, PAGE)
-    channels = tl.arange(0, K_ROW)
-    low, high = load_wide_k(narrow_i8 + source, tokens, channels, PAGE, HEAD_DIM)
-    k = wide_i8 + target + tokens[None, :] * HEAD_DIM + channels[:, None]
-    tl.store(k, low)
-    tl.store(k + K_ROW, high)
+    groups = tl.arange(0, K_ROW // GROUP_BYTES)
+    in_group = groups[None, :, None] * (GROUP_BYTES // 4) + tl.arange(0, GROUP_BYTES // 4)[None, None, :]
+    packed = tl.load(narrow_i32 + source // 4 + tokens[:, None, None] * (K_ROW // 4) + in_group)
+    steps = narrow_i8 + source + PAGE * (K_ROW + HEAD_DIM) + tokens[:, None] * (2 * K_ROW // GROUP_BYTES) + groups[None, :]
+    step = tl.load(steps).to(tl.int32)[:, :, None]
+    base = ((tl.load(steps + K_ROW // GROUP_BYTES).to(tl.int32) + 128) * 0x01010101)[:, :, None]
+    k = wide_i32 + target // 4 + tokens[:, None, None] * (HEAD_DIM // 4) + in_group
+    tl.store(k, ((packed & 0x0F0F0F0F) * step + base) ^ -0x7F7F7F80)
+    tl.store(k + K_ROW // 4, (((packed >> 4) & 0x0F0F0F0F) * step + base) ^ -0x7F7F7F80)
     words = tl.arange(0, PAGE * HEAD_DIM // 4)
     v = tl.load(narrow_i32 + (source + PAGE * K_ROW) // 4 + words)
     tl.store(wide_i32 + (target + PAGE * HEAD_DIM) // 4 + words, v)
@@ -55,8 +60,8 @@ def widened(
     wide = torch.empty(requests * used, kv_heads, wide_layout.page_bytes, dtype=torch.uint8, device=pages.device)
     head_stride = block_table.stride(1) if block_table.dim() == 3 else 0
     _widen_kernel[(used, kv_heads, requests)](
-        pages.view(torch.int8), pages.view(torch.int32), wide.view(torch.int8), wide.view(torch.int32), block_table, seq_lens,
-        used, block_table.stride(0), head_stride, pages.stride(0), pages.stride(1),
+        pages.view(torch.int8), pages.view(torch.int32), wide.view(torch.int32), block_table, seq_lens, used,
+        block_table.stride(0), head_stride, pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, K_ROW=layout.k_row_bytes, PAGE=layout.tokens, K_SCALE=layout.k_scale_offset,
         WIDE_BYTES=wide_layout.page_bytes, num_warps=4,
     )  # fmt: skip
