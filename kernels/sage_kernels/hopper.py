@@ -427,7 +427,7 @@ class _Address:
         return self.address
 
 
-SCRATCH = 256 << 20
+SCRATCH = 512 << 20
 """Bytes of INT8 pages that INT4 ones are widened to at a time; one KV head of one request may take more."""
 
 
@@ -457,8 +457,9 @@ def prefill(
     longest = min(max_seq_len or 1 << 31, block_table.shape[-1] * layout.tokens)
     context_bytes = -(-longest // layout.tokens) * PageLayout(layout.head_dim, 8, layout.tokens).page_bytes
     rooms = max(1, SCRATCH // context_bytes)  # contexts of one head that there is room for
-    heads_at_once = min(kv_heads, max(1, rooms // requests))
-    requests_at_once = min(requests, max(1, rooms // heads_at_once))
+    # In equal parts: a small last one would leave most of the processors without work for as long as a large one takes.
+    heads_at_once = _part(kv_heads, rooms // requests)
+    requests_at_once = _part(requests, rooms // heads_at_once)
     for head in range(0, kv_heads, heads_at_once):
         kv, heads = slice(head, head + heads_at_once), slice(head * group, (head + heads_at_once) * group)
         for request in range(0, requests, requests_at_once):
@@ -472,6 +473,11 @@ def prefill(
                 out[:, heads], window, soft_cap, None if sinks is None else sinks[heads],
                 None if anchor is None else anchor[kv],
             )  # fmt: skip
+
+
+def _part(count: int, most: int) -> int:
+    """The size of the parts, at most `most` if that is 1 or more, that `count` falls into as evenly as can be."""
+    return -(-count // -(-count // max(1, most)))
 
 
 def _launch(
