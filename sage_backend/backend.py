@@ -351,6 +351,8 @@ class SageImpl(AttentionImpl[SageMetadata]):
                     decodes, mask["turns"] = self.recall(q, pages, decodes, reading, 0, m.max_decode_query_len)
                 table, lengths, starts = decodes
                 decode(q, pages, self.layout, table, lengths, starts, self.scale, out[: m.num_decode_tokens], **mask, **how)
+            if reading is not None and m.sample is not None:
+                m.sample.cover("decode", layer, q, pages, m.block_table, m.seq_lens, decodes, anchor)
         if n < m.seq_lens.shape[0] and m.num_decode_tokens < m.num_tokens:
             with metrics.timed(m.sample, "prefill", layer, query.device):
                 mask["turns"] = None
@@ -358,6 +360,9 @@ class SageImpl(AttentionImpl[SageMetadata]):
                     prefills, mask["turns"] = self.recall(query, pages, prefills, reading, reading.query_block)
                 table, lengths, starts = prefills
                 prefill(query, pages, self.layout, table, lengths, starts, self.scale, out, **mask)
+            if reading is not None and m.sample is not None:
+                q = query[m.num_decode_tokens :]
+                m.sample.cover("prefill", layer, q, pages, m.block_table[n:], m.seq_lens[n:], prefills, anchor)
         if m.check is not None and m.check.layer == layer.layer_name:
             m.check.compare(self, query, key, value, out)
         return output

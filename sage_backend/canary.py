@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from sage_backend.options import SageOptions
+from sage_backend.readout import Readout
 from sage_kernels import reference
 
 TOKENS = 512
@@ -21,30 +22,6 @@ QUERIES = 16
 """How many of the last of these are attended from."""
 LARGEST = 2.0
 """Errors are told up to here. Two outputs that have nothing in common are sqrt(2) apart; what is no number counts as this."""
-
-
-class Readout:
-    """One number that a device computes, read once it is there. Nothing waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        # Pinned, for a copy to other memory would wait. Here, because getting such memory waits, too.
-        self._number = torch.zeros((), pin_memory=on_gpu and torch.cuda.is_available())
-        self._event = torch.cuda.Event() if on_gpu else None
-        self.pending = False
-
-    def put(self, number: torch.Tensor) -> None:
-        self._number.copy_(number, non_blocking=True)
-        if self._event is not None:
-            self._event.record()
-        self.pending = True
-
-    def take(self) -> float | None:
-        """The number that was put last, once: None while it is not there."""
-        if not self.pending or (self._event is not None and not self._event.query()):
-            return None
-        self.pending = False
-        return float(self._number)
 
 
 @dataclass(frozen=True)

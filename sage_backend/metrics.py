@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from sage_backend.canary import LARGEST, Canary, Check
+from sage_backend.coverage import Coverage
 from sage_backend.options import SageOptions
 from sage_backend.variator import plugin
 from sage_paged import Memory
@@ -77,6 +78,12 @@ CONTEXT = Metric("sage_memory_context_tokens_total", "Tokens of context before t
 READ = Metric("sage_memory_read_tokens_total", "Those of them that each KV head reads.", {"phase": PHASES})
 SCORED = Metric("sage_memory_scored_pages_total", "Pages that each KV head scores for rows of queries.", {"phase": PHASES})
 RECALLED = Metric("sage_memory_recalled_pages_total", "Those of them that it recalls.", {"phase": PHASES})
+COVERED = Metric(
+    "sage_memory_attention_mass_covered",
+    "Share of exact attention that falls on the pages that were read, in sampled calls that read a part.",
+    {"phase": PHASES},
+    buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0),
+)
 CANARY_ERROR = Metric(
     "sage_canary_relative_error",
     "Relative L2 error of attention over quantized pages, in checks of one KV head.",
@@ -94,7 +101,7 @@ PAGES_IN_USE = Metric("sage_kv_pages_in_use", "Pages that requests hold.")
 
 METRICS = (
     BUILD, TOKENS, STEPS, FALLBACK_STEPS, SAMPLES, SECONDS, OPERATIONS, BYTES, TOKEN_BYTES, COMPRESSION,
-    CONTEXT, READ, SCORED, RECALLED, CANARY_ERROR, READINGS, COMPRESSED, SAVED, PAGES, PAGES_IN_USE,
+    CONTEXT, READ, SCORED, RECALLED, COVERED, CANARY_ERROR, READINGS, COMPRESSED, SAVED, PAGES, PAGES_IN_USE,
 )  # fmt: skip
 
 
@@ -312,8 +319,7 @@ class Sample:
         if phase not in self.phases:
             yield
             return
-        requests = slice(self.num_decodes) if phase == "decode" else slice(self.num_decodes, None)
-        query_lens, seq_lens, rows = self.query_lens[requests], self.seq_lens[requests], None
+        (query_lens, seq_lens), rows = self._of(phase), None
         if memory is not None:
             query_block = 0 if phase == "decode" else memory.query_block
             rows = Rows.of(memory, impl.layout.tokens, query_lens, seq_lens, query_block)
@@ -328,6 +334,17 @@ class Sample:
             yield
             end.record()
             self.recorder.pending.append((phase, work, begin, end))
+
+    def cover(self, phase: str, layer: Any, *args: Any) -> None:
+        """Tell how much of exact attention falls on what memory read for `phase` in `layer` (vLLM's Attention), if that is to
+        be sampled. args: the last ones of `Coverage.measure`."""
+        if phase in self.phases and layer.layer_name == self.layer and self.recorder.coverage is not None:
+            self.recorder.coverage.measure(phase, layer.impl, *self._of(phase), *args)
+
+    def _of(self, phase: str) -> tuple[np.ndarray, np.ndarray]:
+        """Query tokens and tokens in all of the requests in `phase`."""
+        requests = slice(self.num_decodes) if phase == "decode" else slice(self.num_decodes, None)
+        return self.query_lens[requests], self.seq_lens[requests]
 
 
 _NOT_TIMED = nullcontext()
@@ -347,6 +364,8 @@ class Recorder:
         """options: those of the engine, unless they are the defaults."""
         self.canary: Canary | None = None
         """What checks attention, if it is asked for."""
+        self.coverage: Coverage | None = None
+        """What measures what the counted layers' memory leaves out, if they have one."""
         if options is not None and options.canary is not None:
             values.observe(CANARY_ERROR, [])
             self.canary = Canary(options, lambda error: values.observe(CANARY_ERROR, [error]))
@@ -385,6 +404,10 @@ class Recorder:
             # Steps are counted where the first group's metadata are built. A draft model's groups come later.
             self._group = names
             self._memory = None if memory is None else (memory, layout.tokens)
+            if memory is not None:
+                self.coverage = Coverage(memory, layout.tokens, device, self._add_covered)
+                for phase in PHASES:
+                    self._values.observe(COVERED, [], phase)
             self._tell_build(layout, heads // kv_heads, device)
         # By name, for vLLM may make a group's metadata builder more than once.
         self._group_bytes[tuple(names)] = np.array([layout.bytes_per_token, 2 * 2 * layout.head_dim]) * (kv_heads * owners)
@@ -466,6 +489,11 @@ class Recorder:
         while self.pending and self.pending[0][-1].query():
             phase, work, begin, end = self.pending.pop(0)
             self.add_sample(phase, work, begin.elapsed_time(end) / 1000)
+        if self.coverage is not None:
+            self.coverage.collect()
+
+    def _add_covered(self, phase: str, share: float) -> None:
+        self._values.observe(COVERED, [share], phase)
 
     def add_sample(self, phase: str, work: Work, seconds: float) -> None:
         self._values.add(SAMPLES, 1, phase)

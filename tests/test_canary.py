@@ -1,7 +1,6 @@
 """The canary: what is checked and when, that its errors are right, what it costs, and that it is off unless asked for."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +122,24 @@ def test_the_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert errors == [0.5]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_device_is_not_waited_for_on_a_gpu() -> None:
+    """Here by torch's own account of what waits."""
+    impl = SimpleNamespace(num_heads=4, num_kv_heads=2, scale=0.1, window=20, soft_cap=3.0, sinks=torch.randn(4).cuda())
+    query, key, value = (torch.randn(600, n, 64, device="cuda").bfloat16() for n in (4, 2, 2))
+    canary, errors = made(torch.device("cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        [check] = planned(canary, batch((600, 600)))
+        check.compare(impl, query, key, value, torch.zeros_like(query))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    canary.collect()
+    assert errors == [pytest.approx(1.0)]
+
+
 def recorder(folder: Path, **options: Any) -> Recorder:
     recorder = Recorder(FileValues(folder, "sage-1", ("a model", "0")), SageOptions.parse({"sage": options}))
     recorder.add_layers(LAYERS, 3, PageLayout(64), 2, 4, CPU)
@@ -152,15 +169,6 @@ def test_histogram(tmp_path: Path) -> None:
     assert values[("sage_canary_relative_error_sum",)] == pytest.approx(0.015 + 0.02 + 0.45 + LARGEST)
     below = {bound: count for (name, *bound), count in values.items() if name.endswith("_bucket") for bound in bound}
     assert [below[bound] for bound in ("0.01", "0.02", "0.3", "0.5", "1.0", "2.0", "+Inf")] == [0, 2, 2, 3, 3, 4, 4]
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """More would wait for the cores that the server is on, and not for the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def seconds(tokens: int) -> float:

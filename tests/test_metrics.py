@@ -425,7 +425,7 @@ def test_a_server_exports_the_table(server: Server) -> None:
             assert all(allowed(metric, sample) for sample in after[name]), name
     [build] = after["sage_build_info"]
     assert build.labels["page_format"] == "k_int8_v_e4m3_page128"
-    assert after["sage_kv_compression_ratio"][0].value == pytest.approx(1.94, abs=0.01)
+    assert after["sage_kv_compression_ratio"][0].value == pytest.approx(1.91, abs=0.01)  # bounds included
     assert after["sage_kv_pages"][0].value > 0
     grown = {
         sample.labels["phase"]: sample.value - earlier.value

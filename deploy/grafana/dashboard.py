@@ -147,11 +147,17 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
     (
         "Accuracy",
         (
-            # Checks are few, so that there may be none within $__rate_interval.
+            # What is checked and sampled is few, so that there may be none within $__rate_interval.
             panel(
                 "Quantization error", "percentunit",
                 "Relative L2 error of attention's output, in checks of the last 30 minutes. Needs the option canary.",
                 *quantiles("sage_canary_relative_error", 0.5, 0.95, over="30m"),
+            ),
+            panel(
+                "Attention that memory reads", "percentunit",
+                "Share of exact attention on the pages that were read, in calls of the last 30 minutes that were sampled and "
+                "read a part. Needs the option memory.",
+                *quantiles("sage_memory_attention_mass_covered", 0.05, 0.5, over="30m"),
             ),
         ),
     ),
