@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from sage_backend import calibration, checks, metrics, options, positions
+from sage_backend import calibration, canary, checks, metrics, options, positions
 from sage_backend.plugin import BACKEND, COMPRESSOR
 from sage_kernels import cpu, device, reference
 from sage_paged import Memory
@@ -115,6 +115,8 @@ class SageMetadata(AttentionMetadata):
     max_seq_len: int
     sample: metrics.Sample | None = None
     """What to time of this step, if anything."""
+    check: canary.Check | None = None
+    """What to hold against exact attention of this step, if anything."""
     segments: Sequence[Any] = ()
     """Which rows FFNs compress, if any (see `sage_backend.variator`)."""
 
@@ -140,6 +142,8 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             sampled = known[layer_names[-1]]
             memory = sampled.impl.memory_of(sampled)
             self.recorder.add_layers(layer_names, len(owners), layout, self.kv_heads, self.heads, device_, memory)
+            if self.recorder.canary is not None:
+                self.recorder.canary.add_layers(layer_names, owners, device_)
         self.compressor = vllm_config.compilation_config.static_forward_context.get(COMPRESSOR)
         self.workspace = None
         if device_.type != "cpu":
@@ -159,9 +163,10 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         common = common_attn_metadata
         threshold = self.reorder_batch_threshold
         num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
-        sample = None
+        sample = check = None
         if self.recorder is not None and not fast_build:  # which is how drafts are built
             sample = self.recorder.step(self.layer_names, common, num_decodes)
+            check = self.recorder.check(self.layer_names, common, num_decodes)
         segments: Sequence[Any] = ()
         if self.compressor is not None and not fast_build:
             segments = self.compressor.segments(common, num_decodes)
@@ -188,6 +193,7 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             block_table=common.block_table_tensor,
             max_seq_len=common.max_seq_len,
             sample=sample,
+            check=check,
             segments=segments,
         )
 
@@ -347,6 +353,8 @@ class SageImpl(AttentionImpl[SageMetadata]):
                     decodes, mask["turns"] = self.recall(q, pages, decodes, reading, 0, m.max_decode_query_len)
                 table, lengths, starts = decodes
                 decode(q, pages, self.layout, table, lengths, starts, self.scale, out[: m.num_decode_tokens], **mask, **how)
+            if reading is not None and m.sample is not None:
+                m.sample.cover("decode", layer, q, pages, m.block_table, m.seq_lens, decodes, anchor)
         if n < m.seq_lens.shape[0] and m.num_decode_tokens < m.num_tokens:
             with metrics.timed(m.sample, "prefill", layer, query.device):
                 mask["turns"] = None
@@ -354,6 +362,11 @@ class SageImpl(AttentionImpl[SageMetadata]):
                     prefills, mask["turns"] = self.recall(query, pages, prefills, reading, reading.query_block)
                 table, lengths, starts = prefills
                 prefill(query, pages, self.layout, table, lengths, starts, self.scale, out, **mask, **most)
+            if reading is not None and m.sample is not None:
+                q = query[m.num_decode_tokens :]
+                m.sample.cover("prefill", layer, q, pages, m.block_table[n:], m.seq_lens[n:], prefills, anchor)
+        if m.check is not None and m.check.layer == layer.layer_name:
+            m.check.compare(self, query, key, value, out)
         return output
 
     def memory_of(self, layer: Any) -> Memory | None:

@@ -83,8 +83,9 @@ def is_chosen(config: Any) -> bool:
     return any(getattr(backend, "name", None) == "SAGE" for backend in chosen)
 
 
-def check_config(config: Any) -> None:
-    """Check an engine's configuration (VllmConfig) as soon as it is made, if it chooses this backend.
+def check_config(config: Any, has_metrics: bool = True) -> None:
+    """Check an engine's configuration (VllmConfig) as soon as it is made, if it chooses this backend. has_metrics: whether the
+    engine has any.
 
     Raises ValueError with one line for wrong options, or a model or a setting that cannot be served.
     """
@@ -142,6 +143,11 @@ def check_config(config: Any) -> None:
                 f'the calibration {options.calibration} has chosen the bits of keys; leave out option "k_bits" in '
                 '--additional-config "sage"'
             )
+    if options.canary is not None and not has_metrics:
+        raise ValueError(
+            'option "canary" in --additional-config "sage" is told as a metric, and --disable-log-stats turns metrics off; '
+            "leave one of them out"
+        )
     if options.variator is not None:
         check_compression(config, options.variator)
 

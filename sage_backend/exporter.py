@@ -36,9 +36,10 @@ class _Workers(Collector):
         return _written(_folders)
 
 
-def _written(folders: list[Path]) -> Iterable[Any]:
-    """The metrics in these folders, added up over the workers."""
-    return MultiProcessCollector.merge([str(file) for folder in folders for file in folder.glob("*.db")])
+def _written(folders: list[Path], accumulate: bool = True) -> Iterable[Any]:
+    """The metrics in these folders, added up over the workers. accumulate: whether a histogram's bucket has what is in those
+    below it, too, as Prometheus takes it."""
+    return MultiProcessCollector.merge([str(file) for folder in folders for file in folder.glob("*.db")], accumulate)
 
 
 def export(config: Any) -> None:
@@ -77,15 +78,22 @@ class Relay:
     def tell(self) -> None:
         """Pass on what was written since the last time."""
         metric_of = {metric.name: metric for metric in metrics.METRICS}
-        for sample in (sample for family in _written([self._folder]) for sample in family.samples):
-            metric = metric_of[sample.name]
+        for sample in (sample for family in _written([self._folder], accumulate=False) for sample in family.samples):
+            metric = metric_of.get(sample.name.removesuffix("_bucket"))
+            if metric is None:  # the sum of a histogram, of which Ray is told the single values
+                continue
             labels = [sample.labels[name] for name in metric.labels]
             if metric.kind == "gauge":
                 self._values.set(metric, sample.value, *labels)
+                continue
+            bound = sample.labels.get("le", "")
+            key = (metric.name, bound, *labels)
+            grown = sample.value - self._told.get(key, 0.0)
+            self._told[key] = sample.value
+            if metric.kind == "histogram":  # whose values are known by their buckets
+                self._values.observe(metric, [float(bound)] * int(grown), *labels)
             else:
-                key = (metric.name, *labels)
-                self._values.add(metric, sample.value - self._told.get(key, 0.0), *labels)
-                self._told[key] = sample.value
+                self._values.add(metric, grown, *labels)
 
 
 @functools.cache

@@ -21,6 +21,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from sage_backend.canary import LARGEST, Canary, Check
+from sage_backend.coverage import Coverage
+from sage_backend.options import SageOptions
 from sage_backend.variator import plugin
 from sage_paged import Memory
 
@@ -40,14 +43,18 @@ COMMON_LABELS = ("model_name", "engine")
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """labels: its labels beside the common ones, each with the values it takes; empty where that is a line of text."""
+    """labels: its labels beside the common ones, each with the values it takes; empty where that is a line of text. buckets:
+    of a histogram, their upper bounds, the last of which no value exceeds."""
 
     name: str
     text: str
     labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    buckets: tuple[float, ...] = ()
 
     @property
     def kind(self) -> str:
+        if self.buckets:
+            return "histogram"
         return "counter" if self.name.endswith("_total") else "gauge"
 
 
@@ -71,6 +78,17 @@ CONTEXT = Metric("sage_memory_context_tokens_total", "Tokens of context before t
 READ = Metric("sage_memory_read_tokens_total", "Those of them that each KV head reads.", {"phase": PHASES})
 SCORED = Metric("sage_memory_scored_pages_total", "Pages that each KV head scores for rows of queries.", {"phase": PHASES})
 RECALLED = Metric("sage_memory_recalled_pages_total", "Those of them that it recalls.", {"phase": PHASES})
+COVERED = Metric(
+    "sage_memory_attention_mass_covered",
+    "Share of exact attention that falls on the pages that were read, in sampled calls that read a part.",
+    {"phase": PHASES},
+    buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0),
+)
+CANARY_ERROR = Metric(
+    "sage_canary_relative_error",
+    "Relative L2 error of attention over quantized pages, in checks of one KV head.",
+    buckets=(0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, LARGEST),
+)
 READINGS = Metric(
     "sage_variator_requests_total", "Requests whose prompts were read in groups of this many tokens.", {"ratio": RATIOS}
 )
@@ -83,7 +101,7 @@ PAGES_IN_USE = Metric("sage_kv_pages_in_use", "Pages that requests hold.")
 
 METRICS = (
     BUILD, TOKENS, STEPS, FALLBACK_STEPS, SAMPLES, SECONDS, OPERATIONS, BYTES, TOKEN_BYTES, COMPRESSION,
-    CONTEXT, READ, SCORED, RECALLED, READINGS, COMPRESSED, SAVED, PAGES, PAGES_IN_USE,
+    CONTEXT, READ, SCORED, RECALLED, COVERED, CANARY_ERROR, READINGS, COMPRESSED, SAVED, PAGES, PAGES_IN_USE,
 )  # fmt: skip
 
 
@@ -110,6 +128,8 @@ class Values(Protocol):
 
     def set(self, metric: Metric, value: float, *labels: str) -> None: ...
 
+    def observe(self, metric: Metric, values: Sequence[float], *labels: str) -> None: ...
+
 
 class FileValues:
     """Values in files that another process reads while they are written: an addition is a store into mapped memory."""
@@ -121,25 +141,41 @@ class FileValues:
         self._common = tuple(common)
         self._counters = MmapedDict(str(folder / f"counter_{writer}.db"))
         self._gauges = MmapedDict(str(folder / f"gauge_mostrecent_{writer}.db"))
+        self._histograms = MmapedDict(str(folder / f"histogram_{writer}.db"))
         self._keys: dict[tuple[str, ...], str] = {}
 
     def add(self, metric: Metric, amount: float, *labels: str) -> None:
-        key = self._key(metric, labels)
-        value, _ = self._counters.read_value(key)
-        self._counters.write_value(key, value + amount, 0.0)
+        _grow(self._counters, self._key(metric, labels), amount)
 
     def set(self, metric: Metric, value: float, *labels: str) -> None:
         self._gauges.write_value(self._key(metric, labels), value, time.time())
 
-    def _key(self, metric: Metric, labels: tuple[str, ...]) -> str:
-        key = self._keys.get((metric.name, *labels))
+    def observe(self, metric: Metric, values: Sequence[float], *labels: str) -> None:
+        """With no values, the histogram is there and empty."""
+        from prometheus_client.utils import floatToGoString
+
+        bounds = np.array((*metric.buckets, np.inf))
+        counts = np.bincount(np.searchsorted(bounds, values), minlength=len(bounds))
+        for bound, count in zip(bounds.tolist(), counts.tolist(), strict=True):  # of each bucket alone; the reader adds up
+            _grow(self._histograms, self._key(metric, labels, "_bucket", floatToGoString(bound)), count)
+        _grow(self._histograms, self._key(metric, labels, "_sum"), sum(values))
+
+    def _key(self, metric: Metric, labels: tuple[str, ...], part: str = "", bound: str = "") -> str:
+        """part, bound: of a histogram, which of its numbers, and the upper bound of a bucket."""
+        key = self._keys.get((metric.name, part, bound, *labels))
         if key is None:
             from prometheus_client.mmap_dict import mmap_key
 
-            names, values = [*COMMON_LABELS, *metric.labels], [*self._common, *labels]
-            key = mmap_key(metric.name.removesuffix("_total"), metric.name, names, values, metric.text)
-            self._keys[(metric.name, *labels)] = key
+            own = dict(zip((*COMMON_LABELS, *metric.labels), (*self._common, *labels), strict=True))
+            own |= {"le": bound} if bound else {}
+            key = mmap_key(metric.name.removesuffix("_total"), metric.name + part, list(own), list(own.values()), metric.text)
+            self._keys[(metric.name, part, bound, *labels)] = key
         return key
+
+
+def _grow(numbers: Any, key: str, amount: float) -> None:
+    value, _ = numbers.read_value(key)
+    numbers.write_value(key, value + amount, 0.0)
 
 
 REPEAT_SECONDS = 1.0
@@ -156,10 +192,12 @@ class RayValues:
         threading.Thread(target=self._repeat, name="sage-gauges", daemon=True).start()
 
         self._common = dict(zip(COMMON_LABELS, common, strict=True))
-        kinds: dict[str, Any] = {"counter": ray.Counter, "gauge": ray.Gauge}
-        self._metrics = {
-            metric.name: kinds[metric.kind](metric.name, metric.text, (*COMMON_LABELS, *metric.labels)) for metric in METRICS
-        }
+        self._metrics: dict[str, Any] = {}
+        for metric in METRICS:
+            make = {"counter": ray.Counter, "gauge": ray.Gauge, "histogram": ray.Histogram}[metric.kind]
+            bounds = {"boundaries": list(metric.buckets)} if metric.buckets else {}
+            tags = (*COMMON_LABELS, *metric.labels)
+            self._metrics[metric.name] = make(metric.name, metric.text, tag_keys=tags, **bounds)
 
     def add(self, metric: Metric, amount: float, *labels: str) -> None:
         if amount:  # Ray refuses to add nothing
@@ -168,6 +206,10 @@ class RayValues:
     def set(self, metric: Metric, value: float, *labels: str) -> None:
         self._gauges[metric, labels] = value
         self._metrics[metric.name].set(value, self._tags(metric, labels))
+
+    def observe(self, metric: Metric, values: Sequence[float], *labels: str) -> None:
+        for value in values:
+            self._metrics[metric.name].observe(value, self._tags(metric, labels))
 
     def _repeat(self) -> None:
         while True:
@@ -277,8 +319,7 @@ class Sample:
         if phase not in self.phases:
             yield
             return
-        requests = slice(self.num_decodes) if phase == "decode" else slice(self.num_decodes, None)
-        query_lens, seq_lens, rows = self.query_lens[requests], self.seq_lens[requests], None
+        (query_lens, seq_lens), rows = self._of(phase), None
         if memory is not None:
             query_block = 0 if phase == "decode" else memory.query_block
             rows = Rows.of(memory, impl.layout.tokens, query_lens, seq_lens, query_block)
@@ -294,6 +335,17 @@ class Sample:
             end.record()
             self.recorder.pending.append((phase, work, begin, end))
 
+    def cover(self, phase: str, layer: Any, *args: Any) -> None:
+        """Tell how much of exact attention falls on what memory read for `phase` in `layer` (vLLM's Attention), if that is to
+        be sampled. args: the last ones of `Coverage.measure`."""
+        if phase in self.phases and layer.layer_name == self.layer and self.recorder.coverage is not None:
+            self.recorder.coverage.measure(phase, layer.impl, *self._of(phase), *args)
+
+    def _of(self, phase: str) -> tuple[np.ndarray, np.ndarray]:
+        """Query tokens and tokens in all of the requests in `phase`."""
+        requests = slice(self.num_decodes) if phase == "decode" else slice(self.num_decodes, None)
+        return self.query_lens[requests], self.seq_lens[requests]
+
 
 _NOT_TIMED = nullcontext()
 
@@ -308,7 +360,15 @@ def timed(sample: Sample | None, phase: str, layer: Any, device: torch.device) -
 class Recorder:
     """Counts the steps of one engine. All methods take microseconds and none waits for the device."""
 
-    def __init__(self, values: Values) -> None:
+    def __init__(self, values: Values, options: SageOptions | None = None) -> None:
+        """options: those of the engine, unless they are the defaults."""
+        self.canary: Canary | None = None
+        """What checks attention, if it is asked for."""
+        self.coverage: Coverage | None = None
+        """What measures what the counted layers' memory leaves out, if they have one."""
+        if options is not None and options.canary is not None:
+            values.observe(CANARY_ERROR, [])
+            self.canary = Canary(options, lambda error: values.observe(CANARY_ERROR, [error]))
         self.paused = True
         """Whether steps are made up: those of the warm-up, and those that keep idle data parallel engines in step."""
         self.pending: list[tuple[str, Work, Any, Any]] = []
@@ -344,6 +404,10 @@ class Recorder:
             # Steps are counted where the first group's metadata are built. A draft model's groups come later.
             self._group = names
             self._memory = None if memory is None else (memory, layout.tokens)
+            if memory is not None:
+                self.coverage = Coverage(memory, layout.tokens, device, self._add_covered)
+                for phase in PHASES:
+                    self._values.observe(COVERED, [], phase)
             self._tell_build(layout, heads // kv_heads, device)
         # By name, for vLLM may make a group's metadata builder more than once.
         self._group_bytes[tuple(names)] = np.array([layout.bytes_per_token, 2 * 2 * layout.head_dim]) * (kv_heads * owners)
@@ -403,6 +467,12 @@ class Recorder:
             return None
         return Sample(self, names[-1], sampled, num_decodes, query_lens, seq_lens)
 
+    def check(self, names: list[str], common: Any, num_decodes: int) -> Check | None:
+        """What is to be held against exact attention of a step (see `step`), if anything."""
+        if self.canary is None or self.paused:
+            return None
+        return self.canary.plan(names, common, num_decodes)
+
     def add_reading(self, ratio: int) -> None:
         """Count a request that has been given a ratio."""
         if not self.paused:
@@ -419,6 +489,11 @@ class Recorder:
         while self.pending and self.pending[0][-1].query():
             phase, work, begin, end = self.pending.pop(0)
             self.add_sample(phase, work, begin.elapsed_time(end) / 1000)
+        if self.coverage is not None:
+            self.coverage.collect()
+
+    def _add_covered(self, phase: str, share: float) -> None:
+        self._values.observe(COVERED, [share], phase)
 
     def add_sample(self, phase: str, work: Work, seconds: float) -> None:
         self._values.add(SAMPLES, 1, phase)
@@ -435,7 +510,8 @@ def recorder(config: Any) -> Recorder | None:
     global _current
     if _current[0] != config.instance_id:
         values = _open_values(config)
-        _current = config.instance_id, Recorder(values) if values else None
+        options = SageOptions.parse(config.additional_config)
+        _current = config.instance_id, Recorder(values, options) if values else None
     return _current[1]
 
 

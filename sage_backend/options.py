@@ -139,7 +139,8 @@ class SageOptions:
     """k_bits: bits of a stored key channel. page_tokens: tokens of a KV page, which is vLLM's KV block. smooth_k: whether an
     anchor is subtracted from keys (see `sage_kernels.reference`). calibration: a file with the anchors (see
     `sage_backend.calibration`); without one, the first tokens fix them. memory: None to read all of every context. variator:
-    compression plugins on the FFNs, if any."""
+    compression plugins on the FFNs, if any. canary: of how many steps in which prompts begin one is checked (see
+    `sage_backend.canary`); None for no checks."""
 
     k_bits: int = 8
     page_tokens: int = 128
@@ -147,6 +148,7 @@ class SageOptions:
     calibration: str | None = None
     variator: VariatorOptions | None = None
     memory: MemoryOptions | None = None
+    canary: int | None = None
 
     ALLOWED: ClassVar = {"k_bits": K_BITS, "page_tokens": PAGE_TOKENS, "smooth_k": (False, True)}
 
@@ -167,6 +169,12 @@ class SageOptions:
             if name == "calibration":
                 if not (isinstance(value, str) and value):
                     raise ValueError(f'option "{name}" in --additional-config "sage" is {value!r}; it can be a file')
+                continue
+            if name == "canary":
+                if type(value) is not int or value < 1:
+                    raise ValueError(
+                        f'option "{name}" in --additional-config "sage" is {value!r}; it can be a number of steps from 1 on'
+                    )
                 continue
             if name == "memory":
                 continue  # read below, when it is known what a page is

@@ -78,7 +78,7 @@ def _check_configurations() -> None:
 
         check_arguments(self)
         config = create(self, *args, **kwargs)
-        check_config(config)
+        check_config(config, has_metrics=not self.disable_log_stats)
         if is_chosen(config) and not self.disable_log_stats:
             export(config)
         return config

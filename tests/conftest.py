@@ -33,3 +33,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for all tests that need one, which test_serving.py stops: other files that use it have names before that."""
     with serve(tmp_path_factory.mktemp("server")) as server:
         yield server
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For what is timed: more would wait for cores that others are on, such as the server, and not for the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

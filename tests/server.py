@@ -16,6 +16,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
 API_KEY = "a key for the tests"
+OPTIONS = {"canary": 1, "memory": {"local_tokens": 512, "topk_pages": 4, "query_block": 128}}
+"""Options, so that their metrics and panels have something to show: contexts of over READ_WHOLE tokens are read in part."""
+READ_WHOLE = 512 + 128 + 4 * 128
 START_SECONDS, REQUEST_SECONDS, STOP_SECONDS = 300, 60, 30
 
 
@@ -81,8 +84,9 @@ def free_port() -> int:
 def serve(temporary: Path) -> Iterator[Server]:
     port = free_port()
     environment = {**os.environ, "SAGE_VENV": sys.prefix, "PORT": str(port), "TMPDIR": str(temporary), "VLLM_API_KEY": API_KEY}
-    for name in ("TRITON_INTERPRET", "MODEL", "ARGS"):
+    for name in ("TRITON_INTERPRET", "MODEL"):
         environment.pop(name, None)
+    environment["ARGS"] = f"--additional-config {json.dumps({'sage': OPTIONS}, separators=(',', ':'))}"
     process = subprocess.Popen(
         [ROOT / "deploy" / "serve.sh"],
         env=environment,

@@ -46,6 +46,7 @@ def config(rank: int = 0) -> Any:
     """What is asked of a VllmConfig."""
     return SimpleNamespace(
         instance_id=str(time.time_ns()),
+        additional_config={},
         parallel_config=SimpleNamespace(rank=rank, data_parallel_index=1, distributed_executor_backend="mp"),
         model_config=SimpleNamespace(served_model_name="a model"),
     )
@@ -159,7 +160,7 @@ class Event:
 
     made: list["Event"]
 
-    def __init__(self, enable_timing: bool) -> None:
+    def __init__(self, enable_timing: bool = False) -> None:
         self.passed = False
         self.made.append(self)
 
@@ -266,16 +267,19 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 class RayMetric:
-    """Ray's counter or gauge, with what it refuses."""
+    """Ray's counter, gauge or histogram, with what it refuses. Of a histogram, the sum is told."""
 
     told: dict[tuple[str, ...], float]
 
-    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...], boundaries: list[float] | None = None) -> None:
+        assert boundaries is None or min(boundaries) > 0
         self.name, self.tag_keys = name, tag_keys
 
     def inc(self, value: float, tags: dict[str, str]) -> None:
         assert value > 0
         self.set(self.told.get((self.name, *tags.values()), 0) + value, tags)
+
+    observe = inc
 
     def set(self, value: float, tags: dict[str, str]) -> None:
         assert set(tags) == set(self.tag_keys)
@@ -291,8 +295,9 @@ def ray_metrics(monkeypatch: pytest.MonkeyPatch) -> type[RayMetric]:
     ray = SimpleNamespace(
         is_initialized=lambda: True, get_runtime_context=lambda: SimpleNamespace(get_actor_id=lambda: "an actor")
     )
+    kinds = SimpleNamespace(Counter=metric, Gauge=metric, Histogram=metric)
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace(metrics=SimpleNamespace(Counter=metric, Gauge=metric)))
+    monkeypatch.setitem(sys.modules, "ray.util", SimpleNamespace(metrics=kinds))
     return metric
 
 
@@ -330,6 +335,9 @@ def test_ray_replica(temporary: Path, ray_metrics: type[RayMetric], monkeypatch:
     metrics.recorder(engine).step(LAYERS, batch((7, 7)), 0)
     wait_until(lambda: ray_metrics.told.get(tokens) == 12)
     assert ray_metrics.told["sage_kv_bytes_per_token", "a model", "1"] == 2 * 2 * (64 + 64 + 8)
+    FileValues(metrics.directory(engine), "sage-2", ("a model", "1")).observe(metrics.CANARY_ERROR, [0.035, 0.25, 0.25])
+    wait_until(lambda: ("sage_canary_relative_error", "a model", "1") in ray_metrics.told)
+    wait_until(lambda: ray_metrics.told["sage_canary_relative_error", "a model", "1"] == pytest.approx(0.04 + 0.3 + 0.3))
     shutil.rmtree(metrics.directory(engine))
     relay.join(10)
     assert not relay.is_alive()
@@ -356,10 +364,16 @@ def exported(server: Server, prefix: str = "sage_") -> dict[str, list[Any]]:
     return samples
 
 
-def allowed(metric: Metric, labels: dict[str, str]) -> bool:
+def series(metric: Metric) -> list[str]:
+    """The names that `metric` is exported by."""
+    return [f"{metric.name}_{part}" for part in ("bucket", "count", "sum")] if metric.kind == "histogram" else [metric.name]
+
+
+def allowed(metric: Metric, sample: Any) -> bool:
     """Whether these are the labels of `metric`, with values from its lists."""
-    bounded = all(labels[name] in values for name, values in metric.labels.items() if values)
-    return set(labels) == {*COMMON_LABELS, *metric.labels} and bounded
+    bounded = all(sample.labels[name] in values for name, values in metric.labels.items() if values)
+    own = {*metric.labels, "le"} if sample.name.endswith("_bucket") else {*metric.labels}
+    return set(sample.labels) == {*COMMON_LABELS, *own} and bounded
 
 
 def step_seconds(folder: Path, layers: int, requests: int) -> float:
@@ -405,12 +419,13 @@ def test_a_server_exports_the_table(server: Server) -> None:
     before = exported(server)
     answer = server.post("/v1/completions", prompt="xylophone = quixotic(zephyr)", max_tokens=40, ignore_eos=True)
     after, usage = exported(server), answer["usage"]
-    assert set(after) == {metric.name for metric in METRICS}
+    assert set(after) == {name for metric in METRICS for name in series(metric)}
     for metric in METRICS:
-        assert all(allowed(metric, sample.labels) for sample in after[metric.name]), metric.name
+        for name in series(metric):
+            assert all(allowed(metric, sample) for sample in after[name]), name
     [build] = after["sage_build_info"]
     assert build.labels["page_format"] == "k_int8_v_e4m3_page128"
-    assert after["sage_kv_compression_ratio"][0].value == pytest.approx(1.94, abs=0.01)
+    assert after["sage_kv_compression_ratio"][0].value == pytest.approx(1.91, abs=0.01)  # bounds included
     assert after["sage_kv_pages"][0].value > 0
     grown = {
         sample.labels["phase"]: sample.value - earlier.value

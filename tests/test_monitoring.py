@@ -13,9 +13,11 @@ import dashboard
 import pytest
 from monitoring import CONFIG, program, run_prometheus
 from prometheus import DASHBOARD, Prometheus, panels
-from server import HOST, Server
+from server import HOST, READ_WHOLE, Server
 
 CLIENTS, WARM_SECONDS, SECONDS = 4, 3, 20
+LINE = "value = compute(value)\n"
+LINE_TOKENS = 8
 
 
 def promtool(*arguments: str | Path) -> None:
@@ -61,7 +63,8 @@ class Load:
 
 @pytest.fixture(scope="module")
 def load(server: Server, prometheus: Prometheus) -> Load:
-    """Clients that each ask one request after another, and count the tokens that come in the last SECONDS."""
+    """Clients that each ask one request after another, and count the tokens that come in the last SECONDS. The first one's
+    contexts are so long that memory reads a part of them."""
     ended = time.time() + WARM_SECONDS + SECONDS
     usage = {"include_usage": True, "continuous_usage_stats": True}
 
@@ -69,7 +72,7 @@ def load(server: Server, prometheus: Prometheus) -> Load:
         attended = generated = 0
         while (now := time.time()) < ended:
             # No two begin alike, so that the prefix cache saves nothing.
-            prompt, before = f"# {client} {now}\n" + "value = compute(value)\n" * 8, (0, 0)
+            prompt, before = f"# {client} {now}\n" + LINE * (8 if client else READ_WHOLE // LINE_TOKENS + 16), (0, 0)
             for piece in server.stream("/v1/completions", prompt=prompt, max_tokens=24, ignore_eos=True, stream_options=usage):
                 # The latest token has not been attended to yet.
                 so_far = piece["usage"]["total_tokens"] - 1, piece["usage"]["completion_tokens"]

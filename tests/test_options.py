@@ -32,7 +32,7 @@ def test_all_options() -> None:
         (
             {"kbits": 8},
             'unknown option "kbits" in --additional-config "sage"; '
-            "options are calibration, k_bits, memory, page_tokens, smooth_k or variator",
+            "options are calibration, canary, k_bits, memory, page_tokens, smooth_k or variator",
         ),
         ({"calibration": 1}, 'option "calibration" in --additional-config "sage" is 1; it can be a file'),
         ({"calibration": ""}, 'option "calibration" in --additional-config "sage" is \'\'; it can be a file'),

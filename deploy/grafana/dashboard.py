@@ -19,17 +19,22 @@ SELECT = 'model_name=~"$model_name", instance=~"$instance"'
 WIDTH, HEIGHT = 8, 8  # of a panel; a dashboard is 24 wide
 
 
-def rate(metric: str, by: str = "instance", more: str = "") -> str:
+def rate(metric: str, by: str = "instance", more: str = "", over: str = "$__rate_interval") -> str:
     """Growth of a counter a second, summed by labels."""
-    return f"sum by ({by}) (rate({metric}{{{SELECT}{more}}}[$__rate_interval]))"
+    return f"sum by ({by}) (rate({metric}{{{SELECT}{more}}}[{over}]))"
 
 
 def total(metric: str) -> str:
     return f"sum by (instance) ({metric}{{{SELECT}}})"
 
 
-def quantile(q: float, histogram: str) -> str:
-    return f"histogram_quantile({q}, {rate(f'{histogram}_bucket', 'instance, le')})"
+def quantile(q: float, histogram: str, over: str = "$__rate_interval") -> str:
+    return f"histogram_quantile({q}, {rate(f'{histogram}_bucket', 'instance, le', over=over)})"
+
+
+def quantiles(histogram: str, *qs: float, over: str = "$__rate_interval") -> Sequence[tuple[str, str]]:
+    """Queries and legends, as `panel` takes them."""
+    return [(quantile(q, histogram, over), f"{{{{instance}}}} p{round(100 * q)}") for q in qs]
 
 
 def panel(title: str, unit: str, description: str, *queries: tuple[str, str], stacked: bool = False) -> Panel:
@@ -51,12 +56,7 @@ def panel(title: str, unit: str, description: str, *queries: tuple[str, str], st
 
 
 def latencies(title: str, histogram: str, description: str) -> Panel:
-    return panel(
-        title,
-        "s",
-        description,
-        *((quantile(q, histogram), f"{{{{instance}}}} p{round(100 * q)}") for q in (0.5, 0.95)),
-    )
+    return panel(title, "s", description, *quantiles(histogram, 0.5, 0.95))
 
 
 SAMPLED = "sage_attention_sampled_{}_total"
@@ -141,6 +141,23 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
                     + rate("sage_attention_steps_total", more=', phase="prefill"'),
                     "{{instance}} {{reason}}",
                 ),
+            ),
+        ),
+    ),
+    (
+        "Accuracy",
+        (
+            # What is checked and sampled is few, so that there may be none within $__rate_interval.
+            panel(
+                "Quantization error", "percentunit",
+                "Relative L2 error of attention's output, in checks of the last 30 minutes. Needs the option canary.",
+                *quantiles("sage_canary_relative_error", 0.5, 0.95, over="30m"),
+            ),
+            panel(
+                "Attention that memory reads", "percentunit",
+                "Share of exact attention on the pages that were read, in calls of the last 30 minutes that were sampled and "
+                "read a part. Needs the option memory.",
+                *quantiles("sage_memory_attention_mass_covered", 0.05, 0.5, over="30m"),
             ),
         ),
     ),

@@ -86,7 +86,7 @@ def _narrow(low, high, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.co
         best = _better(best, both, step, least, less == 0)
         best = _better(best, both, step, largest - 15.0 * step, less == 0)
         best = _better(best, both, step, tl.floor((least + largest - 15.0 * step) * 0.5), less == 0)
-    _, step, base = best
+    _, step, base = best  # type: ignore[misc]  # it is not None any more
     nibbles = tl.minimum(tl.maximum(_nibbles(both, step, base), 0.0), 15.0)
     low, high = tl.split(nibbles.to(tl.int32).reshape([BLOCK_T, GROUPS * GROUP, 2]))
     packed = (low | (high << 4)).to(tl.int8)
