@@ -77,13 +77,16 @@ def temporary() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def cluster(temporary: Path) -> Iterator[Cluster]:
-    """Two nodes with room for a replica each, and `serve run deploy/ray/cpu.yaml`, with another port."""
+    """Two nodes with room for a replica each, and `serve run deploy/ray/cpu.yaml`, with another port and a canary."""
     if torch.cuda.is_available():
         pytest.skip("cpu.yaml is for vLLM's CPU build")
     port, metrics = free_port(), (free_port(), free_port())
     text = (FOLDER / "cpu.yaml").read_text()
-    assert "port: 8000" in text
-    (temporary / "cpu.yaml").write_text(text.replace("port: 8000", f"port: {port}"))
+    canary = "additional_config: {sage: {canary: 1}}"  # of which there is a histogram
+    for old, new in {"port: 8000": f"port: {port}", "enforce_eager: true": f"enforce_eager: true\n{' ' * 12}{canary}"}.items():
+        assert old in text
+        text = text.replace(old, new)
+    (temporary / "cpu.yaml").write_text(text)
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_metrics_report_interval_ms": "1000",
@@ -167,7 +170,10 @@ def test_both_replicas_are_scraped(cluster: Cluster, tmp_path: Path) -> None:
     targets = [f"{HOST}:{port}" for port in cluster.metrics]
     (tmp_path / "targets.json").write_text(json.dumps([{"labels": {"job": "ray"}, "targets": targets}]))  # as Ray does
     found = "/tmp/ray/prom_metrics_service_discovery.json"
-    counters = ("sage_attended_tokens_total", "vllm:generation_tokens_total", "sage_kv_pages", "sage_kv_bytes_per_token")
+    counters = (
+        "sage_attended_tokens_total", "vllm:generation_tokens_total", "sage_kv_pages", "sage_kv_bytes_per_token",
+        "sage_canary_relative_error_count", "sage_canary_relative_error_sum",
+    )  # fmt: skip
     with run_prometheus("ray.yml", {found: str(tmp_path / "targets.json")}, 2, tmp_path) as prometheus:
         deadline = time.monotonic() + 60
         for name in counters:

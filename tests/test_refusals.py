@@ -60,7 +60,7 @@ def test_a_platform_that_would_ignore_the_backend(monkeypatch: pytest.MonkeyPatc
     ("arguments", "message"),
     [
         ({"additional_config": {"sage": {"k_bits": 5}}}, r'option "k_bits" .* is 5; it can be 4 or 8'),
-        ({"additional_config": {"sage": {"bits": 8}}}, r'unknown option "bits" .* are calibration, k_bits, .* or variator'),
+        ({"additional_config": {"sage": {"bits": 8}}}, r'unknown option "bits" .* are calibration, canary, .* or variator'),
         ({"kv_cache_dtype": "fp8"}, r"--kv-cache-dtype fp8 does not apply, .*; leave it at auto"),
         ({"block_size": 16}, r"--block-size 16 is not a multiple of the 128 tokens of a page; leave it out"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, '{"sage": {"smooth_k": false}}'),
