@@ -317,6 +317,12 @@ class SageImpl(AttentionImpl[SageMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("--attention-backend sage does not quantize its output; disable the fusion pass")
         if attn_metadata is None or kv_cache.numel() == 0:  # profiling and warm-up
+            if query.device.type != "cpu":
+                from sage_kernels.prefill import scratch_bytes
+
+                # vLLM looks how much is in use at most, and leaves that free when it makes the cache.
+                scratch = scratch_bytes(query.device, self.layout, self.num_heads // self.num_kv_heads)
+                torch.empty(scratch, dtype=torch.uint8, device=query.device)
             return output.zero_()
         m = attn_metadata
         pages = self.layout.pages(kv_cache)

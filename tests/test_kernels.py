@@ -243,6 +243,15 @@ def test_accuracy_on_biased_keys(
     assert relative_error(actual, exact) < bound
 
 
+@pytest.mark.parametrize("k_bits", K_BITS)
+def test_only_widened_pages_take_memory(kernels, k_bits: int) -> None:
+    from sage_kernels import hopper, prefill
+
+    widens = k_bits == 4 and ON_GPU and torch.cuda.get_device_capability() == (9, 0)
+    taken = prefill.scratch_bytes(torch.device(kernels.device), PageLayout(128, k_bits), 4)
+    assert taken == (hopper.SCRATCH if widens else 0)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("tokens", PAGE_TOKENS)
 @pytest.mark.parametrize("per_head", [False, True])

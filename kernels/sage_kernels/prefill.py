@@ -186,6 +186,12 @@ def choose_kernel(device: torch.device, layout: PageLayout, group: int) -> tuple
     return (hopper, None) if hopper.supports(layout, group) else (None, "page_format")
 
 
+def scratch_bytes(device: torch.device, layout: PageLayout, group: int) -> int:
+    """How much memory `prefill` takes for itself while it runs."""
+    hopper, _ = choose_kernel(device, layout, group)
+    return 0 if hopper is None or layout.k_bits == 8 else hopper.SCRATCH
+
+
 def prefill(
     query: torch.Tensor,
     pages: torch.Tensor,

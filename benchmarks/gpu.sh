@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# What is measured of a GPU host, step by step: benchmarks/gpu.sh NAME [STEP...]
+#
+#   NAME   goes into the names of the results, benchmarks/results/*-NAME.json; for example h200
+#   STEP   one of those below; all of them if none is given
+#   SAGE_PYTHON=EXE   the Python that has vLLM and this backend (default: .venv/bin/python)
+#
+# A step that fails or takes longer than its limit is told, and the next one begins. The exit status is the number of such
+# steps. With two GPUs, servers also run on both.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+[ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 64; }
+name=$1
+shift
+python=${SAGE_PYTHON:-.venv/bin/python}
+results=benchmarks/results
+logs=$(mktemp -d)
+failed=0
+export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-ERROR}
+
+# run LIMIT COMMAND...: a command of at most LIMIT seconds
+run() {
+    local limit=$1 begun=$SECONDS status=0 log=$logs/$step.log
+    shift
+    timeout --kill-after=10 "$limit" "$@" >>"$log" 2>&1 || status=$?
+    if [ "$status" -eq 0 ]; then
+        echo "[$step] ok, $((SECONDS - begun)) s"
+    else
+        failed=$((failed + 1))
+        echo "[$step] exit status $status after $((SECONDS - begun)) s: $*"
+        tail -n 5 "$log"
+    fi
+}
+benchmark() { run "$1" "$python" "benchmarks/$2.py" "${@:3}"; }
+engines() { benchmark "$1" engine "${@:3}" --out "$results/$2-$name.json"; }
+evaluate() { run "$1" "$python" -m sage_backend.quality FLASH_ATTN FLASH_ATTN/fp8 SAGE SAGE:k_bits=4 "${@:3}" --out "$results/$2-$name.json"; }
+serve() { benchmark 240 mixed_traffic --longest 16384 --out "$results/$1-$name.json" -- --attention-backend sage --max-num-seqs 64 "${@:2}"; }
+
+step_tests() {
+    run 300 "$python" -m pytest -q tests/test_kernels.py tests/test_recall.py
+    run 300 "$python" -m pytest -q -m gpu tests/test_canary.py tests/test_memory.py
+}
+step_doctor() { run 120 "$python" -m sage_backend.cli doctor; }
+step_attention() {
+    benchmark 300 attention run --prefill 4096 16384 32768 131072 --chunk 2048x129024 --store 8192 \
+        --decode 128x1024 64x8192 8x131072 1x131072 1x1000000 --seconds 2 --out "$results/attention-$name.json"
+}
+step_recall() { benchmark 60 recall --lengths 65536 262144 1000000 --out "$results/recall-$name.json"; }
+step_engine() {
+    engines 600 engine SAGE SAGE:k_bits=4 FLASH_ATTN FLASH_ATTN/fp8 --graphs --prefill 8192 32768 131072 \
+        --decode 128x1024 64x8192 --repeat 2 --warm-up 8192
+}
+step_variator() {
+    local plugins=variator.plugins=random
+    engines 400 variator SAGE "SAGE:$plugins,variator.ratio=2" "SAGE:$plugins,variator.ratio=4" --graphs --prefill 8192 \
+        --decode 16x8192 --repeat 5
+}
+step_memory() {
+    engines 300 engine-memory-prefill SAGE:memory.topk_pages=32 FLASH_ATTN --eager --repeat 1 --warm-up 32768 \
+        --prefill 131072 524288
+    engines 300 engine-memory-decode SAGE:memory.topk_pages=32 SAGE --graphs --prefill --decode 1x65536 1x1000000 \
+        --skip-prefill-attention
+}
+step_needle() {
+    run 300 "$python" -m sage_backend.cli needle SAGE SAGE:memory.local_tokens=1024,memory.topk_pages=64,memory.extrapolate=2048 \
+        --lengths 2048,4096,8192,16384,65536,262144 --out "$results/needle-$name.json"
+}
+step_quality() {
+    local anchors=$results/anchors.tmp
+    run 120 "$python" -m sage_backend.cli calibrate sage_backend/demo/model --out "$anchors" \
+        --text "$("$python" -c 'import argparse; print(argparse.__file__)')"
+    evaluate 400 quality "SAGE:calibration=$anchors" "SAGE:k_bits=4,calibration=$anchors"
+}
+step_servers() {
+    serve mixed
+    if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then
+        serve mixed-tensor-parallel --tensor-parallel-size 2
+        serve mixed-replicas --data-parallel-size 2
+    fi
+}
+
+steps=(doctor tests attention recall engine variator memory needle quality servers)
+[ $# -gt 0 ] || set -- "${steps[@]}"
+for step; do
+    [[ " ${steps[*]} " == *" $step "* ]] || { echo "there is no step $step; there are: ${steps[*]}"; exit 64; }
+done
+for step; do "step_$step"; done
+echo "logs: $logs"
+exit "$failed"
