@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sage_kernels.reference import REACH as _REACH
 from sage_kernels.reference import SCORE_BITS as _SCORE_BITS
 from sage_kernels.reference import PageLists, Turns, max_rows
 from sage_kernels.tiles import TABLES, find_request, load_scale_and_zero, turned
@@ -16,6 +17,7 @@ from sage_paged import Memory, PageLayout
 
 _PART_PAGES = 64
 """Pages that one program scores."""
+REACH = tl.constexpr(_REACH)
 SCORE_BITS = tl.constexpr(_SCORE_BITS)
 LARGEST_SCORE = tl.constexpr(1 << _SCORE_BITS)
 _FOLD_ROWS = 64
@@ -62,11 +64,11 @@ def _bounds_kernel(
             low += tl.load(anchor + head * HEAD_DIM + half, mask=inside, other=0.0)[None, :]
             high += tl.load(anchor + head * HEAD_DIM + HALF + half, mask=inside, other=0.0)[None, :]
         low, high = turned(low, high, (turn_table + page * HEAD_DIM + half)[None, :], inside[None, :], HALF)
-    least = cache_f16 + offset // 2 + BOUNDS + half
-    tl.store(least, tl.min(low, 0).to(tl.float16), mask=inside)
-    tl.store(least + HALF, tl.min(high, 0).to(tl.float16), mask=inside)
-    tl.store(least + HEAD_DIM, tl.max(low, 0).to(tl.float16), mask=inside)
-    tl.store(least + HEAD_DIM + HALF, tl.max(high, 0).to(tl.float16), mask=inside)
+    center = cache_f16 + offset // 2 + BOUNDS + half
+    tl.store(center, (tl.sum(low, 0) / PAGE).to(tl.float16), mask=inside)
+    tl.store(center + HALF, (tl.sum(high, 0) / PAGE).to(tl.float16), mask=inside)
+    tl.store(center + HEAD_DIM, ((tl.max(low, 0) - tl.min(low, 0)) / 2).to(tl.float16), mask=inside)
+    tl.store(center + HEAD_DIM + HALF, ((tl.max(high, 0) - tl.min(high, 0)) / 2).to(tl.float16), mask=inside)
 
 
 def store_bounds(
@@ -118,8 +120,8 @@ def _fold_kernel(
     BLOCK_T: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     TURN: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, KV heads). folded: float32 [rows, kv_heads, 2, HEAD_DIM], sums of the negative and of the positive parts of
-    a row's queries. row_starts, row_lens: `PageLists.query_start_loc` and `seq_lens`."""
+    """Grid: (rows, KV heads). folded: float32 [rows, kv_heads, 2, HEAD_DIM], the means of a row's queries and of their squares.
+    row_starts, row_lens: `PageLists.query_start_loc` and `seq_lens`."""
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -135,7 +137,7 @@ def _fold_kernel(
     half = tl.arange(0, BLOCK_D // 2)
     inside = (half < HALF)[None, :]
     zeros = tl.zeros([BLOCK_T * BLOCK_G, BLOCK_D // 2], tl.float32)
-    low_negative, low_positive, high_negative, high_positive = zeros, zeros, zeros, zeros
+    low_sum, low_squares, high_sum, high_squares = zeros, zeros, zeros, zeros
     rows = tl.arange(0, BLOCK_T * BLOCK_G)
     for first in range(low, high, BLOCK_T):
         token = first + rows // BLOCK_G
@@ -149,15 +151,16 @@ def _fold_kernel(
         if TURN:
             nearer = tl.maximum(token // PAGE - LOCAL // PAGE - 1, 0)
             q_low, q_high = turned(q_low, q_high, turn_table + nearer[:, None] * HEAD_DIM + half[None, :], mask, HALF)
-        low_negative += tl.minimum(q_low, 0.0)
-        low_positive += tl.maximum(q_low, 0.0)
-        high_negative += tl.minimum(q_high, 0.0)
-        high_positive += tl.maximum(q_high, 0.0)
+        low_sum += q_low
+        low_squares += q_low * q_low
+        high_sum += q_high
+        high_squares += q_high * q_high
     target = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + half
-    tl.store(target, tl.sum(low_negative, 0), mask=half < HALF)
-    tl.store(target + HALF, tl.sum(high_negative, 0), mask=half < HALF)
-    tl.store(target + HEAD_DIM, tl.sum(low_positive, 0), mask=half < HALF)
-    tl.store(target + HEAD_DIM + HALF, tl.sum(high_positive, 0), mask=half < HALF)
+    share = 1.0 / (tl.maximum(high - low, 1) * GROUP)  # rows that nobody has get here too
+    tl.store(target, tl.sum(low_sum, 0) * share, mask=half < HALF)
+    tl.store(target + HALF, tl.sum(high_sum, 0) * share, mask=half < HALF)
+    tl.store(target + HEAD_DIM, tl.sum(low_squares, 0) * share, mask=half < HALF)
+    tl.store(target + HEAD_DIM + HALF, tl.sum(high_squares, 0) * share, mask=half < HALF)
 
 
 @triton.jit(do_not_specialize=["num_reqs", "width"], do_not_specialize_on_alignment=TABLES)
@@ -175,15 +178,16 @@ def _score_kernel(
         return
     there = page < local
     blocks = tl.load(block_table + request.to(tl.int64) * table_stride + page, mask=there, other=0).to(tl.int64)
-    least = cache_f16 + (blocks * block_stride + head.to(tl.int64) * head_stride) // 2 + BOUNDS
+    bounds = cache_f16 + (blocks * block_stride + head.to(tl.int64) * head_stride) // 2 + BOUNDS
     channel = tl.arange(0, BLOCK_D)
     mask = there[:, None] & (channel < HEAD_DIM)[None, :]
-    smallest = tl.load(least[:, None] + channel[None, :], mask=mask, other=0.0)
-    largest = tl.load(least[:, None] + HEAD_DIM + channel[None, :], mask=mask, other=0.0)
+    center = tl.load(bounds[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    radius = tl.load(bounds[:, None] + HEAD_DIM + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     parts = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + channel
-    negative = tl.load(parts, mask=channel < HEAD_DIM, other=0.0)
-    positive = tl.load(parts + HEAD_DIM, mask=channel < HEAD_DIM, other=0.0)
-    score = tl.sum(smallest.to(tl.float32) * negative[None, :] + largest.to(tl.float32) * positive[None, :], 1)
+    mean = tl.load(parts, mask=channel < HEAD_DIM, other=0.0)
+    squares = tl.load(parts + HEAD_DIM, mask=channel < HEAD_DIM, other=0.0)
+    extent = tl.sqrt(tl.sum(radius * radius * squares[None, :], 1))
+    score = tl.sum(center * mean[None, :], 1) + REACH * extent
     tl.store(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page - SINKS, score, mask=there)
 
 

@@ -9,7 +9,8 @@ A page holds the keys and values of `tokens` consecutive tokens of one KV head, 
     k_scale   [tokens]                 float32   INT8 keys: key = code * k_scale
               [tokens, 2, 2]           bfloat16  INT4 keys: for each half of the head, key = code * scale + zero
     v_scale   [tokens]                 float32   value = code * v_scale
-    bounds    [2, head_dim]            float16   least and largest key of each channel, in pages for `sage_paged.memory` only
+    bounds    [2, head_dim]            float16   of each channel, the mean key and half the range of keys, in pages for
+                                                 `sage_paged.memory` only
 
 Every number of a token depends on that token alone, and bounds on the keys of a full page, so a page can be shared, moved,
 swapped or extended without touching its other tokens. Values are transposed because 8-bit tensor cores want the dimension
