@@ -159,6 +159,26 @@ def test_recall_kernels(kernels, topk: int, turns: bool, query_block: int) -> No
         assert expected.turns.pages.any()
 
 
+@pytest.mark.parametrize("pages", [1100, 1300, 2500])
+@pytest.mark.parametrize("topk", [3, 128])
+def test_the_best_of_many_pages(kernels, topk: int, pages: int) -> None:
+    """Contexts whose best pages are found chunk by chunk; many scores are equal, and the earlier page wins."""
+    g = torch.Generator().manual_seed(pages)
+    memory = Memory(sink_tokens=100, local_tokens=200, topk_pages=topk, query_block=128)
+    cache = LAYOUT.empty(pages, 2)
+    LAYOUT.views(cache).bounds[:, :, 0, :2] = torch.randint(-20, 20, (pages, 2, 2), generator=g).half()
+    query = torch.zeros(2, 4, 64)
+    query[..., :2] = torch.randint(-3, 4, (2, 4, 2), generator=g).float()
+    table = torch.stack([torch.randperm(pages, generator=g) for _ in range(2)]).int()
+    requests = table, torch.tensor([pages * 64 - 70, 900 * 64], dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32)
+    expected = reference.recall(query, cache, LAYOUT, *requests, memory, 0)
+    on = [x.to(kernels.device) for x in (query, cache, *requests)]
+    lists = kernels.recall(*on[:2], LAYOUT, *on[2:], memory, 0)
+    assert torch.equal(lists.seq_lens.cpu(), expected.seq_lens)
+    for row, count in enumerate((-(-expected.seq_lens // 64)).tolist()):
+        assert torch.equal(lists.block_table[row, :, :count].cpu(), expected.block_table[row, :, :count])
+
+
 @pytest.mark.parametrize("k_bits", [4, 8])
 @pytest.mark.parametrize("soft_cap", [0.0, 15.0])
 @pytest.mark.parametrize("turns", [False, True])

@@ -1,8 +1,8 @@
 """Memory on a GPU: the bounds of full pages, and the choice of the pages that rows of queries read.
 
 The choice takes three launches: the queries of a row are folded into two vectors, the pages of a context are scored, and the
-best become a page list. All grids follow from shapes alone and nothing is read back, so that it can be captured in a CUDA
-graph.
+best become a page list. Before the best of many pages are found, one more launch finds the best of each thousand. All grids
+follow from shapes alone and nothing is read back, so that it can be captured in a CUDA graph.
 """
 
 import torch
@@ -18,6 +18,8 @@ from sage_paged import Memory, PageLayout
 _PART_PAGES = 64
 """Pages that one program scores."""
 REACH = tl.constexpr(_REACH)
+_CHUNK_PAGES = 1024
+"""Pages whose best one program finds."""
 SCORE_BITS = tl.constexpr(_SCORE_BITS)
 LARGEST_SCORE = tl.constexpr(1 << _SCORE_BITS)
 _FOLD_ROWS = 64
@@ -220,13 +222,37 @@ def _places(score, there, TOPK: tl.constexpr):
     return chosen, (before & 0xFFFF) + tl.minimum(equals, room) - 1
 
 
+@triton.jit(do_not_specialize=["num_reqs", "width", "finalists"], do_not_specialize_on_alignment=TABLES)
+def _narrow_kernel(
+    scores, best, best_pages, seq_lens, query_start_loc, num_reqs, width, finalists,
+    PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Grid: (chunks of a context, KV heads, rows). best, best_pages: float32 and int32 [rows, kv_heads, finalists], the TOPK
+    best pages of each chunk, in its order, or as many as it has, and their scores."""
+    head = tl.program_id(1)
+    row = tl.program_id(2)
+    _, _, _, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    page = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    if local <= SINKS + TOPK or SINKS + tl.program_id(0) * CHUNK >= local:
+        return
+    there = page < local - SINKS
+    score = tl.load(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page, mask=there, other=0.0)
+    chosen, place = _places(score, there, TOPK)
+    target = (row * tl.num_programs(1) + head).to(tl.int64) * finalists + tl.program_id(0) * TOPK + place
+    tl.store(best + target, score, mask=chosen & there)
+    tl.store(best_pages + target, page, mask=chosen & there)
+
+
 @triton.jit(do_not_specialize=["num_reqs", "width", "list_width"], do_not_specialize_on_alignment=TABLES)
 def _list_kernel(
-    scores, lists, turns, block_table, seq_lens, query_start_loc, num_reqs, width, list_width, table_stride,
+    scores, scored_pages, lists, turns, block_table, seq_lens, query_start_loc, num_reqs, width, list_width, table_stride,
     PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    TRAINED: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+    TRAINED: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, KV heads). lists, turns: int32 [rows, kv_heads, list_width]; turns are written where TRAINED is not 0."""
+    """Grid: (rows, KV heads). scores: float32 [rows, kv_heads, width], of all pages behind the sinks, or, with a CHUNK, of
+    scored_pages (see `_narrow_kernel`). lists, turns: int32 [rows, kv_heads, list_width]; turns are written where TRAINED is
+    not 0."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     request, low, high, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
@@ -245,13 +271,19 @@ def _list_kernel(
             tl.store(turns + target + entry, tl.where(turning & (entry < far), local - 1 - page, 0), mask=write)
     if choosing:
         candidate = tl.arange(0, CANDIDATES)
-        there = candidate < local - SINKS
-        source = scores + (row * tl.num_programs(1) + head).to(tl.int64) * width
-        chosen, place = _places(tl.load(source + candidate, mask=there, other=0.0), there, TOPK)
+        source = (row * tl.num_programs(1) + head).to(tl.int64) * width + candidate
+        if CHUNK > 0:
+            there = candidate % TOPK < local - SINKS - candidate // TOPK * CHUNK
+        else:
+            there = candidate < local - SINKS
+        chosen, place = _places(tl.load(scores + source, mask=there, other=0.0), there, TOPK)
+        page = SINKS + candidate
+        if CHUNK > 0:
+            page = SINKS + tl.load(scored_pages + source, mask=chosen, other=0)
         entry = target + SINKS + place
-        tl.store(lists + entry, tl.load(table + SINKS + candidate, mask=chosen, other=0), mask=chosen)
+        tl.store(lists + entry, tl.load(table + page, mask=chosen, other=0), mask=chosen)
         if TRAINED > 0:
-            tl.store(turns + entry, tl.where(turning, local - 1 - SINKS - candidate, 0), mask=chosen)
+            tl.store(turns + entry, tl.where(turning, local - 1 - page, 0), mask=chosen)
 
 
 def recall(
@@ -297,10 +329,21 @@ def recall(
         HEAD_DIM=layout.head_dim, BLOCK_D=triton.next_power_of_2(layout.head_dim), BOUNDS=layout.bounds_offset // 2,
         PART=_PART_PAGES, num_warps=4, **policy,
     )  # fmt: skip
-    block = triton.next_power_of_2(candidates)
+    scored_pages, chunk = lists, 0
+    if candidates > _CHUNK_PAGES:
+        every, chunk = scores, _CHUNK_PAGES
+        chunks = triton.cdiv(candidates, chunk)
+        finalists = chunks * memory.topk_pages
+        scores, scored_pages = torch.empty(rows, kv_heads, finalists, device=device), lists.new_empty(rows, kv_heads, finalists)
+        _narrow_kernel[(chunks, kv_heads, rows)](
+            every, scores, scored_pages, seq_lens, query_start_loc, requests, candidates, finalists,
+            CHUNK=chunk, num_warps=4, **policy,
+        )  # fmt: skip
+        candidates = finalists
     _list_kernel[(rows, kv_heads)](
-        scores, lists, lists if turns is None else turns.pages, block_table, seq_lens, query_start_loc, requests, candidates,
-        list_width, block_table.stride(0),
-        TRAINED=0 if turns is None else memory.trained_tokens, CANDIDATES=block, BLOCK=64, num_warps=8, **policy,
+        scores, scored_pages, lists, lists if turns is None else turns.pages, block_table, seq_lens, query_start_loc, requests,
+        candidates, list_width, block_table.stride(0),
+        TRAINED=0 if turns is None else memory.trained_tokens, CANDIDATES=triton.next_power_of_2(candidates), CHUNK=chunk,
+        BLOCK=64, num_warps=4, **policy,
     )  # fmt: skip
     return PageLists(lists, row_lens, row_starts, turns)
