@@ -13,7 +13,7 @@ length stand directly before the local ones. Keys are not quantized; representat
   of the attention to the page with the key, while its digits are told, from queries that choose it.
 
 Text is read by the exact choice, prompts with pass keys by sinks and local tokens alone up to the question, whose tokens choose
-alone and by the representative that is measured. Plain torch on a CPU; takes five to ten minutes.
+alone and by the representative that is measured. Plain torch on a CPU; takes about 20 minutes of processor time.
 """
 
 import functools
@@ -246,7 +246,7 @@ METHODS = {
     },
     "exact": Method(0, lambda _: (), lambda *_: torch.empty(0)),
 }
-"""`1 token`, `4 tokens`: InfLLM's (Xiao et al., NeurIPS 2024, section 3.1), the tokens of a page with the largest mean product
+"""`1 token`, `4 tokens`: InfLLM's (Xiao et al., NeurIPS 2024), the tokens of a page with the largest mean product
 with the queries that follow, and the sum of their logits; `by attention`: those that got most attention while they were local.
 `bounds`: Quest's. `exact`: attention itself, the ceiling."""
 
