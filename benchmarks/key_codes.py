@@ -17,9 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from sage_backend.demo import HELDOUT, MODEL_DIR
+from sage_backend.demo.llama import Attention, Llama, Shape, rotate
 from sage_kernels.reference import ANCHOR_TOKENS, quantize_k
 
 TOKENS, HEAD_DIM, SCALE_BYTES = 2047, 128, 4
@@ -27,16 +30,17 @@ Heads = tuple[Tensor, Tensor, Tensor]
 """Queries [heads, tokens, HEAD_DIM], keys and values [kv_heads, tokens, HEAD_DIM] of a layer, rotated, float32."""
 
 
-def model_activations() -> list[Heads]:
-    """Those of the embedded model's four layers on a window of held-out text."""
-    from safetensors.torch import load_file
-    from tokenizers import Tokenizer
-
-    from sage_backend.demo.llama import Attention, Llama, Shape, rotate
-
+def load_model() -> tuple[Llama, Tokenizer]:
+    """The embedded model, in float32, and its tokenizer."""
     model = Llama(Shape()).eval()
     weights = load_file(MODEL_DIR / "model.safetensors")
     model.load_state_dict({name.removeprefix("model."): w.float() for name, w in weights.items()}, strict=False)
+    return model, Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
+
+
+def model_activations() -> list[Heads]:
+    """Those of the embedded model's four layers on a window of held-out text."""
+    model, tokenizer = load_model()
     layers: list[Heads] = []
 
     def keep(module: Attention, inputs: tuple[Tensor, ...], _: Tensor) -> None:
@@ -49,7 +53,7 @@ def model_activations() -> list[Heads]:
 
     for layer in model.layers:
         layer.self_attn.register_forward_hook(keep)
-    ids = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json")).encode(HELDOUT.read_text(encoding="utf-8")).ids
+    ids = tokenizer.encode(HELDOUT.read_text(encoding="utf-8")).ids
     model(torch.tensor(ids[:TOKENS])[None])
     return layers
 
@@ -200,11 +204,11 @@ def study(
     script: str,
     description: str,
     heading: str,
-    activations: dict[str, Callable[[], list[Heads]]],
-    errors: Callable[[list[Heads]], list[dict[str, object]]],
+    parts: dict[str, Callable[[], list[dict[str, object]]]],
     table: Callable[[list[dict[str, object]]], str],
+    **circumstances: object,
 ) -> None:
-    """The command of a script here: print the errors on each kind of activations, and write them to the file of --out."""
+    """The command of a script here: print a table of each part's results, and write these to the file of --out."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
@@ -212,13 +216,13 @@ def study(
         "command": f"benchmarks/{script}" + (f" --out {arguments.out}" if arguments.out else ""),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "tokens": TOKENS,
+        **circumstances,
     }
     with torch.inference_mode():
-        for name, make in activations.items():
-            results = errors(make())
-            print(f"{name}: relative error of attention, {heading}")
-            print(table(results), end="\n\n")
+        for name, measure in parts.items():
+            results = measure()
+            print(f"{name}: {heading}")
+            print(table(results), end="\n\n", flush=True)
             report[name] = results
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -228,8 +232,8 @@ if __name__ == "__main__":
     study(
         "key_codes.py",
         "Compare codes for keys.",
-        "by anchor (first line) and transformation (second)",
-        {"embedded model": model_activations, "random": random_activations},
-        errors,
+        "relative error of attention, by anchor (first line) and transformation (second)",
+        {"embedded model": lambda: errors(model_activations()), "random": lambda: errors(random_activations())},
         table,
+        tokens=TOKENS,
     )

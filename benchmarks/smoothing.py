@@ -89,8 +89,8 @@ if __name__ == "__main__":
     study(
         "smoothing.py",
         "Measure what smoothing of K, Q and V is worth.",
-        "by what is smoothed",
-        {"embedded model": model_activations, "random": biased_activations},
-        errors,
+        "relative error of attention, by what is smoothed",
+        {"embedded model": lambda: errors(model_activations()), "random": lambda: errors(biased_activations())},
         table,
+        tokens=TOKENS,
     )

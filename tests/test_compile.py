@@ -85,6 +85,8 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
                 where = remembering.empty(2, 2), remembering, table, lengths, starts
                 recall.store_bounds(*where, 1, torch.zeros(2, 128), anchor)
                 recall.recall(query, *where, Memory(), 512)
+                where = *where[:2], torch.zeros(1, 2000, dtype=torch.int32), *where[3:]
+                recall.recall(query, *where, Memory(), 512)
             attentions = [prefill.prefill, decode.decode]
             if capability == 90:
                 from sage_kernels import hopper, hopper_decode
@@ -123,8 +125,8 @@ def test_all_kernels_compile(compiled: tuple[int, list[dict[str, Any]]]) -> None
     for name in ("prefill", "decode", "merge", "store"):
         cases = {(kernel["head_dim"], kernel["k_bits"]) for kernel in kernels if kernel["kernel"] == name}
         assert len(cases) == 2 * len(HEAD_DIMS[capability]), name
-    remembering = {"bounds", "fold", "score", "list"} & {kernel["kernel"] for kernel in kernels}
-    assert len(remembering) == (4 if 128 in HEAD_DIMS[capability] else 0)
+    remembering = {"bounds", "fold", "score", "narrow", "list"} & {kernel["kernel"] for kernel in kernels}
+    assert len(remembering) == (5 if 128 in HEAD_DIMS[capability] else 0)
 
 
 def test_shared_memory_suffices(compiled: tuple[int, list[dict[str, Any]]]) -> None:

@@ -28,16 +28,16 @@ def tables(batch: Batch) -> tuple:
     return batch.pages, batch.layout, batch.block_table, batch.seq_lens, batch.query_start_loc
 
 
-def test_bounds_hold_every_key_of_a_full_page() -> None:
+def test_bounds_of_full_pages() -> None:
     batch = make()
     views = batch.layout.views(batch.pages)
     keys = views.k * views.k_scale[..., None]
     full = 0
     for request, (length, _) in enumerate(REQUESTS):
         for page in batch.block_table[request, : length // 64].long():
-            least, largest = views.bounds[page].float().unbind(1)
-            assert torch.allclose(least, keys[page].amin(1), atol=1e-2)
-            assert torch.allclose(largest, keys[page].amax(1), atol=1e-2)
+            center, radius = views.bounds[page].float().unbind(1)
+            assert torch.allclose(center, keys[page].mean(1), atol=1e-2)
+            assert torch.allclose(radius, (keys[page].amax(1) - keys[page].amin(1)) / 2, atol=1e-2)
             full += 1
     assert full == 10 + 0 + 15 + 7
     partly_filled = batch.block_table[1, 0].long()
@@ -57,18 +57,23 @@ def test_a_list_that_holds_the_context_is_the_context(query_block: int) -> None:
 
 
 def test_what_is_read() -> None:
-    """Sinks, local pages, and of the others those with the highest bound, each once and in order."""
+    """Sinks, local pages, and of the others those whose ellipsoids reach farthest towards the queries, each once, in order."""
     batch = make([(1500, 1)])
     memory = Memory(sink_tokens=100, local_tokens=200, topk_pages=3, query_block=128)
     lists = reference.recall(batch.query, *tables(batch), memory, 0)
     views = batch.layout.views(batch.pages)
     for head in range(2):
         queries = batch.query[0].float().view(2, 2, 64)[head]
-        largest = []
+        reached = []
         for page in range(2, 20):  # 1300 is the first local token, in page 20
-            least, most = views.bounds[batch.block_table[0, page].long(), head].float()
-            largest.append(torch.maximum(queries * least, queries * most).sum(1).mean())
-        best = (torch.stack(largest).topk(3).indices + 2).sort().values.tolist()
+            center, radius = views.bounds[batch.block_table[0, page].long(), head].float()
+            axes = 2 * radius
+            toward = axes * axes * queries  # from the center to where each query's product is largest, but for its length
+            steps = toward / (toward / axes).norm(dim=1, keepdim=True)
+            assert torch.allclose((steps / axes).norm(dim=1), torch.ones(2))  # on the ellipsoid
+            extents = (queries * steps).sum(1)
+            reached.append((queries @ center).mean() + extents.square().mean().sqrt())
+        best = (torch.stack(reached).topk(3).indices + 2).sort().values.tolist()
         expected = [0, 1, *best, 20, 21, 22, 23]
         assert torch.equal(lists.block_table[0, head, : len(expected)], batch.block_table[0][expected])
     assert lists.seq_lens.tolist() == [5 * 64 + 1500 - 20 * 64]
@@ -152,6 +157,26 @@ def test_recall_kernels(kernels, topk: int, turns: bool, query_block: int) -> No
             assert torch.equal(lists.turns.pages[row, :, :pages].cpu(), expected.turns.pages[row, :, :pages])
     if turns:
         assert expected.turns.pages.any()
+
+
+@pytest.mark.parametrize("pages", [1100, 1300, 2500])
+@pytest.mark.parametrize("topk", [3, 128])
+def test_the_best_of_many_pages(kernels, topk: int, pages: int) -> None:
+    """Contexts whose best pages are found chunk by chunk; many scores are equal, and the earlier page wins."""
+    g = torch.Generator().manual_seed(pages)
+    memory = Memory(sink_tokens=100, local_tokens=200, topk_pages=topk, query_block=128)
+    cache = LAYOUT.empty(pages, 2)
+    LAYOUT.views(cache).bounds[:, :, 0, :2] = torch.randint(-20, 20, (pages, 2, 2), generator=g).half()
+    query = torch.zeros(2, 4, 64)
+    query[..., :2] = torch.randint(-3, 4, (2, 4, 2), generator=g).float()
+    table = torch.stack([torch.randperm(pages, generator=g) for _ in range(2)]).int()
+    requests = table, torch.tensor([pages * 64 - 70, 900 * 64], dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32)
+    expected = reference.recall(query, cache, LAYOUT, *requests, memory, 0)
+    on = [x.to(kernels.device) for x in (query, cache, *requests)]
+    lists = kernels.recall(*on[:2], LAYOUT, *on[2:], memory, 0)
+    assert torch.equal(lists.seq_lens.cpu(), expected.seq_lens)
+    for row, count in enumerate((-(-expected.seq_lens // 64)).tolist()):
+        assert torch.equal(lists.block_table[row, :, :count].cpu(), expected.block_table[row, :, :count])
 
 
 @pytest.mark.parametrize("k_bits", [4, 8])

@@ -1,14 +1,15 @@
 """Memory on a GPU: the bounds of full pages, and the choice of the pages that rows of queries read.
 
 The choice takes three launches: the queries of a row are folded into two vectors, the pages of a context are scored, and the
-best become a page list. All grids follow from shapes alone and nothing is read back, so that it can be captured in a CUDA
-graph.
+best become a page list. Before the best of many pages are found, one more launch finds the best of each thousand. All grids
+follow from shapes alone and nothing is read back, so that it can be captured in a CUDA graph.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from sage_kernels.reference import REACH as _REACH
 from sage_kernels.reference import SCORE_BITS as _SCORE_BITS
 from sage_kernels.reference import PageLists, Turns, max_rows
 from sage_kernels.tiles import GROUP_BYTES, TABLES, find_request, load_k, load_wide_k, turned
@@ -16,6 +17,9 @@ from sage_paged import Memory, PageLayout
 
 _PART_PAGES = 64
 """Pages that one program scores."""
+REACH = tl.constexpr(_REACH)
+_CHUNK_PAGES = 1024
+"""Pages whose best one program finds."""
 SCORE_BITS = tl.constexpr(_SCORE_BITS)
 LARGEST_SCORE = tl.constexpr(1 << _SCORE_BITS)
 _FOLD_ROWS = 64
@@ -59,11 +63,11 @@ def _bounds_kernel(
             low += tl.load(anchor + head * HEAD_DIM + half, mask=inside, other=0.0)[:, None]
             high += tl.load(anchor + head * HEAD_DIM + HALF + half, mask=inside, other=0.0)[:, None]
         low, high = turned(low, high, (turn_table + page * HEAD_DIM + half)[:, None], inside[:, None], HALF)
-    least = cache_f16 + offset // 2 + BOUNDS + half
-    tl.store(least, tl.min(low, 1).to(tl.float16), mask=inside)
-    tl.store(least + HALF, tl.min(high, 1).to(tl.float16), mask=inside)
-    tl.store(least + HEAD_DIM, tl.max(low, 1).to(tl.float16), mask=inside)
-    tl.store(least + HEAD_DIM + HALF, tl.max(high, 1).to(tl.float16), mask=inside)
+    center = cache_f16 + offset // 2 + BOUNDS + half
+    tl.store(center, (tl.sum(low, 1) / PAGE).to(tl.float16), mask=inside)
+    tl.store(center + HALF, (tl.sum(high, 1) / PAGE).to(tl.float16), mask=inside)
+    tl.store(center + HEAD_DIM, ((tl.max(low, 1) - tl.min(low, 1)) / 2).to(tl.float16), mask=inside)
+    tl.store(center + HEAD_DIM + HALF, ((tl.max(high, 1) - tl.min(high, 1)) / 2).to(tl.float16), mask=inside)
 
 
 def store_bounds(
@@ -115,8 +119,8 @@ def _fold_kernel(
     BLOCK_T: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     TURN: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, KV heads). folded: float32 [rows, kv_heads, 2, HEAD_DIM], sums of the negative and of the positive parts of
-    a row's queries. row_starts, row_lens: `PageLists.query_start_loc` and `seq_lens`."""
+    """Grid: (rows, KV heads). folded: float32 [rows, kv_heads, 2, HEAD_DIM], the means of a row's queries and of their squares.
+    row_starts, row_lens: `PageLists.query_start_loc` and `seq_lens`."""
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -132,7 +136,7 @@ def _fold_kernel(
     half = tl.arange(0, BLOCK_D // 2)
     inside = (half < HALF)[None, :]
     zeros = tl.zeros([BLOCK_T * BLOCK_G, BLOCK_D // 2], tl.float32)
-    low_negative, low_positive, high_negative, high_positive = zeros, zeros, zeros, zeros
+    low_sum, low_squares, high_sum, high_squares = zeros, zeros, zeros, zeros
     rows = tl.arange(0, BLOCK_T * BLOCK_G)
     for first in range(low, high, BLOCK_T):
         token = first + rows // BLOCK_G
@@ -146,15 +150,16 @@ def _fold_kernel(
         if TURN:
             nearer = tl.maximum(token // PAGE - LOCAL // PAGE - 1, 0)
             q_low, q_high = turned(q_low, q_high, turn_table + nearer[:, None] * HEAD_DIM + half[None, :], mask, HALF)
-        low_negative += tl.minimum(q_low, 0.0)
-        low_positive += tl.maximum(q_low, 0.0)
-        high_negative += tl.minimum(q_high, 0.0)
-        high_positive += tl.maximum(q_high, 0.0)
+        low_sum += q_low
+        low_squares += q_low * q_low
+        high_sum += q_high
+        high_squares += q_high * q_high
     target = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + half
-    tl.store(target, tl.sum(low_negative, 0), mask=half < HALF)
-    tl.store(target + HALF, tl.sum(high_negative, 0), mask=half < HALF)
-    tl.store(target + HEAD_DIM, tl.sum(low_positive, 0), mask=half < HALF)
-    tl.store(target + HEAD_DIM + HALF, tl.sum(high_positive, 0), mask=half < HALF)
+    share = 1.0 / (tl.maximum(high - low, 1) * GROUP)  # rows that nobody has get here too
+    tl.store(target, tl.sum(low_sum, 0) * share, mask=half < HALF)
+    tl.store(target + HALF, tl.sum(high_sum, 0) * share, mask=half < HALF)
+    tl.store(target + HEAD_DIM, tl.sum(low_squares, 0) * share, mask=half < HALF)
+    tl.store(target + HEAD_DIM + HALF, tl.sum(high_squares, 0) * share, mask=half < HALF)
 
 
 @triton.jit(do_not_specialize=["num_reqs", "width"], do_not_specialize_on_alignment=TABLES)
@@ -172,15 +177,16 @@ def _score_kernel(
         return
     there = page < local
     blocks = tl.load(block_table + request.to(tl.int64) * table_stride + page, mask=there, other=0).to(tl.int64)
-    least = cache_f16 + (blocks * block_stride + head.to(tl.int64) * head_stride) // 2 + BOUNDS
+    bounds = cache_f16 + (blocks * block_stride + head.to(tl.int64) * head_stride) // 2 + BOUNDS
     channel = tl.arange(0, BLOCK_D)
     mask = there[:, None] & (channel < HEAD_DIM)[None, :]
-    smallest = tl.load(least[:, None] + channel[None, :], mask=mask, other=0.0)
-    largest = tl.load(least[:, None] + HEAD_DIM + channel[None, :], mask=mask, other=0.0)
+    center = tl.load(bounds[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    radius = tl.load(bounds[:, None] + HEAD_DIM + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     parts = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + channel
-    negative = tl.load(parts, mask=channel < HEAD_DIM, other=0.0)
-    positive = tl.load(parts + HEAD_DIM, mask=channel < HEAD_DIM, other=0.0)
-    score = tl.sum(smallest.to(tl.float32) * negative[None, :] + largest.to(tl.float32) * positive[None, :], 1)
+    mean = tl.load(parts, mask=channel < HEAD_DIM, other=0.0)
+    squares = tl.load(parts + HEAD_DIM, mask=channel < HEAD_DIM, other=0.0)
+    extent = tl.sqrt(tl.sum(radius * radius * squares[None, :], 1))
+    score = tl.sum(center * mean[None, :], 1) + REACH * extent
     tl.store(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page - SINKS, score, mask=there)
 
 
@@ -213,13 +219,37 @@ def _places(score, there, TOPK: tl.constexpr):
     return chosen, (before & 0xFFFF) + tl.minimum(equals, room) - 1
 
 
+@triton.jit(do_not_specialize=["num_reqs", "width", "finalists"], do_not_specialize_on_alignment=TABLES)
+def _narrow_kernel(
+    scores, best, best_pages, seq_lens, query_start_loc, num_reqs, width, finalists,
+    PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Grid: (chunks of a context, KV heads, rows). best, best_pages: float32 and int32 [rows, kv_heads, finalists], the TOPK
+    best pages of each chunk, in its order, or as many as it has, and their scores."""
+    head = tl.program_id(1)
+    row = tl.program_id(2)
+    _, _, _, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    page = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    if local <= SINKS + TOPK or SINKS + tl.program_id(0) * CHUNK >= local:
+        return
+    there = page < local - SINKS
+    score = tl.load(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page, mask=there, other=0.0)
+    chosen, place = _places(score, there, TOPK)
+    target = (row * tl.num_programs(1) + head).to(tl.int64) * finalists + tl.program_id(0) * TOPK + place
+    tl.store(best + target, score, mask=chosen & there)
+    tl.store(best_pages + target, page, mask=chosen & there)
+
+
 @triton.jit(do_not_specialize=["num_reqs", "width", "list_width"], do_not_specialize_on_alignment=TABLES)
 def _list_kernel(
-    scores, lists, turns, block_table, seq_lens, query_start_loc, num_reqs, width, list_width, table_stride,
+    scores, scored_pages, lists, turns, block_table, seq_lens, query_start_loc, num_reqs, width, list_width, table_stride,
     PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    TRAINED: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK: tl.constexpr,
+    TRAINED: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, KV heads). lists, turns: int32 [rows, kv_heads, list_width]; turns are written where TRAINED is not 0."""
+    """Grid: (rows, KV heads). scores: float32 [rows, kv_heads, width], of all pages behind the sinks, or, with a CHUNK, of
+    scored_pages (see `_narrow_kernel`). lists, turns: int32 [rows, kv_heads, list_width]; turns are written where TRAINED is
+    not 0."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     request, low, high, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
@@ -238,13 +268,19 @@ def _list_kernel(
             tl.store(turns + target + entry, tl.where(turning & (entry < far), local - 1 - page, 0), mask=write)
     if choosing:
         candidate = tl.arange(0, CANDIDATES)
-        there = candidate < local - SINKS
-        source = scores + (row * tl.num_programs(1) + head).to(tl.int64) * width
-        chosen, place = _places(tl.load(source + candidate, mask=there, other=0.0), there, TOPK)
+        source = (row * tl.num_programs(1) + head).to(tl.int64) * width + candidate
+        if CHUNK > 0:
+            there = candidate % TOPK < local - SINKS - candidate // TOPK * CHUNK
+        else:
+            there = candidate < local - SINKS
+        chosen, place = _places(tl.load(scores + source, mask=there, other=0.0), there, TOPK)
+        page = SINKS + candidate
+        if CHUNK > 0:
+            page = SINKS + tl.load(scored_pages + source, mask=chosen, other=0)
         entry = target + SINKS + place
-        tl.store(lists + entry, tl.load(table + SINKS + candidate, mask=chosen, other=0), mask=chosen)
+        tl.store(lists + entry, tl.load(table + page, mask=chosen, other=0), mask=chosen)
         if TRAINED > 0:
-            tl.store(turns + entry, tl.where(turning, local - 1 - SINKS - candidate, 0), mask=chosen)
+            tl.store(turns + entry, tl.where(turning, local - 1 - page, 0), mask=chosen)
 
 
 def recall(
@@ -290,10 +326,21 @@ def recall(
         HEAD_DIM=layout.head_dim, BLOCK_D=triton.next_power_of_2(layout.head_dim), BOUNDS=layout.bounds_offset // 2,
         PART=_PART_PAGES, num_warps=4, **policy,
     )  # fmt: skip
-    block = triton.next_power_of_2(candidates)
+    scored_pages, chunk = lists, 0
+    if candidates > _CHUNK_PAGES:
+        every, chunk = scores, _CHUNK_PAGES
+        chunks = triton.cdiv(candidates, chunk)
+        finalists = chunks * memory.topk_pages
+        scores, scored_pages = torch.empty(rows, kv_heads, finalists, device=device), lists.new_empty(rows, kv_heads, finalists)
+        _narrow_kernel[(chunks, kv_heads, rows)](
+            every, scores, scored_pages, seq_lens, query_start_loc, requests, candidates, finalists,
+            CHUNK=chunk, num_warps=4, **policy,
+        )  # fmt: skip
+        candidates = finalists
     _list_kernel[(rows, kv_heads)](
-        scores, lists, lists if turns is None else turns.pages, block_table, seq_lens, query_start_loc, requests, candidates,
-        list_width, block_table.stride(0),
-        TRAINED=0 if turns is None else memory.trained_tokens, CANDIDATES=block, BLOCK=64, num_warps=8, **policy,
+        scores, scored_pages, lists, lists if turns is None else turns.pages, block_table, seq_lens, query_start_loc, requests,
+        candidates, list_width, block_table.stride(0),
+        TRAINED=0 if turns is None else memory.trained_tokens, CANDIDATES=triton.next_power_of_2(candidates), CHUNK=chunk,
+        BLOCK=64, num_warps=4, **policy,
     )  # fmt: skip
     return PageLists(lists, row_lens, row_starts, turns)

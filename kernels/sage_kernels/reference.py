@@ -31,6 +31,8 @@ ANCHOR_TOKENS = 32
 the chunks are that it comes in."""
 SCORE_BITS = 20
 """Leading bits of a float32 score that tell pages apart. Of pages that are equal in these, the earlier one is chosen."""
+REACH = 2.0
+"""How far around a page's mean key its keys are taken to lie, in half ranges of the channels (see `recall`)."""
 V_SCALES = (2.0**-16, 2.0)
 """The least and the largest scale of V, between which inverses fit e4m3 as well. V beyond +-896 saturates, and numbers below
 2**-26 become 0; in between, the scale that just holds a token's largest value is taken."""
@@ -302,7 +304,7 @@ def store_bounds(
     turn_table: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
 ) -> None:
-    """Write the bounds of the pages that a step has filled: of each channel, the least and the largest key.
+    """Write the bounds of the pages that a step has filled: of each channel, the mean key and half the range of the keys.
 
     The tensors are those of `attention`, block_table with one list for all heads; the step's tokens are stored already. With a
     turn_table, keys are taken as they would be if the page were the first of its context, for which their anchor is needed.
@@ -318,7 +320,7 @@ def store_bounds(
             key = codes * k_scale[..., None]
             if turn_table is not None:
                 key = turned(key if anchor is None else key + anchor[:, None], turn_table[page])
-            views.bounds[block] = torch.stack([key.amin(1), key.amax(1)], 1).half()
+            views.bounds[block] = torch.stack([key.mean(1), (key.amax(1) - key.amin(1)) / 2], 1).half()
 
 
 @dataclass(frozen=True)
@@ -355,9 +357,10 @@ def recall(
     The tensors are those of `attention`, block_table with one list for all heads. query_block: positions of a row; 0 for one
     row a request. turn_table: needed where memory.trained_tokens is not 0.
 
-    A page's score is the mean over the row's queries, of all heads that share the KV head, of the largest logit that a key
-    within the page's bounds could have (Quest, Tang et al., ICML 2024, section 3.2). With a turn_table, it is that at the
-    distance of the page before the local ones, for every query as if it stood in the first local_tokens behind it.
+    A page's score is the largest product that a query could have with keys in an ellipsoid around the page's mean key, whose
+    axes are REACH half ranges long. Taken over the row's queries, of all heads that share the KV head, it is the mean for the
+    ellipsoid's center, and for what its extent adds the root of the mean square. With a turn_table, it is that at the distance
+    of the page before the local ones, for every query as if it stood in the first local_tokens behind it.
     """
     kv_heads, tokens = pages.shape[1], layout.tokens
     bounds = layout.views(pages).bounds
@@ -388,9 +391,9 @@ def recall(
             blocks = block_table[r].long()
             chosen = found.expand(kv_heads, -1)
             if len(found) > memory.topk_pages:
-                least, largest = bounds[blocks[found]].float().unbind(2)  # [pages, kv_heads, head_dim]
-                positive, negative = q.clamp(min=0).mean((0, 2)), q.clamp(max=0).mean((0, 2))
-                scores = (positive * largest + negative * least).sum(-1).T.contiguous()
+                center, radius = bounds[blocks[found]].float().unbind(2)  # [pages, kv_heads, head_dim]
+                extent = (q.square().mean((0, 2)) * radius.square()).sum(-1).sqrt()
+                scores = ((q.mean((0, 2)) * center).sum(-1) + REACH * extent).T.contiguous()
                 coarse = (scores.view(torch.int32) >> (32 - SCORE_BITS) << (32 - SCORE_BITS)).view(torch.float32)
                 order = coarse.sort(descending=True, stable=True).indices
                 chosen = found[order[:, : memory.topk_pages]].sort().values

@@ -9,7 +9,8 @@ A page holds the keys and values of `tokens` consecutive tokens of one KV head, 
     k_groups  [tokens, 2, k_groups]    int8      INT4 keys only: steps and bases that make INT8 codes of nibbles
     k_scale   [tokens]                 float32   key = INT8 code * k_scale
     v_scale   [tokens]                 float32   INT8 keys only: value = code * v_scale
-    bounds    [2, head_dim]            float16   least and largest key of each channel, in pages for `sage_paged.memory` only
+    bounds    [2, head_dim]            float16   of each channel, the mean key and half the range of keys, in pages for
+                                                 `sage_paged.memory` only
 
 Every number of a token depends on that token alone, and bounds on the keys of a full page, so a page can be shared, moved,
 swapped or extended without touching its other tokens. Values are transposed because 8-bit tensor cores want the dimension
