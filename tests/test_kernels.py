@@ -273,6 +273,54 @@ def test_widened_pages_hold_the_same(kernels, head_dim: int, tokens: int, per_he
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
+@pytest.mark.skipif(ON_GPU, reason="widens pages that are not on the GPU")
+@pytest.mark.parametrize(("scratch", "parts"), [(1, 9), (200_000, 6), (1 << 30, 1)])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_int4_prompts_in_parts(scratch: int, parts: int, per_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel for sm_90 is given, part by part, is the whole; the reference stands in for it."""
+    from sage_kernels import hopper
+
+    taken = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int]):
+            return self.launch
+
+        def launch(self, query, out, _, __, pages, table, lengths, starts, sinks, anchor, scale, soft_cap, *___, **sizes):
+            layout = PageLayout(sizes["HEAD_DIM"], 8, sizes["PAGE"])
+            where = pages.view(torch.uint8), layout, table, lengths, starts, scale
+            rows = slice(int(starts[0]), int(starts[-1]))
+            out[rows] = reference.attention(query, *where, sizes["WINDOW"], soft_cap, sinks, anchor)[rows]
+            taken.append(lengths)
+
+    monkeypatch.setattr(hopper, "_prefill_kernel", Kernel())
+    monkeypatch.setattr(hopper, "descriptors", lambda *_: (None, None))
+    monkeypatch.setattr(hopper, "SCRATCH", scratch)
+    batch = make_batch(PageLayout(128, 4, 64), [(300, 8), (70, 70), (200, 1)], heads=12, kv_heads=3, smooth=True)
+    if per_head:
+        batch.block_table = batch.block_table[:, None].repeat(1, 3, 1)
+    mask = {"window": 0, "soft_cap": 15.0, "sinks": torch.randn(12), "anchor": batch.anchor}
+    out = poisoned(batch.query)
+    hopper.prefill(*batch.attention_args(), out, **mask, max_seq_len=300)
+    assert len(taken) == parts
+    assert torch.equal(out, reference.attention(*batch.attention_args(), **mask))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="only the kernel for sm_90 widens pages")
+def test_prefill_with_room_for_one_context(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages are widened for one KV head of one request at a time."""
+    from sage_kernels import hopper
+
+    monkeypatch.setattr(hopper, "SCRATCH", 1)
+    requests = [(500, 8), (70, 70), (300, 1)]
+    shape = {"layout": PageLayout(128, 4), "requests": requests, "heads": 8, "kv_heads": 2, "smooth": True}
+    batch, mask, expected = build(shape, {"window": 0, "soft_cap": 15.0, "sinks": True}, kernels.device)
+    out = poisoned(batch.query)
+    kernels.prefill(*batch.attention_args(), out, **mask)
+    assert relative_error(out, expected) < KERNEL_ERROR
+
+
 def test_decode_refuses_too_many_rows_and_small_workspaces(kernels) -> None:
     from sage_kernels.decode import Workspace
 

@@ -431,6 +431,11 @@ SCRATCH = 512 << 20
 """Bytes of INT8 pages that INT4 ones are widened to at a time; one KV head of one request may take more."""
 
 
+def _part(count: int, most: int) -> int:
+    """The size of the parts, at most `most` if that is 1 or more, that `count` falls into as evenly as can be."""
+    return -(-count // -(-count // max(1, most)))
+
+
 def prefill(
     query: torch.Tensor,
     pages: torch.Tensor,
@@ -450,51 +455,26 @@ def prefill(
 
     max_seq_len: the most tokens of a request, as many as fit into block_table if None.
     """
-    if layout.k_bits == 8:
-        _launch(query, pages, layout, block_table, seq_lens, query_start_loc, scale, out, window, soft_cap, sinks, anchor)
+    if layout.k_bits == 4:
+        requests, kv_heads, group = seq_lens.numel(), pages.shape[1], query.shape[1] // pages.shape[1]
+        longest = min(max_seq_len or 1 << 31, block_table.shape[-1] * layout.tokens)
+        context_bytes = -(-longest // layout.tokens) * PageLayout(layout.head_dim, 8, layout.tokens).page_bytes
+        rooms = max(1, SCRATCH // context_bytes)  # contexts of one head that there is room for
+        # In equal parts: a small last one would leave most of the processors without work for as long as a large one takes.
+        heads_at_once = _part(kv_heads, rooms // requests)
+        requests_at_once = _part(requests, rooms // heads_at_once)
+        for head in range(0, kv_heads, heads_at_once):
+            kv, own = slice(head, head + heads_at_once), slice(head * group, (head + heads_at_once) * group)
+            for request in range(0, requests, requests_at_once):
+                end = request + requests_at_once
+                table, lengths = block_table[request:end], seq_lens[request:end]
+                table = table[:, kv] if table.dim() == 3 else table
+                prefill(
+                    query[:, own], *widened(pages[:, kv], layout, table, lengths, longest), lengths,
+                    query_start_loc[request : end + 1], scale, out[:, own], window, soft_cap,
+                    None if sinks is None else sinks[own], None if anchor is None else anchor[kv],
+                )  # fmt: skip
         return
-    requests, kv_heads, group = seq_lens.numel(), pages.shape[1], query.shape[1] // pages.shape[1]
-    longest = min(max_seq_len or 1 << 31, block_table.shape[-1] * layout.tokens)
-    context_bytes = -(-longest // layout.tokens) * PageLayout(layout.head_dim, 8, layout.tokens).page_bytes
-    rooms = max(1, SCRATCH // context_bytes)  # contexts of one head that there is room for
-    # In equal parts: a small last one would leave most of the processors without work for as long as a large one takes.
-    heads_at_once = _part(kv_heads, rooms // requests)
-    requests_at_once = _part(requests, rooms // heads_at_once)
-    for head in range(0, kv_heads, heads_at_once):
-        kv, heads = slice(head, head + heads_at_once), slice(head * group, (head + heads_at_once) * group)
-        for request in range(0, requests, requests_at_once):
-            own = slice(request, request + requests_at_once)
-            table, lengths = block_table[own], seq_lens[own]
-            wide, wide_layout, wide_table = widened(
-                pages[:, kv], layout, table[:, kv] if table.dim() == 3 else table, lengths, longest
-            )
-            _launch(
-                query[:, heads], wide, wide_layout, wide_table, lengths, query_start_loc[request : own.stop + 1], scale,
-                out[:, heads], window, soft_cap, None if sinks is None else sinks[heads],
-                None if anchor is None else anchor[kv],
-            )  # fmt: skip
-
-
-def _part(count: int, most: int) -> int:
-    """The size of the parts, at most `most` if that is 1 or more, that `count` falls into as evenly as can be."""
-    return -(-count // -(-count // max(1, most)))
-
-
-def _launch(
-    query: torch.Tensor,
-    pages: torch.Tensor,
-    layout: PageLayout,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-    window: int,
-    soft_cap: float,
-    sinks: torch.Tensor | None,
-    anchor: torch.Tensor | None,
-) -> None:
-    """`prefill` over pages of INT8 keys."""
     num_reqs = seq_lens.numel()
     tokens, heads, head_dim = query.shape
     group = heads // pages.shape[1]
