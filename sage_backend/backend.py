@@ -113,6 +113,8 @@ class SageMetadata(AttentionMetadata):
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     max_seq_len: int
+    max_prefill_len: int
+    """The most tokens of a request that is no decode."""
     sample: metrics.Sample | None = None
     """What to time of this step, if anything."""
     check: canary.Check | None = None
@@ -155,7 +157,8 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             rows = decode.workspace_rows(max_requests, self.reorder_batch_threshold, self.heads, self.kv_heads, self.processors)
             self.workspace = decode.Workspace.allocate(rows, kv_cache_spec.head_size, device_)
             layout = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl.layout
-            self.own_decode = decode.choose_kernel(device_, layout) is not None
+            turns = self.memory is not None and self.memory.extrapolate  # which only the portable kernel does
+            self.own_decode = not turns and decode.choose_kernel(device_, layout) is not None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -164,12 +167,15 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         threshold = self.reorder_batch_threshold
         num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
         sample = check = None
-        if self.recorder is not None and not fast_build:  # which is how drafts are built
+        if self.recorder is not None and not fast_build:  # which is how vLLM's first model runner builds drafts
             sample = self.recorder.step(self.layer_names, common, num_decodes)
             check = self.recorder.check(self.layer_names, common, num_decodes)
         segments: Sequence[Any] = ()
         if self.compressor is not None and not fast_build:
             segments = self.compressor.segments(common, num_decodes)
+        max_prefill_len, lengths = common.max_seq_len, common.seq_lens_cpu_upper_bound
+        if lengths is not None and num_decodes < lengths.numel():
+            max_prefill_len = min(max_prefill_len, int(lengths[num_decodes:].max()))
         splits = 1
         if self.workspace is not None and num_decodes:
             from sage_kernels import decode
@@ -192,6 +198,7 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             max_seq_len=common.max_seq_len,
+            max_prefill_len=max_prefill_len,
             sample=sample,
             check=check,
             segments=segments,
@@ -345,7 +352,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
             from sage_kernels.prefill import prefill
 
             how = {"max_query_len": m.max_decode_query_len, "splits": m.splits, "workspace": m.workspace}
-            most = {"max_seq_len": m.max_seq_len}
+            most = {"max_seq_len": m.max_prefill_len}
         n = m.num_decodes
         decodes: Requests = m.block_table[:n], m.seq_lens[:n], m.query_start_loc[: n + 1]
         prefills: Requests = m.block_table[n:], m.seq_lens[n:], m.query_start_loc[n:]

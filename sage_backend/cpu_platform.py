@@ -30,7 +30,7 @@ def _leave_pages_alone() -> None:
     """Have the runners of this backend's engines not zero new blocks of hybrid models.
 
     Nothing behind a context's last token is ever read of pages, so there is no need. And where a block is several pages,
-    vLLM 0.32's CPU runner takes the numbers of blocks for those of pages, and zeroes other requests' pages instead.
+    vLLM 0.32's first CPU runner takes the numbers of blocks for those of pages, and zeroes other requests' pages instead.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 

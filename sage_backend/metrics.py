@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from sage_backend import calibration
 from sage_backend.canary import LARGEST, Canary, Check
 from sage_backend.coverage import Coverage
 from sage_backend.options import SageOptions
@@ -373,7 +374,7 @@ class Recorder:
         """Whether steps are made up: those of the warm-up, and those that keep idle data parallel engines in step."""
         self.pending: list[tuple[str, Work, Any, Any]] = []
         """What was timed and whose CUDA events may not have passed yet: phase, work, begin, end."""
-        self._values = values
+        self._values, self._calibration = values, options and options.calibration
         self._group: list[str] = []
         self._fallback: str | None = None
         self._memory: tuple[Memory, int] | None = None
@@ -422,12 +423,14 @@ class Recorder:
 
         kernels, architecture = "torch", platform.machine()
         if device.type == "cuda":
-            from sage_kernels.prefill import choose_kernel
+            from sage_kernels import decode, prefill
 
-            own, self._fallback = choose_kernel(device, layout, group)
-            kernels = "triton" if own is None else "gluon+triton"
+            own, self._fallback = prefill.choose_kernel(device, layout, group)
+            kernels = "triton" if own is None and decode.choose_kernel(device, layout) is None else "gluon+triton"
             architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-        page_format = f"k_int{layout.k_bits}_v_e4m3_page{layout.tokens}"
+        chosen = calibration.k_bits(self._calibration).values() if self._calibration else ()
+        bits = "_".join(f"int{bits}" for bits in sorted({layout.k_bits, *chosen}))
+        page_format = f"k_{bits}_v_e4m3_page{layout.tokens}"
         self._values.set(BUILD, 1, version, vllm_version, page_format, kernels, architecture)
 
     def step(self, names: list[str], common: Any, num_decodes: int) -> Sample | None:

@@ -1,6 +1,6 @@
 """`reference.attention` for a CPU that serves requests: all heads of a request at once, and only the pages it can see.
 
-The arithmetic is the kernels' own. INT8 products are exact in float32 (|sum| <= 127 * 127 * 256 < 2**24), which on a CPU is
+The arithmetic is the kernels' own. INT8 products are exact in float32 (|sum| <= 127 * 128 * 256 < 2**24), which on a CPU is
 the fast way to do them. The store needs no version of its own: `reference.store` already takes all tokens at once.
 """
 

@@ -468,10 +468,10 @@ def prefill(
             for request in range(0, requests, requests_at_once):
                 end = request + requests_at_once
                 table, lengths = block_table[request:end], seq_lens[request:end]
-                table = table[:, kv] if table.dim() == 3 else table
+                table, starts = table[:, kv] if table.dim() == 3 else table, query_start_loc[request : end + 1]
                 prefill(
-                    query[:, own], *widened(pages[:, kv], layout, table, lengths, longest), lengths,
-                    query_start_loc[request : end + 1], scale, out[:, own], window, soft_cap,
+                    query[:, own], *widened(pages[:, kv], layout, table, lengths, starts, longest, window), lengths,
+                    starts, scale, out[:, own], window, soft_cap,
                     None if sinks is None else sinks[own], None if anchor is None else anchor[kv],
                 )  # fmt: skip
         return

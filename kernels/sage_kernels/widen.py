@@ -1,7 +1,7 @@
 """Pages of INT4 keys as pages of INT8 keys: the same codes, scales and values, for kernels that read nothing else.
 
 INT4 keys stand for INT8 codes (`reference.widen`), so attention to either kind of page gives the same, bit for bit. A prompt
-reads each page of its history once for every 128 rows of queries; widening it once before costs a few percent of that.
+reads each page of its history once for every 128 rows of queries; widening it once before costs a part of that.
 """
 
 import torch
@@ -14,16 +14,22 @@ from sage_paged import PageLayout
 
 @triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=TABLES)
 def _widen_kernel(
-    narrow_i8, narrow_i32, wide_i32, block_table, seq_lens, pages,
+    narrow_i8, narrow_i32, wide_i32, block_table, seq_lens, query_start_loc, pages,
     table_stride, table_head_stride, block_stride, head_stride,
     HEAD_DIM: tl.constexpr, K_ROW: tl.constexpr, PAGE: tl.constexpr, K_SCALE: tl.constexpr, WIDE_BYTES: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Grid: (pages, KV heads, requests). K_SCALE: bytes from a narrow page's start to its scales."""
     page = tl.program_id(0)
     head = tl.program_id(1)
     request = tl.program_id(2)
-    if page * PAGE >= tl.load(seq_lens + request):
+    seq_len = tl.load(seq_lens + request)
+    if page * PAGE >= seq_len:
         return
+    if WINDOW > 0:
+        queries = tl.load(query_start_loc + request + 1) - tl.load(query_start_loc + request)
+        if (page + 1) * PAGE <= seq_len - queries - WINDOW + 1:
+            return
     block = tl.load(block_table + request.to(tl.int64) * table_stride + head * table_head_stride + page)
     source = block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride
     target = ((request.to(tl.int64) * pages + page) * tl.num_programs(1) + head) * WIDE_BYTES
@@ -48,9 +54,16 @@ def _widen_kernel(
 
 
 def widened(
-    pages: torch.Tensor, layout: PageLayout, block_table: torch.Tensor, seq_lens: torch.Tensor, max_seq_len: int
+    pages: torch.Tensor,
+    layout: PageLayout,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    max_seq_len: int,
+    window: int = 0,
 ) -> tuple[torch.Tensor, PageLayout, torch.Tensor]:
-    """The pages of requests of at most max_seq_len tokens, their layout, and the block table that leads to them.
+    """The pages of requests of at most max_seq_len tokens, their layout, and the block table that leads to them. Pages that
+    none of a request's queries sees through the window are left out; what stands in their place may be anything.
 
     The other arguments are those of `reference.attention`; head_dim has to be a power of two.
     """
@@ -60,10 +73,10 @@ def widened(
     wide = torch.empty(requests * used, kv_heads, wide_layout.page_bytes, dtype=torch.uint8, device=pages.device)
     head_stride = block_table.stride(1) if block_table.dim() == 3 else 0
     _widen_kernel[(used, kv_heads, requests)](
-        pages.view(torch.int8), pages.view(torch.int32), wide.view(torch.int32), block_table, seq_lens, used,
-        block_table.stride(0), head_stride, pages.stride(0), pages.stride(1),
+        pages.view(torch.int8), pages.view(torch.int32), wide.view(torch.int32), block_table, seq_lens, query_start_loc,
+        used, block_table.stride(0), head_stride, pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, K_ROW=layout.k_row_bytes, PAGE=layout.tokens, K_SCALE=layout.k_scale_offset,
-        WIDE_BYTES=wide_layout.page_bytes, num_warps=4,
+        WIDE_BYTES=wide_layout.page_bytes, WINDOW=window, num_warps=4,
     )  # fmt: skip
     table = torch.arange(requests * used, dtype=torch.int32, device=pages.device).view(requests, used)
     return wide, wide_layout, table
