@@ -129,7 +129,7 @@ def test_engine_with_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture
     """`sage calibrate` on the embedded model; an engine that loads the file has its anchors, keeps them, and has pages of the
     kinds that were chosen."""
     file = tmp_path / "anchors.safetensors"
-    choice = ["--k-bits", "auto", "--budget", "0.09"]
+    choice = ["--k-bits", "auto", "--budget", "0.064"]
     with environment():
         assert calibration.main([str(MODEL_DIR), "--out", str(file), "--tokens", "3000", *choice]) == 0
     told = capsys.readouterr().out
