@@ -45,7 +45,7 @@ def milliseconds(graph: torch.cuda.CUDAGraph, repeat: int) -> float:
 
 def measure(length: int, arguments: argparse.Namespace) -> dict[str, float | int]:
     heads, kv_heads, dim, where = 32, 8, 128, torch.device("cuda")
-    layout = PageLayout(dim, arguments.k_bits, has_bounds=True)
+    layout = PageLayout(dim, arguments.k_bits, has_summary=True)
     memory = Memory(topk_pages=arguments.topk, trained_tokens=arguments.extrapolate)
     turns = None
     if arguments.extrapolate:
@@ -60,7 +60,7 @@ def measure(length: int, arguments: argparse.Namespace) -> dict[str, float | int
         for slots in torch.arange(count * layout.tokens, device=where).split(1 << 16):
             key, value = (torch.randn(len(slots), kv_heads, dim, dtype=torch.bfloat16, device=where) for _ in range(2))
             store.store(key, value, pages, slots, layout)
-        recall.store_bounds(pages, layout, torch.arange(count, device=where)[None].int(), lengths, every, length)
+        recall.store_summaries(pages, layout, torch.arange(count, device=where)[None].int(), lengths, every, length)
         table = torch.randperm(count, device=where, dtype=torch.int32)[None]
         layers.append((torch.randn(1, heads, dim, dtype=torch.bfloat16, device=where), pages, table))
     out = torch.empty(1, heads, dim, dtype=torch.bfloat16, device=where)
@@ -75,14 +75,14 @@ def measure(length: int, arguments: argparse.Namespace) -> dict[str, float | int
 
     def look_up() -> None:
         for query, pages, table in layers:
-            recall.store_bounds(pages, layout, table, lengths, starts, 1, turns)
+            recall.store_summaries(pages, layout, table, lengths, starts, 1, turns)
             recall.recall(query, pages, layout, table, lengths, starts, memory, 0, turns)
 
     listed = memory.list_pages(layout.tokens, 1) * layout.tokens
 
     def remembering() -> None:
         for query, pages, table in layers:
-            recall.store_bounds(pages, layout, table, lengths, starts, 1, turns)
+            recall.store_summaries(pages, layout, table, lengths, starts, 1, turns)
             lists = recall.recall(query, pages, layout, table, lengths, starts, memory, 0, turns)
             args = lists.block_table, lists.seq_lens, lists.query_start_loc, dim**-0.5
             decode.decode(query, pages, layout, *args, out, turns=lists.turns, splits=splits(min(length, listed)))

@@ -357,7 +357,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         decodes: Requests = m.block_table[:n], m.seq_lens[:n], m.query_start_loc[: n + 1]
         prefills: Requests = m.block_table[n:], m.seq_lens[n:], m.query_start_loc[n:]
         if memory is not None and target is None:
-            self.store_bounds(pages, m, anchor)
+            self.store_summaries(pages, m, anchor)
         reading = None if memory is None or memory.reads_all(self.layout.tokens, m.max_seq_len) else memory
         if n:
             q = query[: m.num_decode_tokens]
@@ -394,14 +394,14 @@ class SageImpl(AttentionImpl[SageMetadata]):
             return None
         return positions.turn_table(self.frequencies, self.max_pages, self.layout.tokens, device_)
 
-    def store_bounds(self, pages: torch.Tensor, m: SageMetadata, anchor: torch.Tensor | None) -> None:
+    def store_summaries(self, pages: torch.Tensor, m: SageMetadata, anchor: torch.Tensor | None) -> None:
         turns = self.turn_table(pages.device)
         if pages.device.type == "cpu":
-            reference.store_bounds(pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc, turns, anchor)
+            reference.store_summaries(pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc, turns, anchor)
         else:
-            from sage_kernels.recall import store_bounds
+            from sage_kernels.recall import store_summaries
 
-            store_bounds(
+            store_summaries(
                 pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc, m.num_tokens, turns, anchor
             )
 

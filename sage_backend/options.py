@@ -195,7 +195,7 @@ class SageOptions:
 
     def layout(self, head_dim: int, k_bits: int | None = None) -> PageLayout:
         """k_bits: those of a layer for which a calibration has chosen them."""
-        return PageLayout(head_dim, k_bits or self.k_bits, self.page_tokens, has_bounds=self.memory is not None)
+        return PageLayout(head_dim, k_bits or self.k_bits, self.page_tokens, has_summary=self.memory is not None)
 
 
 _current = SageOptions()

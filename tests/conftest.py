@@ -22,7 +22,7 @@ def kernels() -> SimpleNamespace:
         store=store.store,
         prefill=prefill.prefill,
         decode=decode.decode,
-        store_bounds=recall.store_bounds,
+        store_summaries=recall.store_summaries,
         recall=recall.recall,
         device=device,
     )

@@ -81,9 +81,9 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
                 masks["sinks"] = {"sinks": torch.zeros(8), "anchor": anchor}
                 masks["all"] = {"window": 100, "soft_cap": 30.0, **masks["sinks"]}
                 masks["turns"] = {"turns": Turns(table.expand(2, 2).unsqueeze(0), torch.zeros(2, 128)), "anchor": anchor}
-                remembering = PageLayout(head_dim, k_bits, has_bounds=True)
+                remembering = PageLayout(head_dim, k_bits, has_summary=True)
                 where = remembering.empty(2, 2), remembering, table, lengths, starts
-                recall.store_bounds(*where, 1, torch.zeros(2, 128), anchor)
+                recall.store_summaries(*where, 1, torch.zeros(2, 128), anchor)
                 recall.recall(query, *where, Memory(), 512)
                 where = *where[:2], torch.zeros(1, 2000, dtype=torch.int32), *where[3:]
                 recall.recall(query, *where, Memory(), 512)
@@ -125,7 +125,7 @@ def test_all_kernels_compile(compiled: tuple[int, list[dict[str, Any]]]) -> None
     for name in ("prefill", "decode", "merge", "store"):
         cases = {(kernel["head_dim"], kernel["k_bits"]) for kernel in kernels if kernel["kernel"] == name}
         assert len(cases) == 2 * len(HEAD_DIMS[capability]), name
-    remembering = {"bounds", "fold", "score", "narrow", "list"} & {kernel["kernel"] for kernel in kernels}
+    remembering = {"summary", "fold", "score", "narrow", "list"} & {kernel["kernel"] for kernel in kernels}
     assert len(remembering) == (5 if 128 in HEAD_DIMS[capability] else 0)
 
 

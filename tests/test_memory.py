@@ -43,7 +43,7 @@ def ask(llm: Any, prompts: list[str]) -> list[str]:
 @pytest.mark.engine
 def test_keys_are_recalled_past_the_trained_length(remembering: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model was trained for 2048 tokens. The second round finds the pages of the first in the prefix cache, with their
-    bounds. What is read has a part of the attention, and most of it."""
+    summaries. What is read has a part of the attention, and most of it."""
     monkeypatch.setitem(metrics.SAMPLE_EVERY, "decode", 1)
     tokenizer = remembering.get_tokenizer()
     prompts, answers = zip(*(make_passkey(6000, depth, Random(1), tokenizer) for depth in (0.1, 0.6)), strict=True)
@@ -104,9 +104,9 @@ def test_mass_covered(
     taken in several pieces."""
     monkeypatch.setattr("sage_backend.coverage.PIECE", 256)
     longest = len(lengths) - 1
-    b = make_batch(PageLayout(64, k_bits, 64, has_bounds=True), lengths, 4, 2, smooth=True)
+    b = make_batch(PageLayout(64, k_bits, 64, has_summary=True), lengths, 4, 2, smooth=True)
     tables = b.block_table, b.seq_lens, b.query_start_loc
-    reference.store_bounds(b.pages, b.layout, *tables)
+    reference.store_summaries(b.pages, b.layout, *tables)
     lists = reference.recall(b.query, b.pages, b.layout, *tables, MEMORY, MEMORY.query_block if phase == "prefill" else 0)
     ends = lists.query_start_loc[1:].tolist()
     row = ends.index(int(b.query_start_loc[longest + 1]))
@@ -129,7 +129,7 @@ def test_long_contexts_are_measured_less_often(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sage_backend.coverage.TOKENS", 640)
     told: dict[int, list[float]] = {}
     for length in (640, 1920):
-        b = make_batch(PageLayout(64, tokens=64, has_bounds=True), [(length, 1)], 4, 2)
+        b = make_batch(PageLayout(64, tokens=64, has_summary=True), [(length, 1)], 4, 2)
         lists = b.block_table[:, None].expand(-1, 2, -1), b.seq_lens, b.query_start_loc
         told[length] = shares = []
         measures = Coverage(MEMORY, 64, torch.device("cpu"), lambda _, share, told=shares: told.append(share))
@@ -143,7 +143,7 @@ def test_long_contexts_are_measured_less_often(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("one_thread")
 def test_what_measuring_mass_costs() -> None:
     """Under a fifth of one layer's attention without memory, in the shape of the embedded model. Prints it (pytest -s)."""
-    b = make_batch(PageLayout(128, has_bounds=True), [(coverage.TOKENS, 1)], 4, 2)
+    b = make_batch(PageLayout(128, has_summary=True), [(coverage.TOKENS, 1)], 4, 2)
     lists = b.block_table[:, None].expand(-1, 2, -1), b.seq_lens, b.query_start_loc
     measures = Coverage(MEMORY, 128, torch.device("cpu"), lambda _, share: None)
     impl = SimpleNamespace(num_heads=4, num_kv_heads=2, layout=b.layout, scale=b.scale, soft_cap=0.0)
@@ -163,7 +163,7 @@ def test_what_measuring_mass_costs() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_mass_covered_is_not_waited_for_on_a_gpu() -> None:
     """By torch's own account of what waits."""
-    b = make_batch(PageLayout(64, tokens=64, has_bounds=True), [(900, 1)], 4, 2, device="cuda", smooth=True)
+    b = make_batch(PageLayout(64, tokens=64, has_summary=True), [(900, 1)], 4, 2, device="cuda", smooth=True)
     lists = b.block_table[:, None].expand(-1, 2, -1), b.seq_lens, b.query_start_loc
     shares: list[float] = []
     measures = Coverage(MEMORY, 64, torch.device("cuda"), lambda _, share: shares.append(share))
@@ -193,7 +193,7 @@ def test_mass_covered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(torch.cuda, "Event", Event)
     recorder = Recorder(FileValues(tmp_path, "sage-1", ("a model", "0")))
     recorder.paused = False
-    layout = PageLayout(64, tokens=64, has_bounds=True)
+    layout = PageLayout(64, tokens=64, has_summary=True)
     recorder.add_layers(["layers.0"], 1, layout, 2, 4, torch.device("cpu"))
     assert recorder.coverage is None
     assert not [name for name, *_ in scraped(tmp_path) if "covered" in name]

@@ -95,7 +95,7 @@ def test_work(window: int, query_len: int, seq_len: int) -> None:
 def test_rows_are_those_that_are_read(lengths: tuple[int, int], query_block: int) -> None:
     """Against the specification."""
     queries, tokens = lengths
-    layout, memory = PageLayout(64, tokens=64, has_bounds=True), Memory(70, 130, 3, 64)
+    layout, memory = PageLayout(64, tokens=64, has_summary=True), Memory(70, 130, 3, 64)
     starts, ends = torch.tensor([0, queries, queries]), torch.tensor([tokens, 0])
     query, table = torch.randn(queries, 1, 64), torch.arange(20).expand(2, -1)
     lists = reference.recall(query, layout.empty(20, 1), layout, table, ends, starts, memory, query_block)
@@ -113,7 +113,7 @@ def test_rows_are_those_that_are_read(lengths: tuple[int, int], query_block: int
 def test_memory_is_counted(tmp_path: Path) -> None:
     recorder = Recorder(FileValues(tmp_path, "sage-1", ("a model", "0")))
     memory = Memory(64, 130, 3, 64)
-    recorder.add_layers(LAYERS, 1, PageLayout(64, tokens=64, has_bounds=True), 2, 4, torch.device("cpu"), memory)
+    recorder.add_layers(LAYERS, 1, PageLayout(64, tokens=64, has_summary=True), 2, 4, torch.device("cpu"), memory)
     recorder.paused = False
     recorder.step(LAYERS, batch((1, 1000), (1, 100)), 2)
     values = scraped(tmp_path)
@@ -425,7 +425,7 @@ def test_a_server_exports_the_table(server: Server) -> None:
             assert all(allowed(metric, sample) for sample in after[name]), name
     [build] = after["sage_build_info"]
     assert build.labels["page_format"] == "k_int8_v_e4m3_page128"
-    assert after["sage_kv_compression_ratio"][0].value == pytest.approx(1.91, abs=0.01)  # bounds included
+    assert after["sage_kv_compression_ratio"][0].value == pytest.approx(1.91, abs=0.01)  # summaries included
     assert after["sage_kv_pages"][0].value > 0
     grown = {
         sample.labels["phase"]: sample.value - earlier.value

@@ -8,7 +8,7 @@ from sage_kernels import cpu, reference
 from sage_paged import Memory, PageLayout
 
 ON_GPU = torch.cuda.is_available()
-LAYOUT = PageLayout(64, 8, 64, has_bounds=True)
+LAYOUT = PageLayout(64, 8, 64, has_summary=True)
 FREQUENCIES = 10000.0 ** -(torch.arange(0, 64, 2) / 64)
 TURNS = reference.turn_table(FREQUENCIES, 64, 64)
 REQUESTS = [(700, 150), (40, 40), (984, 1), (500, 129)]
@@ -18,7 +18,7 @@ def make(requests: list[tuple[int, int]] = REQUESTS, layout: PageLayout = LAYOUT
     batch = make_batch(layout, requests, heads=4, kv_heads=2, smooth=True, **how)
     # All pages were filled by steps before.
     starts = torch.tensor([0, *(length for length, _ in requests)]).cumsum(0)
-    reference.store_bounds(
+    reference.store_summaries(
         batch.pages, layout, batch.block_table, batch.seq_lens, starts, TURNS if turns else None, batch.anchor
     )
     return batch
@@ -28,14 +28,14 @@ def tables(batch: Batch) -> tuple:
     return batch.pages, batch.layout, batch.block_table, batch.seq_lens, batch.query_start_loc
 
 
-def test_bounds_of_full_pages() -> None:
+def test_summaries_of_full_pages() -> None:
     batch = make()
     views = batch.layout.views(batch.pages)
     keys = views.k * views.k_scale[..., None]
     full = 0
     for request, (length, _) in enumerate(REQUESTS):
         for page in batch.block_table[request, : length // 64].long():
-            center, radius = views.bounds[page].float().unbind(1)
+            center, radius = views.summary[page].float().unbind(1)
             assert torch.allclose(center, keys[page].mean(1), atol=1e-2)
             assert torch.allclose(radius, (keys[page].amax(1) - keys[page].amin(1)) / 2, atol=1e-2)
             full += 1
@@ -66,7 +66,7 @@ def test_what_is_read() -> None:
         queries = batch.query[0].float().view(2, 2, 64)[head]
         reached = []
         for page in range(2, 20):  # 1300 is the first local token, in page 20
-            center, radius = views.bounds[batch.block_table[0, page].long(), head].float()
+            center, radius = views.summary[batch.block_table[0, page].long(), head].float()
             axes = 2 * radius
             toward = axes * axes * queries  # from the center to where each query's product is largest, but for its length
             steps = toward / (toward / axes).norm(dim=1, keepdim=True)
@@ -88,7 +88,7 @@ def test_turned_pages_are_read_at_the_distance_of_the_page_before_the_local_ones
     def rotated(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return reference.turned(x, at[positions][:, None] * torch.cat([torch.ones(32), -torch.ones(32)]))
 
-    layout = PageLayout(64, 8, 64, has_bounds=True)
+    layout = PageLayout(64, 8, 64, has_summary=True)
     pages, slots, table = layout.empty(16, 2), torch.arange(1000), torch.arange(16, dtype=torch.int32)[None]
     anchor = torch.full((2, 64), 3.0)
     reference.store(rotated(keys, slots), values, pages, slots, layout, anchor)
@@ -116,17 +116,18 @@ def query_rows(batch: Batch, memory: Memory, query_block: int, turn_table: torch
 
 
 @pytest.mark.parametrize("turns", [False, True])
-@pytest.mark.parametrize("layout", [LAYOUT, PageLayout(80, 4, 128, has_bounds=True), PageLayout(128, 8, 128, has_bounds=True)])
-def test_bounds_kernel(kernels, layout: PageLayout, turns: bool) -> None:
+@pytest.mark.parametrize("format", [(64, 8, 64), (80, 4, 128), (128, 8, 128)])
+def test_summary_kernel(kernels, format: tuple[int, int, int], turns: bool) -> None:
+    layout = PageLayout(*format, has_summary=True)
     table = reference.turn_table(torch.rand(layout.head_dim // 2), 64, layout.tokens) if turns else None
     batch = make_batch(layout, REQUESTS, heads=4, kv_heads=2, smooth=True)
     expected = batch.pages.clone()
-    reference.store_bounds(expected, *tables(batch)[1:], table, batch.anchor)
+    reference.store_summaries(expected, *tables(batch)[1:], table, batch.anchor)
     batch = make_batch(layout, REQUESTS, heads=4, kv_heads=2, smooth=True, device=kernels.device)
     table = None if table is None else table.to(kernels.device)
-    kernels.store_bounds(*tables(batch), len(batch.query), table, batch.anchor)
-    mine, theirs = (layout.views(x.cpu()).bounds for x in (batch.pages, expected))
-    written = (theirs.view(torch.int16) != layout.views(batch.garbage.cpu()).bounds.view(torch.int16)).flatten(1).any(1)
+    kernels.store_summaries(*tables(batch), len(batch.query), table, batch.anchor)
+    mine, theirs = (layout.views(x.cpu()).summary for x in (batch.pages, expected))
+    written = (theirs.view(torch.int16) != layout.views(batch.garbage.cpu()).summary.view(torch.int16)).flatten(1).any(1)
     assert written.sum() == sum(length // layout.tokens - (length - n) // layout.tokens for length, n in REQUESTS)
     assert torch.allclose(mine[written].float(), theirs[written].float(), atol=1e-2, rtol=1e-3)
     assert torch.equal(batch.pages.cpu()[~written], expected[~written])
@@ -166,7 +167,7 @@ def test_the_best_of_many_pages(kernels, topk: int, pages: int) -> None:
     g = torch.Generator().manual_seed(pages)
     memory = Memory(sink_tokens=100, local_tokens=200, topk_pages=topk, query_block=128)
     cache = LAYOUT.empty(pages, 2)
-    LAYOUT.views(cache).bounds[:, :, 0, :2] = torch.randint(-20, 20, (pages, 2, 2), generator=g).half()
+    LAYOUT.views(cache).summary[:, :, 0, :2] = torch.randint(-20, 20, (pages, 2, 2), generator=g).half()
     query = torch.zeros(2, 4, 64)
     query[..., :2] = torch.randint(-3, 4, (2, 4, 2), generator=g).float()
     table = torch.stack([torch.randperm(pages, generator=g) for _ in range(2)]).int()
@@ -184,13 +185,13 @@ def test_the_best_of_many_pages(kernels, topk: int, pages: int) -> None:
 @pytest.mark.parametrize("turns", [False, True])
 def test_attention_to_page_lists(kernels, turns: bool, soft_cap: float, k_bits: int) -> None:
     """Each head with pages of its own, rows that nobody has, turned queries."""
-    layout = PageLayout(80, k_bits, 64, has_bounds=True)
+    layout = PageLayout(80, k_bits, 64, has_summary=True)
     table = reference.turn_table(FREQUENCIES[:1].expand(40) ** torch.rand(40), 64, 64)
     memory = Memory(sink_tokens=64, local_tokens=150, topk_pages=3, query_block=128, trained_tokens=400 if turns else 0)
     batch = make_batch(layout, REQUESTS, heads=4, kv_heads=2, smooth=True)
     starts = torch.tensor([0, *(length for length, _ in REQUESTS)]).cumsum(0)
     tables_of_all = batch.block_table, batch.seq_lens, starts
-    reference.store_bounds(batch.pages, layout, *tables_of_all, table if turns else None, batch.anchor)
+    reference.store_summaries(batch.pages, layout, *tables_of_all, table if turns else None, batch.anchor)
     mask = {"soft_cap": soft_cap, "sinks": torch.randn(4), "anchor": batch.anchor}
     for query_block in (0, 128):
         lists = query_rows(batch, memory, query_block, table if turns else None)

@@ -276,7 +276,7 @@ def supports(layout: PageLayout) -> bool:
 def stages(layout: PageLayout) -> int:
     """How many pages a program has under way. Three suffice to keep the memory busy; few pages a program need no more."""
     wide = layout.tokens * layout.head_dim if layout.k_bits == 4 else 0
-    return max(2, min((_SHARED - 4096 - wide) // layout.bounds_offset, 4))
+    return max(2, min((_SHARED - 4096 - wide) // layout.summary_offset, 4))
 
 
 def attend(

@@ -1,4 +1,4 @@
-"""Memory on a GPU: the bounds of full pages, and the choice of the pages that rows of queries read.
+"""Memory on a GPU: the summaries of full pages, and the choice of the pages that rows of queries read.
 
 The choice takes three launches: the queries of a row are folded into two vectors, the pages of a context are scored, and the
 best become a page list. Before the best of many pages are found, one more launch finds the best of each thousand. All grids
@@ -27,10 +27,10 @@ _FOLD_ROWS = 64
 
 
 @triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
-def _bounds_kernel(
+def _summary_kernel(
     cache_i8, cache_f32, cache_f16, block_table, seq_lens, query_start_loc, turn_table, anchor, num_reqs,
     table_stride, block_stride, head_stride,
-    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, BOUNDS: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, SUMMARY: tl.constexpr, BLOCK_D: tl.constexpr,
     TURN: tl.constexpr, ANCHOR: tl.constexpr,
 ):  # fmt: skip
     """Grid: (pages that a step may fill, KV heads)."""
@@ -63,14 +63,14 @@ def _bounds_kernel(
             low += tl.load(anchor + head * HEAD_DIM + half, mask=inside, other=0.0)[:, None]
             high += tl.load(anchor + head * HEAD_DIM + HALF + half, mask=inside, other=0.0)[:, None]
         low, high = turned(low, high, (turn_table + page * HEAD_DIM + half)[:, None], inside[:, None], HALF)
-    center = cache_f16 + offset // 2 + BOUNDS + half
+    center = cache_f16 + offset // 2 + SUMMARY + half
     tl.store(center, (tl.sum(low, 1) / PAGE).to(tl.float16), mask=inside)
     tl.store(center + HALF, (tl.sum(high, 1) / PAGE).to(tl.float16), mask=inside)
     tl.store(center + HEAD_DIM, ((tl.max(low, 1) - tl.min(low, 1)) / 2).to(tl.float16), mask=inside)
     tl.store(center + HEAD_DIM + HALF, ((tl.max(high, 1) - tl.min(high, 1)) / 2).to(tl.float16), mask=inside)
 
 
-def store_bounds(
+def store_summaries(
     pages: torch.Tensor,
     layout: PageLayout,
     block_table: torch.Tensor,
@@ -80,13 +80,13 @@ def store_bounds(
     turn_table: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
 ) -> None:
-    """`reference.store_bounds` on a GPU, with the same arguments. tokens: at least those of the step."""
+    """`reference.store_summaries` on a GPU, with the same arguments. tokens: at least those of the step."""
     requests = seq_lens.numel()
-    _bounds_kernel[(tokens // layout.tokens + requests, pages.shape[1])](
+    _summary_kernel[(tokens // layout.tokens + requests, pages.shape[1])](
         pages.view(torch.int8), pages.view(torch.float32), pages.view(torch.float16), block_table, seq_lens, query_start_loc,
         pages if turn_table is None else turn_table, pages if anchor is None else anchor, requests,
         block_table.stride(0), pages.stride(0), pages.stride(1),
-        HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens, BOUNDS=layout.bounds_offset // 2,
+        HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens, SUMMARY=layout.summary_offset // 2,
         BLOCK_D=triton.next_power_of_2(layout.head_dim), TURN=turn_table is not None, ANCHOR=anchor is not None, num_warps=4,
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ def _fold_kernel(
 @triton.jit(do_not_specialize=["num_reqs", "width"], do_not_specialize_on_alignment=TABLES)
 def _score_kernel(
     folded, scores, cache_f16, block_table, seq_lens, query_start_loc, num_reqs, width, table_stride, block_stride, head_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDS: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SUMMARY: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
     LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Grid: (parts of a context, KV heads, rows). scores: float32 [rows, kv_heads, width], of the pages behind the sinks."""
@@ -177,11 +177,11 @@ def _score_kernel(
         return
     there = page < local
     blocks = tl.load(block_table + request.to(tl.int64) * table_stride + page, mask=there, other=0).to(tl.int64)
-    bounds = cache_f16 + (blocks * block_stride + head.to(tl.int64) * head_stride) // 2 + BOUNDS
+    summary = cache_f16 + (blocks * block_stride + head.to(tl.int64) * head_stride) // 2 + SUMMARY
     channel = tl.arange(0, BLOCK_D)
     mask = there[:, None] & (channel < HEAD_DIM)[None, :]
-    center = tl.load(bounds[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    radius = tl.load(bounds[:, None] + HEAD_DIM + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    center = tl.load(summary[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    radius = tl.load(summary[:, None] + HEAD_DIM + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     parts = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + channel
     mean = tl.load(parts, mask=channel < HEAD_DIM, other=0.0)
     squares = tl.load(parts + HEAD_DIM, mask=channel < HEAD_DIM, other=0.0)
@@ -323,7 +323,7 @@ def recall(
     _score_kernel[(triton.cdiv(candidates, _PART_PAGES), kv_heads, rows)](
         folded, scores, pages.view(torch.float16), block_table, seq_lens, query_start_loc, requests, candidates,
         block_table.stride(0), pages.stride(0), pages.stride(1),
-        HEAD_DIM=layout.head_dim, BLOCK_D=triton.next_power_of_2(layout.head_dim), BOUNDS=layout.bounds_offset // 2,
+        HEAD_DIM=layout.head_dim, BLOCK_D=triton.next_power_of_2(layout.head_dim), SUMMARY=layout.summary_offset // 2,
         PART=_PART_PAGES, num_warps=4, **policy,
     )  # fmt: skip
     scored_pages, chunk = lists, 0

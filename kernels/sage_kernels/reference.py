@@ -295,7 +295,7 @@ def attention(
     return out
 
 
-def store_bounds(
+def store_summaries(
     pages: torch.Tensor,
     layout: PageLayout,
     block_table: torch.Tensor,
@@ -304,14 +304,14 @@ def store_bounds(
     turn_table: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
 ) -> None:
-    """Write the bounds of the pages that a step has filled: of each channel, the mean key and half the range of the keys.
+    """Write the summaries of the pages that a step has filled: of each channel, the mean key and half the range of the keys.
 
     The tensors are those of `attention`, block_table with one list for all heads; the step's tokens are stored already. With a
     turn_table, keys are taken as they would be if the page were the first of its context, for which their anchor is needed.
-    A page whose last token is stored anew, as those of rejected drafts are, gets its bounds anew.
+    A page whose last token is stored anew, as those of rejected drafts are, gets its summary anew.
     """
     views = layout.views(pages)
-    assert views.bounds is not None
+    assert views.summary is not None
     for r in range(seq_lens.numel()):
         length, queries = int(seq_lens[r]), int(query_start_loc[r + 1] - query_start_loc[r])
         for page in range((length - queries) // layout.tokens, length // layout.tokens):
@@ -320,7 +320,7 @@ def store_bounds(
             key = codes * k_scale[..., None]
             if turn_table is not None:
                 key = turned(key if anchor is None else key + anchor[:, None], turn_table[page])
-            views.bounds[block] = torch.stack([key.mean(1), (key.amax(1) - key.amin(1)) / 2], 1).half()
+            views.summary[block] = torch.stack([key.mean(1), (key.amax(1) - key.amin(1)) / 2], 1).half()
 
 
 @dataclass(frozen=True)
@@ -363,8 +363,8 @@ def recall(
     of the page before the local ones, for every query as if it stood in the first local_tokens behind it.
     """
     kv_heads, tokens = pages.shape[1], layout.tokens
-    bounds = layout.views(pages).bounds
-    assert bounds is not None
+    summary = layout.views(pages).summary
+    assert summary is not None
     first_token = int(query_start_loc[0])
     rows = max_rows(query.shape[0], seq_lens.numel(), query_block)
     width = memory.list_pages(tokens, query_block or int(query_start_loc.diff().max()))
@@ -391,7 +391,7 @@ def recall(
             blocks = block_table[r].long()
             chosen = found.expand(kv_heads, -1)
             if len(found) > memory.topk_pages:
-                center, radius = bounds[blocks[found]].float().unbind(2)  # [pages, kv_heads, head_dim]
+                center, radius = summary[blocks[found]].float().unbind(2)  # [pages, kv_heads, head_dim]
                 extent = (q.square().mean((0, 2)) * radius.square()).sum(-1).sqrt()
                 scores = ((q.mean((0, 2)) * center).sum(-1) + REACH * extent).T.contiguous()
                 coarse = (scores.view(torch.int32) >> (32 - SCORE_BITS) << (32 - SCORE_BITS)).view(torch.float32)

@@ -9,10 +9,10 @@ A page holds the keys and values of `tokens` consecutive tokens of one KV head, 
     k_groups  [tokens, 2, k_groups]    int8      INT4 keys only: steps and bases that make INT8 codes of nibbles
     k_scale   [tokens]                 float32   key = INT8 code * k_scale
     v_scale   [tokens]                 float32   INT8 keys only: value = code * v_scale
-    bounds    [2, head_dim]            float16   of each channel, the mean key and half the range of keys, in pages for
+    summary   [2, head_dim]            float16   of each channel, the mean key and half the range of keys, in pages for
                                                  `sage_paged.memory` only
 
-Every number of a token depends on that token alone, and bounds on the keys of a full page, so a page can be shared, moved,
+Every number of a token depends on that token alone, and a summary on the keys of a full page, so a page can be shared, moved,
 swapped or extended without touching its other tokens. Values are transposed because 8-bit tensor cores want the dimension
 that is summed over, which for P @ V is the token, to be the contiguous one. They are out of order within each 16 because a
 thread gets Q K^T for tokens 2j, 2j + 1, 2j + 8 and 2j + 9, and has to hand in P for four tokens that stand side by side:
@@ -58,7 +58,7 @@ class PageViews:
     """Typed views of a cache; leading dimensions are [blocks, kv_heads].
 
     k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens], tokens in `v_position` order; k_groups: int8
-    [..., tokens, step or base, k_groups]; k_scale, v_scale: float32 [..., tokens]; bounds: float16 [..., 2, head_dim]. None
+    [..., tokens, step or base, k_groups]; k_scale, v_scale: float32 [..., tokens]; summary: float16 [..., 2, head_dim]. None
     where the layout has none.
     """
 
@@ -67,7 +67,7 @@ class PageViews:
     k_groups: torch.Tensor | None
     k_scale: torch.Tensor
     v_scale: torch.Tensor | None
-    bounds: torch.Tensor | None
+    summary: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class PageLayout:
     head_dim: int
     k_bits: int = 8
     tokens: int = 128
-    has_bounds: bool = False
+    has_summary: bool = False
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -117,13 +117,13 @@ class PageLayout:
         return self.k_scale_offset + self.tokens * _SCALE_BYTES
 
     @property
-    def bounds_offset(self) -> int:
+    def summary_offset(self) -> int:
         codes = self.v_scale_offset + (self.tokens * _SCALE_BYTES if self.k_bits == 8 else 0)
         return self._whole(codes)
 
     @property
     def page_bytes(self) -> int:
-        return self.bounds_offset + (self._whole(4 * self.head_dim) if self.has_bounds else 0)
+        return self.summary_offset + (self._whole(4 * self.head_dim) if self.has_summary else 0)
 
     def _whole(self, size: int) -> int:
         """`size` rounded up so that a token's share is a whole number of elements of any model's dtype."""
@@ -131,7 +131,7 @@ class PageLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token of one KV head, scales and its share of the page's bounds included."""
+        """Bytes of one token of one KV head, scales and its share of the page's summary included."""
         return self.page_bytes // self.tokens
 
     def compression(self, bytes_per_element: int = 2) -> float:
@@ -173,5 +173,5 @@ class PageLayout:
             k_groups=section(self.k_groups_offset, groups, torch.int8) if narrow else None,
             k_scale=section(self.k_scale_offset, *scale),
             v_scale=None if narrow else section(self.v_scale_offset, *scale),
-            bounds=section(self.bounds_offset, (2, self.head_dim), torch.float16) if self.has_bounds else None,
+            summary=section(self.summary_offset, (2, self.head_dim), torch.float16) if self.has_summary else None,
         )
