@@ -70,7 +70,7 @@ def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
         sharing = SageImpl(HEADS, HEAD_DIM, 0.125, KV_HEADS, logits_soft_cap=5.0, kv_sharing_target_layer_name="target")
     store(layer, torch.randn(20, KV_HEADS, HEAD_DIM) + 3)
     starts, lengths = torch.tensor([0, 20], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
-    metadata = SageMetadata(20, 0, 0, 1, 1, None, starts, lengths, torch.zeros(1, 1, dtype=torch.int32), 20)
+    metadata = SageMetadata(20, 0, 0, 1, 1, None, starts, lengths, torch.zeros(1, 1, dtype=torch.int32), 20, 20)
     query = torch.randn(20, HEADS, HEAD_DIM)
 
     def attend(impl: Any, target: str | None) -> torch.Tensor:
