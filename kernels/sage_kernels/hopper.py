@@ -5,9 +5,13 @@ each with 64 query rows, share what they bring: while one is busy with numbers, 
 
 A softmax has two parts that use different units: logits and their maximum (arithmetic) and exponentials (special functions),
 and the second waits for the first. Within a warpgroup the exponentials of one page are therefore computed beside the logits of
-the next, in one straight run of instructions. What was slower on an H200: P V left running during the softmax, as in
-FlashAttention-3 (section 3.2), for which registers suffice only with longer sums in the 22-bit accumulators; making the
-warpgroups take turns; three warpgroups, which spill registers; pages of 64 tokens.
+the next, in one straight run of instructions. An H100 is at its limit of power in this kernel, and issues an instruction in
+every other cycle, so what counts is how many there are: a page costs a warp 584 of them. What was slower:
+
+- P V left running during the softmax, as in FlashAttention-3 (section 3.2), for which registers suffice only with longer sums
+  in the 22-bit accumulators; warpgroups that take turns; three warpgroups, which spill registers; pages of 64 tokens;
+- accumulators of Q K^T that start as 1.5 * 2**23 and are floating-point numbers without a conversion, but have to be filled;
+- a quarter of the exponentials as a polynomial, as in FlashAttention-4: special functions are not what it waits for.
 """
 
 import functools
@@ -37,6 +41,10 @@ BLOCK_M = 128
 STAGES = gl.constexpr(4)
 """Slots of shared memory. Slot i % STAGES holds what is free again at the same time: V of page i with its scales, and K of page
 i + 1. K of page 0 has a buffer of its own, behind the slots."""
+
+LOGIT_BIAS = gl.constexpr(1024.0)
+"""Added to all base-2 logits, to make the largest of a row positive. Weights are wrong, though finite, in a page where a row
+has none above -LOGIT_BIAS; as soon as another page has one, they count nothing."""
 
 _find_request = gluon.jit(find_request.fn)
 _to_int = gluon.jit(to_int.fn)
@@ -80,12 +88,14 @@ def _prepare_scales(
 ):  # fmt: skip
     """The producer of what the softmax needs of the scales, worked out once for both warpgroups.
 
-    Of tokens in their order: K's scale and the exponent of V's. As the B operand of a matrix product: the inverse of V's scale
-    times 2**-8, which fits e4m3, in V's order and in eight equal columns, so that the product with P leaves the sum of a row
-    in every thread that holds a part of it. Tokens behind the last one count nothing, whatever their scales may be.
+    Of each pair of tokens, side by side: both scales of K, and both exponents of V's scales plus LOGIT_BIAS. As the B operand
+    of a matrix product: the inverse of V's scale times 2**-8, which fits e4m3, in V's order and in eight equal columns, so
+    that the product with P leaves the sum of a row in every thread that holds a part of it. Tokens behind the last one count
+    nothing, whatever their scales may be.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([8, PAGE // 32], [1, 32], [1, 1], [1, 0])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    PAIRS: gl.constexpr = gl.BlockedLayout([PAGE // 16], [32], [1], [0])
     _, _, scale_buffers, inverse_buffers = buffers
     _, _, scales_full, empty = barriers
     tokens = gl.arange(0, PAGE, COLUMNS)
@@ -97,14 +107,14 @@ def _prepare_scales(
         k_scale = gl.load(page_scales + tokens)
         v_scale_bits = gl.load(page_scales + PAGE + tokens).to(gl.int32, bitcast=True)
         permuted_bits = gl.load(page_scales + PAGE + in_v_order).to(gl.int32, bitcast=True)
-        exponent = v_scale_bits.to(gl.float32) * (1.0 / (1 << 23)) - 127.0
+        exponent = v_scale_bits.to(gl.float32) * (1.0 / (1 << 23)) + (LOGIT_BIAS - 127.0)
+        in_pairs = gl.join(k_scale, exponent).reshape([PAGE // 2, 2, 2]).permute([0, 2, 1]).reshape([2 * PAGE])
         inverse = ((246 << 23) - permuted_bits).to(gl.float32, bitcast=True)
         filled = in_v_order < seq_len - (first_page + i) * PAGE
         inverse = gl.where(filled, inverse, 0.0)
         inverses = gl.zeros([8, PAGE], gl.float32, LAYOUT) + inverse[None, :]
         mbarrier.wait(empty.index(slot), ((i // STAGES) & 1) ^ 1)
-        scale_buffers.index(2 * slot).store(k_scale)
-        scale_buffers.index(2 * slot + 1).store(exponent)
+        scale_buffers.index(slot).store(gl.convert_layout(in_pairs, PAIRS))
         inverse_buffers.index(slot).store(inverses.to(gl.float8e4nv))
         fence_async_shared()
         mbarrier.arrive(scales_full.index(slot))
@@ -123,20 +133,26 @@ def _start_product(q, buffers, barriers, i, last, PAGE: gl.constexpr, S_LAYOUT: 
 
 
 @gluon.jit
-def _row_max(logits, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Maxima of rows, float32 [ROWS].
+def _halves(x, COLUMNS: gl.constexpr):
+    """The even and the odd eighths of columns of x. Eight columns are what four threads hold of one tile."""
+    even, odd = gl.split(x.reshape([ROWS, COLUMNS // 16, 2, 8]).permute([0, 1, 3, 2]))
+    return even.reshape([ROWS, COLUMNS // 2]), odd.reshape([ROWS, COLUMNS // 2])
 
-    A thread's 32 numbers of a row are halved three times, pair by pair, before they are reduced one after the other: 31 maxima
-    in a row, each of which waits for the last, took 3% of the whole kernel.
-    """
-    halves = logits
-    for level in gl.static_range(3):
-        # Columns of eight are what four threads hold of one tile.
-        halves = halves.reshape([ROWS, PAGE >> (level + 4), 2, 8]).permute([0, 1, 3, 2])
-        first, second = gl.split(halves)
-        halves = gl.maximum(first, second)
-    halves = halves.reshape([ROWS, PAGE >> 3])
-    return gl.convert_layout(gl.max(halves, 1), gl.SliceLayout(1, S_LAYOUT))
+
+@gluon.jit
+def _row_max(logits, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """Maxima of rows, float32 [ROWS], if they are positive: then they are the largest integers as well, of which one
+    instruction compares three. A thread compares many at a time, for one after the other each would wait for the last."""
+    left, right = _halves(logits.to(gl.int32, bitcast=True), PAGE)
+    for level in gl.static_range(1, 4 if PAGE == 128 else 3):  # until eight columns are left of each
+        first, second = _halves(left, PAGE >> level)
+        third, right = _halves(right, PAGE >> level)
+        left = gl.inline_asm_elementwise(
+            "{.reg .s32 two; max.s32 two, $1, $2; max.s32 $0, two, $3;}",
+            "=r,r,r,r", [first, second, third], dtype=gl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    highest = gl.max(gl.maximum(left, right), 1).to(gl.float32, bitcast=True)
+    return gl.convert_layout(highest, gl.SliceLayout(1, S_LAYOUT))
 
 
 @gluon.jit
@@ -144,11 +160,17 @@ def _logits(
     codes, q_scale, q_bias, top, buffers, i, first_visible, last_visible, soft_cap,
     PAGE: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr, S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """From Q K^T of page i, whose scales are there, to base-2 logits plus the exponent of V's scale, and the new top."""
+    """From Q K^T of page i, whose scales are there, to base-2 logits plus LOGIT_BIAS and the exponent of V's scale, and the new
+    top."""
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    # Of 16 numbers, which are 8 columns, each of four threads has the four of its two columns.
+    OWN: gl.constexpr = [[1], [2], [16], [32], [64], [128]] if PAGE == 128 else [[1], [2], [16], [32], [64]]
+    PAIRS: gl.constexpr = gl.DistributedLinearLayout(OWN, [[4], [8], [0], [0], [0]], [[0], [0]], [], [2 * PAGE])
     _, _, scale_buffers, _ = buffers
-    k_scale = scale_buffers.index(2 * (i % STAGES)).load(COLUMNS)
-    v_exponent = scale_buffers.index(2 * (i % STAGES) + 1).load(COLUMNS)
+    in_pairs = scale_buffers.index(i % STAGES).load(PAIRS).reshape([PAGE // 2, 2, 2]).permute([0, 2, 1])
+    k_scale, v_exponent = gl.split(in_pairs)
+    k_scale = gl.convert_layout(k_scale.reshape([PAGE]), COLUMNS)
+    v_exponent = gl.convert_layout(v_exponent.reshape([PAGE]), COLUMNS)
     logits = codes.to(gl.float32) * k_scale[None, :]
     if SOFT_CAP:
         capped = gl.exp2((logits * q_scale[:, None] + q_bias[:, None]) * (2.0 / soft_cap))
@@ -163,17 +185,31 @@ def _logits(
 
 
 @gluon.jit
-def _finite(top):
-    """A row that has seen nothing yet has no reference; any finite one keeps inf - inf out."""
-    return gl.where(top == float("-inf"), 0.0, top)
+def _reference(top, MASKED: gl.constexpr):
+    """What logits are compared with. A masked row that has seen nothing yet has none; any finite one keeps inf - inf out."""
+    if MASKED:
+        top = gl.where(top == float("-inf"), 0.0, top)
+    return top
 
 
 @gluon.jit
-def _weights(logits, top, PAGE: gl.constexpr, P_LAYOUT: gl.constexpr):
-    """P as the first operand of P V, in V's order, which lets the conversion leave every number in its thread."""
-    p = gl.exp2(logits - _finite(top)[:, None]).to(gl.float8e4nv)
+def _weights(logits, top, PAGE: gl.constexpr, MASKED: gl.constexpr, P_LAYOUT: gl.constexpr):
+    """P as the first operand of P V, in V's order, which leaves every number in its thread.
+
+    Conversions are written out, for the compiler's come before the change of order and cost it another instruction for four.
+    """
+    p = gl.exp2(logits - _reference(top, MASKED)[:, None])
     p = p.reshape([ROWS, PAGE // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, PAGE])
-    return gl.convert_layout(p, P_LAYOUT)
+    codes = gl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }""",
+        "=r,f,f,f,f", [gl.convert_layout(p, P_LAYOUT)], dtype=gl.int8, is_pure=True, pack=4,
+    )  # fmt: skip
+    return codes.to(gl.float8e4nv, bitcast=True)
 
 
 @gluon.jit
@@ -212,14 +248,14 @@ def _attend(
     _, v_full, scales_full, _ = barriers
     mbarrier.wait(scales_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
     # From here to the wait for V there is no branch, so that the compiler can mix the two.
-    p = _weights(logits, top, PAGE, P_LAYOUT)
+    p = _weights(logits, top, PAGE, MASKED, P_LAYOUT)
     codes = warpgroup_mma_wait(0, deps=[codes])
     logits, new_top = _logits(
         codes, q_scale, q_bias, top, buffers, i + 1, first_visible, last_visible, soft_cap, PAGE, MASKED, SOFT_CAP, S_LAYOUT
     )
     mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
     acc, total = _add_page(p, acc, total, decay, buffers, barriers, i, HEAD_DIM, O_LAYOUT, T_LAYOUT)
-    decay = gl.exp2(top - _finite(new_top))
+    decay = gl.exp2(top - _reference(new_top, MASKED))
     codes = _start_product(q, buffers, barriers, i + 2, last, PAGE, S_LAYOUT)
     return codes, logits, new_top, decay, acc, total
 
@@ -292,7 +328,7 @@ def _consume_pages(
         )  # fmt: skip
     codes, logits, top, decay, acc, total = state
     warpgroup_mma_wait(0, deps=[codes])
-    p = _weights(logits, top, PAGE, P_LAYOUT)
+    p = _weights(logits, top, PAGE, True, P_LAYOUT)
     mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
     length = seq_len - (first_page + last) * PAGE
     if length < PAGE:  # codes behind the last token may be a NaN of an earlier owner's
@@ -306,6 +342,7 @@ def _consume_pages(
 
     total = gl.convert_layout(gl.max(total, 1), S_ROWS) * 256.0
     if SINKS:
+        top -= LOGIT_BIAS
         if not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
             top += q_bias
         head = kv_head * GROUP + (WARPGROUP * ROWS + gl.arange(0, ROWS, S_ROWS)) % GROUP
@@ -345,7 +382,7 @@ def _prefill_kernel(
     k_buffers = gl.allocate_shared_memory(gl.int8, [STAGES + 1, PAGE, HEAD_DIM], k_pages.layout)
     v_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, HEAD_DIM, PAGE], v_pages.layout)
     scale_buffers = gl.allocate_shared_memory(
-        gl.float32, [2 * STAGES, PAGE], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+        gl.float32, [STAGES, 2 * PAGE], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )
     INVERSES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, PAGE], gl.float8e4nv)
     inverse_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 8, PAGE], INVERSES)
