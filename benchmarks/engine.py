@@ -191,26 +191,26 @@ def main() -> None:
     if arguments.only:
         arguments.out.write_text(json.dumps(measure(arguments.only, arguments)))
         return
-    results = []
+    import torch
+    import vllm
+    from vllm.platforms import current_platform  # asking torch for the GPU would take some of its memory
+
+    report: dict[str, Any] = {
+        "command": " ".join(["benchmarks/engine.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": platform.processor() if current_platform.is_cpu() else current_platform.get_device_name(),
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+        "results": [],
+    }
     for run in arguments.runs:
         print(run, flush=True)
-        results.append(in_process_of_its_own(run))
-    print(table(results))
-    if arguments.out:
-        import torch
-        import vllm
-
-        report = {
-            "command": " ".join(["benchmarks/engine.py", *sys.argv[1:]]),
-            "date": datetime.now(UTC).date().isoformat(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-            "torch": torch.__version__,
-            "vllm": vllm.__version__,
-            "results": results,
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-    if any("error" in result for result in results):
+        report["results"].append(in_process_of_its_own(run))
+        if arguments.out:  # after each run, for the next one may be cut short
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report["results"]))
+    if any("error" in result for result in report["results"]):
         sys.exit(1)
 
 

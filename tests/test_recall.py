@@ -56,6 +56,31 @@ def test_a_list_that_holds_the_context_is_the_context(query_block: int) -> None:
     assert relative_error(recalled, dense) < 1e-3
 
 
+@pytest.mark.parametrize(("head_dim", "k_bits"), [(64, 8), (128, 4)])
+def test_a_list_that_holds_the_context_is_the_context_bit_by_bit(kernels, head_dim: int, k_bits: int) -> None:
+    """Prompts and decodes by the kernels, with lists by the kernels."""
+    layout = PageLayout(head_dim, k_bits, 64, has_summary=True)
+    batch = make(layout=layout, device=kernels.device)
+    memory = Memory(sink_tokens=64, local_tokens=128, topk_pages=64, query_block=128)
+    mask = {"anchor": batch.anchor, "sinks": torch.randn(4, device=kernels.device)}
+    dense, recalled = (torch.full_like(batch.query, float("nan")) for _ in range(2))
+
+    kernels.prefill(*batch.attention_args(), dense, **mask)
+    lists = kernels.recall(batch.query, *tables(batch), memory, 128)
+    args = lists.block_table, lists.seq_lens, lists.query_start_loc, batch.scale
+    kernels.prefill(batch.query, batch.pages, layout, *args, recalled, **mask)
+    assert torch.equal(recalled, dense)
+
+    starts = torch.arange(len(REQUESTS) + 1, dtype=torch.int32, device=kernels.device)
+    query, where = batch.query[: len(REQUESTS)], (batch.block_table, batch.seq_lens, starts)
+    dense, recalled = (torch.full_like(query, float("nan")) for _ in range(2))
+    kernels.decode(query, batch.pages, layout, *where, batch.scale, dense, **mask, splits=3)
+    lists = kernels.recall(query, batch.pages, layout, *where, memory, 0)
+    args = lists.block_table, lists.seq_lens, lists.query_start_loc, batch.scale
+    kernels.decode(query, batch.pages, layout, *args, recalled, **mask, splits=3)
+    assert torch.equal(recalled, dense)
+
+
 def test_what_is_read() -> None:
     """Sinks, local pages, and of the others those whose ellipsoids reach farthest towards the queries, each once, in order."""
     batch = make([(1500, 1)])
