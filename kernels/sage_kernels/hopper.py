@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sage_kernels.prefill import table_strides
-from sage_kernels.tiles import LOG2E, P_BITS, TABLES, find_request, inverse_or_zero, to_int
+from sage_kernels.tiles import LOG2E, P_BITS, TABLES, find_request, inverse_or_zero, section_offset, to_int
 from sage_kernels.widen import widened
 from sage_paged import PageLayout, v_token
 
@@ -70,7 +70,8 @@ def _stream_pages(
             next_row = gl.load(table + first_page + i + 1) * block_rows + head_rows
             _copy_k(k_pages, next_row, k_buffers.index(slot), k_full.index(slot), HEAD_DIM, PAGE)
         mbarrier.expect(v_full.index(slot), PAGE * HEAD_DIM)
-        tma.async_copy_global_to_shared(v_pages, [row + HEAD_DIM, 0], v_full.index(slot), v_buffers.index(slot))
+        v_row = row + section_offset("v", HEAD_DIM, 8, PAGE) // PAGE
+        tma.async_copy_global_to_shared(v_pages, [v_row, 0], v_full.index(slot), v_buffers.index(slot))
         row = next_row
 
 
@@ -103,7 +104,7 @@ def _prepare_scales(
     for i in range(pages):
         slot = i % STAGES
         row = gl.load(table + first_page + i) * block_rows + head_rows
-        page_scales = scales + (row.to(gl.int64) + 2 * HEAD_DIM) * (PAGE // 4)
+        page_scales = scales + row.to(gl.int64) * (PAGE // 4) + section_offset("k_scale", HEAD_DIM, 8, PAGE) // 4
         k_scale = gl.load(page_scales + tokens)
         v_scale_bits = gl.load(page_scales + PAGE + tokens).to(gl.int32, bitcast=True)
         permuted_bits = gl.load(page_scales + PAGE + in_v_order).to(gl.int32, bitcast=True)

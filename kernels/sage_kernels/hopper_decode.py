@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sage_kernels.hopper import descriptors
 from sage_kernels.prefill import table_strides
-from sage_kernels.tiles import GROUP_BYTES, LOG2E, P_BITS, TABLES, inverse_or_zero, to_int
+from sage_kernels.tiles import GROUP_BYTES, LOG2E, P_BITS, TABLES, inverse_or_zero, section_offset, to_int
 from sage_paged import PageLayout, v_token
 
 _to_int = gluon.jit(to_int.fn)
@@ -32,19 +32,19 @@ _v_token = gluon.jit(v_token)
 def _fetch(pages, buffers, full, slot, row, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr):
     """Start to copy the page that begins `row` times PAGE bytes into the cache. pages, buffers: of K, V, groups, scales."""
     K_ROW: gl.constexpr = HEAD_DIM * K_BITS // 8
-    GROUPS: gl.constexpr = K_ROW // GROUP_BYTES if K_BITS == 4 else 0
-    SCALES: gl.constexpr = 2 if K_BITS == 8 else 1
+    V_ROW: gl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE) // PAGE
+    GROUP_ROW: gl.constexpr = section_offset("k_groups", HEAD_DIM, K_BITS, PAGE) // PAGE
+    SCALE_ROW: gl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // PAGE
     k_row = row * (PAGE // K_ROW) if PAGE >= K_ROW else row // (K_ROW // PAGE)
     k_pages, v_pages, group_rows, scale_rows = pages
     k_buffers, v_buffers, group_buffers, scale_buffers = buffers
     barrier = full.index(slot)
-    mbarrier.expect(barrier, PAGE * (K_ROW + HEAD_DIM + 2 * GROUPS + 4 * SCALES))
+    mbarrier.expect(barrier, section_offset("end", HEAD_DIM, K_BITS, PAGE))
     tma.async_copy_global_to_shared(k_pages, [k_row, 0], barrier, k_buffers.index(slot))
-    tma.async_copy_global_to_shared(v_pages, [row + K_ROW, 0], barrier, v_buffers.index(slot))
+    tma.async_copy_global_to_shared(v_pages, [row + V_ROW, 0], barrier, v_buffers.index(slot))
     if K_BITS == 4:
-        tma.async_copy_global_to_shared(group_rows, [row + K_ROW + HEAD_DIM, 0], barrier, group_buffers.index(slot))
-    scale_row = (row + K_ROW + HEAD_DIM + 2 * GROUPS) // 4
-    tma.async_copy_global_to_shared(scale_rows, [scale_row, 0], barrier, scale_buffers.index(slot))
+        tma.async_copy_global_to_shared(group_rows, [row + GROUP_ROW, 0], barrier, group_buffers.index(slot))
+    tma.async_copy_global_to_shared(scale_rows, [(row + SCALE_ROW) // 4, 0], barrier, scale_buffers.index(slot))
 
 
 @gluon.jit

@@ -12,6 +12,7 @@ from sage_kernels.tiles import (
     V_SCALE_MIN,
     inverse_or_zero,
     next_power_of_two,
+    section_offset,
     to_e4m3_bits,
     to_int,
     to_whole,
@@ -141,9 +142,8 @@ def _store_kernel(
     """Grid: (token blocks, KV heads). ANCHOR_TOKENS: 0 for keys as they are."""
     HALF: tl.constexpr = HEAD_DIM // 2
     K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
-    V_OFFSET: tl.constexpr = PAGE * K_ROW
-    GROUPS: tl.constexpr = K_ROW // GROUP_BYTES if K_BITS == 4 else 0
-    SCALES: tl.constexpr = (V_OFFSET + PAGE * (HEAD_DIM + 2 * GROUPS)) // 4
+    V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE)
+    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
 
     head = tl.program_id(1)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -178,9 +178,11 @@ def _store_kernel(
     else:
         packed, step, base = _narrow(low_codes, high_codes, BLOCK_T, BLOCK_D // 2 // GROUP_BYTES, GROUP_BYTES)
         tl.store(target, packed, mask=half_mask)
+        GROUPS: tl.constexpr = HALF // GROUP_BYTES
         group = tl.arange(0, BLOCK_D // 2 // GROUP_BYTES)
         group_mask = used[:, None] & (group < GROUPS)[None, :]
-        groups = cache_i8 + (page + V_OFFSET + PAGE * HEAD_DIM + row * 2 * GROUPS)[:, None] + group[None, :]
+        first_group = page + section_offset("k_groups", HEAD_DIM, K_BITS, PAGE) + row * 2 * GROUPS
+        groups = cache_i8 + first_group[:, None] + group[None, :]
         tl.store(groups, step, mask=group_mask)
         tl.store(groups + GROUPS, base, mask=group_mask)
         # The first of a scale's four bytes belongs to V.
