@@ -176,6 +176,15 @@ def load_v(section, tokens, channels, length, PAGE: tl.constexpr, HEAD_DIM: tl.c
 
 
 @triton.jit
+def add_v_anchor(acc, total, v_anchor, HEAD_DIM: tl.constexpr, V_ANCHOR: tl.constexpr):
+    """Give acc [rows, channels] what all stored values lack, if V_ANCHOR; before a sink, which has no value, is in total."""
+    if V_ANCHOR:
+        channels = tl.arange(0, acc.shape[1])
+        acc += total[:, None] * tl.load(v_anchor + channels, mask=channels < HEAD_DIM, other=0.0)[None, :]
+    return acc
+
+
+@triton.jit
 def tanh(x):
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
 
