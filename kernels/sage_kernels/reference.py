@@ -15,9 +15,9 @@ Keys are smoothed, as SageAttention does it, by subtracting a vector that all ke
 then all change by the same number, and the softmax not at all. SageAttention takes the mean of the keys at hand; pages outlive
 those, so here it is an anchor, fixed once by the first tokens (`fix_anchor`).
 
-Values can be smoothed in the same way (SageAttention2, the section on V): the weights of a row sum up to 1, so what all values
-lack is added to the normalized output. Their anchor comes from a calibration only. Subtracting a vector takes its square off
-the values' where they have it in common, and adds it where they have not, which the mean of a few first tokens cannot tell.
+Values can be smoothed likewise (SageAttention2, on V): the weights of a row sum up to 1, so what all values lack is added to
+the normalized output. Their anchor comes from a calibration only, never from first tokens: where values have nothing in
+common, a mean over few of them would add more to the others than it takes away.
 """
 
 from dataclasses import dataclass
