@@ -11,6 +11,8 @@ written once allow it:
 - Q: less the mean of a block of 64 queries, whose products with the keys are then added exactly.
 - V: less an anchor, like K, which is added to the output again, since the weights of a row sum up to 1.
 
+The engine smooths K, V where a calibration has an anchor for it, and not Q; docs/architecture.md says why.
+
 Plain torch on a CPU; takes a minute or two.
 """
 

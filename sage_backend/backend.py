@@ -250,7 +250,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.layout = options.current().layout(head_size)
-        self.smooth_k = options.current().smooth_k
+        self.smooth_k, self.smooth_v = options.current().smooth_k, options.current().smooth_v
         self.calibration = options.current().calibration
         self.watch: calibration.Watch | None = None
         """Is shown what this layer works on, if it is there."""
@@ -258,6 +258,10 @@ class SageImpl(AttentionImpl[SageMetadata]):
         """What is subtracted from this layer's keys, float32 [kv_heads, head_size]; all NaN until the first tokens fix it."""
         self.calibrated = False
         """Whether the anchor is that of a calibration."""
+        self.v_anchor: torch.Tensor | None = None
+        """What is subtracted from this layer's values, float32 [kv_heads, head_size], if a calibration has it."""
+        self.has_anchors = False
+        """Whether both are what they have to be."""
         self.memory = None if self.window else options.current().memory
         """What is read of long contexts, unless the layer is one of those that are left dense."""
         self.frequencies: tuple[float, ...] = ()
@@ -274,15 +278,23 @@ class SageImpl(AttentionImpl[SageMetadata]):
         if self.anchor is not None and not self.calibrated:
             self.anchor.fill_(torch.nan)
 
-    def load_anchor(self, anchor: torch.Tensor, file: str, layer_name: str) -> None:
-        """Take a layer's anchor from a calibration. The layers of a drafter, a model of its own, are not in it."""
-        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        found = calibration.anchor(file, layer_name, self.num_kv_heads, rank, ranks)
-        if found is None:
-            logger.warning("%s has no anchor for %s; the first tokens will fix it", file, layer_name)
+    def make_anchors(self, layer: Any, device_: torch.device) -> None:
+        """Take the anchors from the calibration, if there is one; that of keys is left to the first tokens elsewhere."""
+        self.has_anchors = True
+        if self.smooth_k:
+            shape = self.num_kv_heads, self.head_size
+            self.anchor = torch.full(shape, torch.nan, dtype=torch.float32, device=device_)
+        if self.calibration is None:
             return
-        anchor.copy_(found)
-        self.calibrated = True
+        share = self.num_kv_heads, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        found, v_found = calibration.anchors(self.calibration, layer.layer_name, *share)
+        if self.smooth_v and v_found is not None:
+            self.v_anchor = v_found.to(device_)
+        if self.anchor is not None and found is not None:
+            self.anchor.copy_(found)
+            self.calibrated = True
+        elif self.anchor is not None:  # a layer of a drafter, which is a model of its own
+            logger.warning("%s has no anchor for %s; the first tokens will fix it", self.calibration, layer.layer_name)
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -291,22 +303,20 @@ class SageImpl(AttentionImpl[SageMetadata]):
         slot_mapping.numel() count; kv_cache: [blocks, kv_heads, page_tokens, content] in the model's dtype."""
         if kv_cache.numel() == 0:  # the profiling run has no cache yet
             return
-        if self.smooth_k and self.anchor is None:
+        if not self.has_anchors:
             # Here and no earlier: what is allocated with the weights or with the KV cache does not survive sleep mode. vLLM
             # runs every batch that it captures once before, so that this is no part of a graph.
-            self.anchor = torch.full(key.shape[1:], torch.nan, dtype=torch.float32, device=key.device)
-            if self.calibration is not None:
-                self.load_anchor(self.anchor, self.calibration, layer.layer_name)
+            self.make_anchors(layer, key.device)
         tokens = slot_mapping.numel()
         pages = self.layout.pages(kv_cache)
         if self.watch is not None:
             self.watch.stored(key[:tokens], value[:tokens], slot_mapping)
         if key.device.type == "cpu":
-            reference.store(key[:tokens], value[:tokens], pages, slot_mapping, self.layout, self.anchor)
+            store = reference.store
         else:
             from sage_kernels.store import store
 
-            store(key[:tokens], value[:tokens], pages, slot_mapping, self.layout, self.anchor)
+        store(key[:tokens], value[:tokens], pages, slot_mapping, self.layout, self.anchor, self.v_anchor)
 
     def forward(
         self,
@@ -337,10 +347,12 @@ class SageImpl(AttentionImpl[SageMetadata]):
         if self.watch is not None:
             self.watch.attended(query)
         memory = self.memory_of(layer)
-        # The keys may be another layer's.
+        # The keys and values may be another layer's.
         target = layer.kv_sharing_target_layer_name
-        anchor = self.anchor if target is None else get_forward_context().no_compile_layers[target].impl.anchor
+        owner = self if target is None else get_forward_context().no_compile_layers[target].impl
+        anchor = owner.anchor
         mask: dict[str, Any] = {"window": self.window, "soft_cap": self.soft_cap, "sinks": self.sinks}
+        mask["v_anchor"] = owner.v_anchor
         if self.soft_cap or self.sinks is not None or self.turns_pages:
             mask["anchor"] = anchor  # elsewhere, attention comes out the same with any
         how: dict[str, Any] = {}

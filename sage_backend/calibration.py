@@ -1,16 +1,18 @@
-"""What is best for a model's keys, found on a text before it is served: `sage calibrate MODEL --out FILE`.
+"""What is best for a model's keys and values, found on a text before it is served: `sage calibrate MODEL --out FILE`.
 
 Without a calibration, the first tokens that a server stores fix the anchors (`sage_kernels.reference.fix_anchor`). Here they
 are the mean keys of a whole text. They are the same for every process that loads the file, so pages may leave the process, and
-they are closer to what a prompt has in its middle and at its end, where keys have been rotated further.
+they are closer to what a prompt has in its middle and at its end, where keys have been rotated further. Layers whose values
+have enough in common (`LEAST_SHARE`) get an anchor of values as well, which first tokens never fix.
 
 With `--k-bits auto`, each layer's attention is computed with every kind of page, and a layer gets the smallest whose error is
 within the budget: the adaptive quantization of SageAttention (Zhang et al., ICLR 2025, section 4), with the relative L2 error
 of attention's output in place of its cosine similarity. vLLM keeps pages of both sizes in one pool without waste, as long as
 all layers attend to all tokens.
 
-A calibration is a safetensors file: for each attention layer, by vLLM's name of it, float32 [kv_heads, head_dim]; and in its
-metadata which model it is of and, if they were chosen, the bits of each layer's keys.
+A calibration is a safetensors file: for each attention layer, by vLLM's name of it, float32 [kv_heads, head_dim]; the same of
+values by that name and `OF_VALUES`, if the layer has it; and in its metadata which model it is of and, if they were chosen, the
+bits of each layer's keys.
 """
 
 import argparse
@@ -32,10 +34,16 @@ from sage_paged import K_BITS, PageLayout
 
 _FILE = Kind("calibration", "sage calibrate", "sage-calibration-1")
 _ERROR_QUERIES = 256
+OF_VALUES = ".values"
+LEAST_SHARE = 0.05
+"""An anchor of values is kept if it takes at least this share off their mean square. Codes of e4m3 have errors in proportion to
+what they stand for, so that those of V then fall by 2.5%, and attention's, half of which or less come from V, by 1%. Less than
+that is not worth touching every output once more."""
 
 
 def save(path: Path, anchors: dict[str, torch.Tensor], model_config: Any, chosen: dict[str, int] | None = None) -> None:
-    """Write a calibration; an older file is replaced when the new one is complete. chosen: bits of keys by layer."""
+    """Write a calibration; an older file is replaced when the new one is complete. anchors: as the file has them. chosen: bits
+    of keys by layer."""
     metadata = {"k_bits": json.dumps(chosen)} if chosen else {}
     _FILE.save(path, anchors, model_config.model, model_config.hf_config, **metadata)
 
@@ -57,23 +65,32 @@ def k_bits(path: str) -> dict[str, int]:
     raise ValueError(f"{path} is damaged: its k_bits are {metadata['k_bits']!r}; make one with: sage calibrate")
 
 
-def anchor(path: str, layer: str, heads: int, rank: int, ranks: int) -> torch.Tensor | None:
-    """A layer's anchors for one of `ranks` tensor-parallel workers, float32 [heads, head_dim]; None where it has none.
+Anchors = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Of a layer's keys and of its values, float32 [kv_heads, head_dim] each; None where there is none."""
+
+
+def anchors(path: str, layer: str, heads: int, rank: int, ranks: int) -> Anchors:
+    """A layer's anchors for one of `ranks` tensor-parallel workers with `heads` KV heads each.
 
     Raises ValueError like `check`, and where the shares of the workers do not fit the file.
     """
-    _, anchors = _FILE.read(path, [layer])
-    whole = anchors.get(layer)
-    if whole is None:
-        return None
-    if heads != max(1, len(whole) // ranks):
-        raise ValueError(f"{path} has {len(whole)} KV heads in {layer}, and not {heads} for each of {ranks} workers")
-    return _share(whole, heads, rank, ranks)
+    _, whole = _FILE.read(path, [layer, layer + OF_VALUES])
+    for each in whole.values():
+        if heads != max(1, len(each) // ranks):
+            raise ValueError(f"{path} has {len(each)} KV heads in {layer}, and not {heads} for each of {ranks} workers")
+    return _share(whole, layer, heads, rank, ranks)
 
 
-def _share(anchors: torch.Tensor, heads: int, rank: int, ranks: int) -> torch.Tensor:
-    first = rank * len(anchors) // ranks  # with fewer heads than workers, several have the same
-    return anchors[first : first + heads]
+def _share(whole: dict[str, torch.Tensor], layer: str, heads: int, rank: int, ranks: int) -> Anchors:
+    """As `anchors`, of what a file has."""
+
+    def share(name: str) -> torch.Tensor | None:
+        if name not in whole:
+            return None
+        first = rank * len(whole[name]) // ranks  # with fewer heads than workers, several have the same
+        return whole[name][first : first + heads]
+
+    return share(layer), share(layer + OF_VALUES)
 
 
 class Watch:
@@ -86,21 +103,36 @@ class Watch:
         """query: [tokens, heads, head_dim], after the same tokens have been stored."""
 
 
-class KeyMean(Watch):
-    """Sums up the keys that a layer stores."""
+class Means(Watch):
+    """Sums up the keys and values that a layer stores, and the squares of values."""
 
     def __init__(self) -> None:
         self.sum: torch.Tensor | float = 0.0
         self.count = 0
 
     def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-        used = key[slots >= 0]
-        self.sum = self.sum + used.double().sum(0)
-        self.count += len(used)
+        used = slots >= 0
+        key, value = key[used].double(), value[used].double()
+        self.sum = self.sum + torch.stack([key.sum(0), value.sum(0), value.square().sum(0)], 1)
+        self.count += len(key)
 
     def result(self) -> torch.Tensor | None:
-        """float32 [kv_heads, head_dim] on the CPU, or None if the layer has stored nothing."""
+        """float32 [kv_heads, 3, head_dim] on the CPU, the means of keys, values and squares of values; or None if the layer has
+        stored nothing."""
         return (self.sum / self.count).float().cpu() if self.count and isinstance(self.sum, torch.Tensor) else None
+
+
+def _anchors_of(means: list[dict[str, torch.Tensor]], heads: int) -> dict[str, torch.Tensor]:
+    """The anchors of a model with `heads` KV heads, as a file has them. means: those of `Means` by layer, worker by worker."""
+    found = {}
+    for layer in {layer: None for worker in means for layer in worker}:
+        parts = torch.cat([worker[layer] for worker in means if layer in worker])
+        parts = parts[:: max(1, len(parts) // heads)]  # workers beyond the number of heads repeat one
+        key, value, square = (part.clone() for part in parts.unbind(1))
+        found[layer] = key
+        if value.square().sum() >= LEAST_SHARE * square.sum():
+            found[layer + OF_VALUES] = value
+    return found
 
 
 class PageErrors(Watch):
@@ -136,12 +168,13 @@ class PageErrors(Watch):
             layout = PageLayout(impl.head_size, bits, impl.layout.tokens)
             blocks = -(-tokens // layout.tokens)
             pages = layout.empty(blocks, self.key.shape[1], device)
-            store(self.key, self.value, pages, torch.arange(tokens, device=device), layout, impl.anchor)
+            store(self.key, self.value, pages, torch.arange(tokens, device=device), layout, impl.anchor, impl.v_anchor)
             table, lengths, starts = (
                 torch.tensor(x, dtype=torch.int32, device=device) for x in ([[*range(blocks)]], [tokens], [0, len(query)])
             )
             out = torch.empty_like(exact)
-            attention(query, pages, layout, table, lengths, starts, impl.scale, out, **mask, anchor=impl.anchor)
+            smoothed = {"anchor": impl.anchor, "v_anchor": impl.v_anchor}
+            attention(query, pages, layout, table, lengths, starts, impl.scale, out, **mask, **smoothed)
             self.squares[bits] += float((out - exact).square().sum())
 
 
@@ -161,7 +194,7 @@ def _can_differ(worker: Any) -> bool:
 
 def _watch(worker: Any) -> None:
     for impl in _layers(worker).values():
-        impl.watch = KeyMean()
+        impl.watch = Means()
 
 
 @torch.inference_mode()  # in which anchors were allocated
@@ -172,8 +205,10 @@ def _judge(worker: Any, anchors: dict[str, torch.Tensor]) -> None:
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     for name, impl in _layers(worker).items():
         impl.watch = None
-        if name in anchors:
-            impl.anchor.copy_(_share(anchors[name], impl.num_kv_heads, rank, ranks))
+        key, value = _share(anchors, name, impl.num_kv_heads, rank, ranks)
+        if key is not None:
+            impl.anchor.copy_(key)
+            impl.v_anchor = None if value is None else value.to(impl.anchor.device)
             impl.watch = PageErrors(impl)
 
 
@@ -188,8 +223,8 @@ def _means(worker: Any) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """anchors: float32 [kv_heads, head_dim] by layer. errors: if they were asked for, the relative L2 error of attention's
-    output, by layer and by bits of keys."""
+    """anchors: as a file has them. errors: if they were asked for, the relative L2 error of attention's output, by layer and by
+    bits of keys."""
 
     model_config: Any
     anchors: dict[str, torch.Tensor]
@@ -233,27 +268,24 @@ def calibrate(model: str, text: str, tokens: int, context: int, judge: bool = Fa
         llm.collective_rpc(_watch)
         llm.generate(prompts, once)
         of_workers = llm.collective_rpc(_means)
-        heads = config.get_total_num_kv_heads()
-        anchors: dict[str, torch.Tensor] = {}
-        for name in {name: None for means in of_workers for name in means}:
-            parts = torch.cat([means[name] for means in of_workers if name in means])
-            anchors[name] = parts[:: max(1, len(parts) // heads)].contiguous()  # workers beyond the number of heads repeat one
+        found = _anchors_of(of_workers, config.get_total_num_kv_heads())
         if not judge:
-            return Calibration(config, anchors, {})
-        llm.collective_rpc(_judge, args=(anchors,))
+            return Calibration(config, found, {})
+        llm.collective_rpc(_judge, args=(found,))
         for prompt in tqdm(prompts, "judging pages"):
             llm.generate(prompt, once, use_tqdm=False)
         squares = llm.collective_rpc(_squares)
     errors = {}
-    for name in anchors:
+    for name in {name: None for worker in squares for name in worker}:
         total = {kind: sum(worker[name][kind] for worker in squares if name in worker) for kind in (*K_BITS, "exact")}
         errors[name] = {bits: (total[bits] / total["exact"]) ** 0.5 for bits in K_BITS}
-    return Calibration(config, anchors, errors)
+    return Calibration(config, found, errors)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status; what is wrong with the input is told in one line on stderr."""
-    parser = argparse.ArgumentParser(prog="sage calibrate", description="Find on a text what is best for a model's keys.")
+    description = "Find on a text what is best for a model's keys and values."
+    parser = argparse.ArgumentParser(prog="sage calibrate", description=description)
     parser.add_argument("model", help="folder or name")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the calibration")
     parser.add_argument("--text", type=Path, default=HELDOUT, help="what to read (default: the embedded held-out text)")
@@ -293,4 +325,6 @@ def _write(arguments: argparse.Namespace) -> None:
         print(f"{layer}: INT{bits} (errors: {told})")
     save(arguments.out, found.anchors, found.model_config, chosen)
     option = json.dumps({"sage": {"calibration": str(arguments.out)}})
-    print(f"{arguments.out}: anchors of {len(found.anchors)} layers. Serve with --additional-config {shlex.quote(option)}")
+    values = sum(name.endswith(OF_VALUES) for name in found.anchors)
+    layers = f"{len(found.anchors) - values} layers, {values} of which have one for values, too"
+    print(f"{arguments.out}: anchors of {layers}. Serve with --additional-config {shlex.quote(option)}")

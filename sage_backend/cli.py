@@ -7,7 +7,7 @@ from pathlib import Path
 
 _COMMANDS = {
     "eval": ("sage_backend.quality", "compare attention backends and KV formats on a text"),
-    "calibrate": ("sage_backend.calibration", "find the anchors of a model's keys and write them to a file"),
+    "calibrate": ("sage_backend.calibration", "find the anchors of a model's keys and values and write them to a file"),
     "needle": ("sage_backend.needle", "recall pass keys from long contexts, and draw what is recalled"),
     "variator": ("sage_backend.variator.train", "train compression plugins for a model's FFNs"),
     "doctor": ("sage_backend.doctor", "say whether this machine can serve, and what to do if not"),

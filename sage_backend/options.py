@@ -136,21 +136,22 @@ class VariatorOptions:
 
 @dataclass(frozen=True)
 class SageOptions:
-    """k_bits: bits of a stored key channel. page_tokens: tokens of a KV page, which is vLLM's KV block. smooth_k: whether an
-    anchor is subtracted from keys (see `sage_kernels.reference`). calibration: a file with the anchors (see
-    `sage_backend.calibration`); without one, the first tokens fix them. memory: None to read all of every context. variator:
-    compression plugins on the FFNs, if any. canary: of how many steps in which prompts begin one is checked (see
-    `sage_backend.canary`); None for no checks."""
+    """k_bits: bits of a stored key channel. page_tokens: tokens of a KV page, which is vLLM's KV block. smooth_k, smooth_v:
+    whether an anchor is subtracted from keys, and one from values (see `sage_kernels.reference`). calibration: a file with the
+    anchors (see `sage_backend.calibration`); without one, the first tokens fix those of keys, and values have none. memory:
+    None to read all of every context. variator: compression plugins on the FFNs, if any. canary: of how many steps in which
+    prompts begin one is checked (see `sage_backend.canary`); None for no checks."""
 
     k_bits: int = 8
     page_tokens: int = 128
     smooth_k: bool = True
+    smooth_v: bool = True
     calibration: str | None = None
     variator: VariatorOptions | None = None
     memory: MemoryOptions | None = None
     canary: int | None = None
 
-    ALLOWED: ClassVar = {"k_bits": K_BITS, "page_tokens": PAGE_TOKENS, "smooth_k": (False, True)}
+    ALLOWED: ClassVar = {"k_bits": K_BITS, "page_tokens": PAGE_TOKENS, "smooth_k": (False, True), "smooth_v": (False, True)}
 
     @classmethod
     def parse(cls, additional_config: object) -> "SageOptions":
@@ -189,8 +190,11 @@ class SageOptions:
         options = cls(**values)
         if memory is not None:
             options = replace(options, memory=MemoryOptions.parse(memory, options.page_tokens))
-        if options.calibration and not options.smooth_k:
-            raise ValueError('options "calibration" and "smooth_k": false in --additional-config "sage" exclude each other')
+        if options.calibration and not (options.smooth_k or options.smooth_v):
+            raise ValueError(
+                'option "calibration" in --additional-config "sage" has nothing to smooth with "smooth_k" and "smooth_v" both '
+                "false; leave it out"
+            )
         return options
 
     def layout(self, head_dim: int, k_bits: int | None = None) -> PageLayout:

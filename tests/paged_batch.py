@@ -20,6 +20,8 @@ class Batch:
     """The cache as it was before."""
     anchor: torch.Tensor | None
     """What the stored keys lack."""
+    v_anchor: torch.Tensor | None
+    """What the stored values lack."""
     query: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
@@ -40,10 +42,12 @@ def make_batch(
     seed: int = 0,
     device: str = "cpu",
     channel_bias: float = 4.0,
+    value_bias: float = 0.0,
     smooth: bool = False,
+    smooth_v: bool = False,
 ) -> Batch:
-    """requests: (sequence length, query tokens) of each; channel_bias: a constant added to some key channels; smooth: whether
-    keys are stored less an anchor."""
+    """requests: (sequence length, query tokens) of each; channel_bias, value_bias: constants added to some channels of keys and
+    of values; smooth, smooth_v: whether keys and values are stored less an anchor."""
     g = torch.Generator().manual_seed(seed)
     tokens = layout.tokens
     counts = [-(-length // tokens) for length, _ in requests]
@@ -62,6 +66,7 @@ def make_batch(
     key = torch.randn(total, kv_heads, layout.head_dim, generator=g)
     key[..., ::17] += channel_bias
     value = torch.randn(total, kv_heads, layout.head_dim, generator=g) * torch.rand(total, 1, 1, generator=g) * 4
+    value[..., 3::17] += value_bias
     starts = torch.tensor([0] + [n for _, n in requests]).cumsum(0).int()
     query = torch.randn(int(starts[-1]), heads, layout.head_dim, generator=g).to(dtype)
     # Bytes of an earlier owner, NaN codes and NaN scales among them.
@@ -74,13 +79,14 @@ def make_batch(
         garbage.clone(),
         garbage,
         key[:8].mean(0) if smooth else None,
+        value.mean(0) if smooth_v else None,
         query,
         table,
         torch.tensor([length for length, _ in requests], dtype=torch.int32),
         starts,
         layout.head_dim**-0.5,
     )
-    reference.store(batch.key, batch.value, batch.pages, batch.slots, layout, batch.anchor)
+    reference.store(batch.key, batch.value, batch.pages, batch.slots, layout, batch.anchor, batch.v_anchor)
     for name, field in vars(batch).items():
         if isinstance(field, torch.Tensor):
             setattr(batch, name, field.to(device))

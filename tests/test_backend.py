@@ -1,13 +1,17 @@
-"""The anchor of a layer, without an engine: which layer's it is, and when it is fixed and forgotten."""
+"""The anchors of a layer, without an engine: whose they are, where they come from, and when they are fixed and forgotten."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from engines import environment
+from paged_batch import relative_error
 
-from sage_backend import options, plugin
+from sage_backend import calibration, options, plugin
+from sage_backend.demo import MODEL_DIR
+from sage_kernels import reference
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 128
 
@@ -61,17 +65,20 @@ def test_anchors_of_the_warm_up_are_forgotten(layer: Any) -> None:
 
 
 def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
-    """A soft cap makes the result depend on it."""
+    """A soft cap makes the result depend on that of keys, and that of values is a part of it."""
     with environment():
         from vllm.forward_context import override_forward_context
 
         from sage_backend.backend import SageImpl, SageMetadata
 
         sharing = SageImpl(HEADS, HEAD_DIM, 0.125, KV_HEADS, logits_soft_cap=5.0, kv_sharing_target_layer_name="target")
-    store(layer, torch.randn(20, KV_HEADS, HEAD_DIM) + 3)
+    layer.impl.v_anchor = torch.randn(KV_HEADS, HEAD_DIM) + 3
+    key = torch.randn(20, KV_HEADS, HEAD_DIM) + 3
+    store(layer, key)
     starts, lengths = torch.tensor([0, 20], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
     metadata = SageMetadata(20, 0, 0, 1, 1, None, starts, lengths, torch.zeros(1, 1, dtype=torch.int32), 20, 20)
     query = torch.randn(20, HEADS, HEAD_DIM)
+    exact = reference.exact_attention(query, key, key, 0.125, soft_cap=5.0)
 
     def attend(impl: Any, target: str | None) -> torch.Tensor:
         asking = SimpleNamespace(kv_sharing_target_layer_name=target)
@@ -80,4 +87,28 @@ def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
     context = SimpleNamespace(no_compile_layers={"target": layer})
     with override_forward_context(context):
         assert torch.equal(attend(sharing, "target"), attend(layer.impl, None))
-        assert not torch.equal(attend(sharing, None), attend(layer.impl, None)), "this test would not notice"
+        assert relative_error(attend(sharing, "target"), exact) < 0.03
+        for name in ("anchor", "v_anchor"):
+            sharing.anchor, sharing.v_anchor = layer.impl.anchor, layer.impl.v_anchor
+            assert torch.equal(attend(sharing, None), attend(layer.impl, None))
+            setattr(sharing, name, None)
+            assert not torch.equal(attend(sharing, None), attend(layer.impl, None)), "this test would not notice"
+
+
+@pytest.mark.parametrize("smooth_k", [False, True])
+@pytest.mark.parametrize("smooth_v", [False, True])
+def test_a_worker_takes_its_share_of_a_calibration(
+    layer: Any, smooth_k: bool, smooth_v: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "anchors.safetensors"
+    anchors = {"attention": torch.randn(2 * KV_HEADS, HEAD_DIM), "attention.values": torch.randn(2 * KV_HEADS, HEAD_DIM)}
+    calibration.save(file, anchors, SimpleNamespace(model=str(MODEL_DIR), hf_config=SimpleNamespace()))
+    monkeypatch.setattr("sage_backend.backend.get_tensor_model_parallel_rank", lambda: 1)
+    monkeypatch.setattr("sage_backend.backend.get_tensor_model_parallel_world_size", lambda: 2)
+    impl, layer.layer_name = layer.impl, "attention"
+    impl.calibration, impl.smooth_k, impl.smooth_v = str(file), smooth_k, smooth_v
+    for key in (torch.randn(20, KV_HEADS, HEAD_DIM), torch.ones(20, KV_HEADS, HEAD_DIM)):
+        store(layer, key)
+        impl.forget_anchor()
+        for found, name, wanted in ((impl.anchor, "attention", smooth_k), (impl.v_anchor, "attention.values", smooth_v)):
+            assert torch.equal(found, anchors[name][KV_HEADS:]) if wanted else found is None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import capacity, engine, environment, greedy, heldout_prompts
+from engines import capacity, engine, environment, greedy, heldout_prompts, prompt_logprobs
 
 from sage_backend import calibration, cli
 from sage_backend.demo import MODEL_DIR
@@ -24,29 +24,63 @@ def config(model: Path) -> Any:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "anchors.safetensors"
-    calibration.save(path, {"layer": torch.arange(8.0)[:, None].expand(8, 64).contiguous()}, config(MODEL_DIR))
+    heads = torch.arange(8.0)[:, None].expand(8, 64)
+    anchors = {"layer": heads.contiguous(), "layer.values": heads + 10, "layer of old": heads.clone()}
+    calibration.save(path, anchors, config(MODEL_DIR))
     return path
 
 
 def test_round_trip(file: Path) -> None:
     calibration.check(str(file), config(MODEL_DIR))
-    whole = calibration.anchor(str(file), "layer", 8, 0, 1)
-    assert whole is not None
-    assert whole[:, 0].tolist() == list(range(8))
-    assert calibration.anchor(str(file), "another layer", 8, 0, 1) is None
+    keys, values = calibration.anchors(str(file), "layer", 8, 0, 1)
+    assert keys is not None
+    assert values is not None
+    assert keys[:, 0].tolist() == list(range(8))
+    assert values[:, 0].tolist() == list(range(10, 18))
+    keys, values = calibration.anchors(str(file), "layer of old", 8, 0, 1)
+    assert keys is not None
+    assert values is None
+    assert calibration.anchors(str(file), "another layer", 8, 0, 1) == (None, None)
     assert list(file.parent.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(("ranks", "heads"), [(2, 4), (8, 1), (16, 1)])
 def test_workers_take_their_heads(file: Path, ranks: int, heads: int) -> None:
-    shares = [calibration.anchor(str(file), "layer", heads, rank, ranks) for rank in range(ranks)]
-    found = [int(head) for share in shares if share is not None for head in share[:, 0]]
-    assert found == sorted([*range(8)] * max(1, ranks // 8))
+    shares = [calibration.anchors(str(file), "layer", heads, rank, ranks) for rank in range(ranks)]
+    for kind, first in ((0, 0), (1, 10)):
+        found = [int(head) - first for share in shares for head in share[kind][:, 0]]
+        assert found == sorted([*range(8)] * max(1, ranks // 8))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_anchors_of_values_are_kept_where_they_pay(workers: int) -> None:
+    """What counts is the share of a layer's mean square, over all its heads, whichever worker has them."""
+    g = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(500, 4, 64, generator=g) for _ in range(2))
+    key += 3
+    biased = value.clone()
+    biased[:, 1] += 0.6  # a twelfth of the mean square of the four heads
+    slots = torch.cat([torch.arange(499), torch.tensor([-1])])
+
+    means = []
+    for worker in range(workers):
+        heads = slice(worker * 4 // workers, max(worker * 4 // workers + 1, (worker + 1) * 4 // workers))
+        means.append({})
+        for layer, values in (("plain", value), ("biased", biased)):
+            watch = calibration.Means()
+            assert watch.result() is None
+            for part in (slice(0, 300), slice(300, 500)):
+                watch.stored(key[part, heads], values[part, heads], slots[part])
+            means[-1][layer] = watch.result()
+    found = calibration._anchors_of(means, 4)
+    assert set(found) == {"plain", "biased", "biased.values"}
+    assert torch.allclose(found["plain"], key[:-1].mean(0), atol=1e-6)
+    assert torch.allclose(found["biased.values"], biased[:-1].mean(0), atol=1e-6)
 
 
 def test_another_number_of_heads_is_refused(file: Path) -> None:
     with pytest.raises(ValueError, match="has 8 KV heads in layer, and not 2 for each of 1 workers"):
-        calibration.anchor(str(file), "layer", 2, 0, 1)
+        calibration.anchors(str(file), "layer", 2, 0, 1)
 
 
 def test_unusable_files_are_refused(file: Path, tmp_path: Path) -> None:
@@ -87,9 +121,9 @@ def test_errors_of_pages(soft_cap: float) -> None:
     """What the watch sums up for the last queries of a prompt is what the reference makes of their pages."""
     g = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(300, heads, 64, generator=g) for heads in (4, 2, 2))
-    anchor = torch.randn(2, 64, generator=g)
+    smoothed = {name: torch.randn(2, 64, generator=g) for name in ("anchor", "v_anchor")}
     shape = {"head_size": 64, "scale": 0.125, "window": 0, "soft_cap": soft_cap, "sinks": None}
-    watch = calibration.PageErrors(SimpleNamespace(**shape, layout=PageLayout(64), anchor=anchor))
+    watch = calibration.PageErrors(SimpleNamespace(**shape, layout=PageLayout(64), **smoothed))
     watch.stored(torch.cat([key, key[:1]]), torch.cat([value, value[:1]]), torch.tensor([*range(300), -1]))
     watch.attended(query)
     watch.attended(query[:1])  # a decode
@@ -99,8 +133,8 @@ def test_errors_of_pages(soft_cap: float) -> None:
     for bits in (4, 8):
         layout = PageLayout(64, bits)
         pages = layout.empty(3, 2)
-        reference.store(key, value, pages, torch.arange(300), layout, anchor)
-        out = reference.attention(query, pages, layout, table, lengths, starts, 0.125, soft_cap=soft_cap, anchor=anchor)
+        reference.store(key, value, pages, torch.arange(300), layout, **smoothed)
+        out = reference.attention(query, pages, layout, table, lengths, starts, 0.125, soft_cap=soft_cap, **smoothed)
         assert watch.squares[bits] == pytest.approx(float((out[-256:] - exact).square().sum()), rel=0.02)
 
 
@@ -125,15 +159,18 @@ def test_bits_are_chosen_once(file: Path) -> None:
 
 
 @pytest.mark.engine
-def test_engine_with_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_engine_with_a_calibration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`sage calibrate` on the embedded model; an engine that loads the file has its anchors, keeps them, and has pages of the
     kinds that were chosen."""
+    monkeypatch.setattr(calibration, "LEAST_SHARE", 0.01)  # its values have two or three hundredths in common
     file = tmp_path / "anchors.safetensors"
     choice = ["--k-bits", "auto", "--budget", "0.064"]
     with environment():
         assert calibration.main([str(MODEL_DIR), "--out", str(file), "--tokens", "3000", *choice]) == 0
     told = capsys.readouterr().out
-    assert f"{file}: anchors of 4 layers" in told
+    assert f"{file}: anchors of 4 layers, 4 of which have one for values, too" in told
     chosen = calibration.k_bits(str(file))
     assert set(chosen.values()) == {4, 8}, "this test needs a budget between the errors of these layers"
     for name, bits in chosen.items():
@@ -143,13 +180,23 @@ def test_engine_with_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture
         assert capacity(llm) == (64 << 20) // (128 * bytes_per_token) * 128, "pages of two sizes share the memory without waste"
         answers = greedy(llm, heldout_prompts(llm, [100, 300]), tokens=8)
         assert all(len(answer.tokens) == 8 for answer in answers)
+        prompts = heldout_prompts(llm, [500, 130])
+        found = prompt_logprobs(llm, prompts)
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
         for name, layer in layers.items():
-            expected = calibration.anchor(str(file), name, 2, 0, 1)
+            expected, of_values = calibration.anchors(str(file), name, 2, 0, 1)
             assert expected is not None
+            assert of_values is not None
             assert torch.equal(layer.impl.anchor, expected)
+            assert torch.equal(layer.impl.v_anchor, of_values)
             assert layer.impl.layout == PageLayout(128, chosen[name])
             assert expected.abs().max() > 15, "the biases of the embedded model's keys reach 21"
+        # With any other anchor, other codes stand for the same values.
+        for layer in layers.values():
+            layer.impl.v_anchor = torch.full_like(layer.impl.v_anchor, 0.5)
+        llm.reset_prefix_cache()
+        change = (prompt_logprobs(llm, prompts) - found).abs()
+        assert 0 < change.mean() < 0.2
 
 
 @pytest.mark.engine

@@ -74,12 +74,13 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
             key, query = torch.zeros(1, 2, head_dim, dtype=torch.bfloat16), torch.zeros(1, 8, head_dim, dtype=torch.bfloat16)
             case: dict[str, Any] = {"head_dim": head_dim, "k_bits": k_bits, "mask": ""}
             anchor = torch.zeros(2, head_dim)
-            for smoothed in ({}, {"anchor": anchor}):
+            for smoothed in ({}, {"anchor": anchor}, {"anchor": anchor, "v_anchor": anchor}):
                 store.store(key, key, pages, torch.zeros(1, dtype=torch.int64), layout, **smoothed)
             masks: dict[str, dict[str, Any]] = {"": {}}
             if head_dim == 128:
                 masks["sinks"] = {"sinks": torch.zeros(8), "anchor": anchor}
-                masks["all"] = {"window": 100, "soft_cap": 30.0, **masks["sinks"]}
+                masks["values"] = {"v_anchor": anchor}
+                masks["all"] = {"window": 100, "soft_cap": 30.0, **masks["sinks"], **masks["values"]}
                 masks["turns"] = {"turns": Turns(table.expand(2, 2).unsqueeze(0), torch.zeros(2, 128)), "anchor": anchor}
                 remembering = PageLayout(head_dim, k_bits, has_summary=True)
                 where = remembering.empty(2, 2), remembering, table, lengths, starts

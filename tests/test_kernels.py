@@ -36,7 +36,9 @@ def batches(draw: st.DrawFn, max_query: int | None = None) -> tuple[dict, dict]:
         "kv_heads": kv_heads,
         "dtype": draw(st.sampled_from([torch.bfloat16, torch.float16])),
         "seed": draw(st.integers(0, 2**31)),
+        "value_bias": draw(st.sampled_from([0.0, 4.0])),
         "smooth": draw(st.booleans()),
+        "smooth_v": draw(st.booleans()),
     }
     mask = {
         "window": draw(st.sampled_from([0, 0, 1, 40, 130])),
@@ -50,9 +52,10 @@ def build(shape: dict, mask: dict, device: str) -> tuple[Batch, dict, torch.Tens
     """The batch, what attention takes beside it, and the reference's output."""
     sinks = torch.randn(shape["heads"]) if mask["sinks"] else None
     batch = make_batch(**shape)
-    expected = reference.attention(*batch.attention_args(), **{**mask, "sinks": sinks, "anchor": batch.anchor})
-    batch = make_batch(**shape, device=device)
-    return batch, {**mask, "sinks": sinks if sinks is None else sinks.to(device), "anchor": batch.anchor}, expected
+    mask = {**mask, "sinks": sinks, "anchor": batch.anchor, "v_anchor": batch.v_anchor}
+    expected = reference.attention(*batch.attention_args(), **mask)
+    on_device = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in mask.items()}
+    return make_batch(**shape, device=device), on_device, expected
 
 
 def poisoned(query: torch.Tensor) -> torch.Tensor:
@@ -67,7 +70,7 @@ many = hypothesis.settings(max_examples=25, deadline=None, print_blob=True)  # o
 def test_store(kernels, case) -> None:
     batch = make_batch(**case[0], device=kernels.device)
     written = batch.garbage.clone()
-    kernels.store(batch.key, batch.value, written, batch.slots, batch.layout, batch.anchor)
+    kernels.store(batch.key, batch.value, written, batch.slots, batch.layout, batch.anchor, batch.v_anchor)
     if not ON_GPU:
         assert torch.equal(written, batch.pages)
         return
@@ -185,7 +188,8 @@ def test_cpu_in_pieces(k_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_long_rows(kernels, head_dim: int, k_bits: int) -> None:
     layout = PageLayout(head_dim, k_bits)
-    shape = {"layout": layout, "requests": [(500, 8), (700, 8)], "heads": 8, "kv_heads": 2, "smooth": True}
+    shape = {"layout": layout, "requests": [(500, 8), (700, 8)], "heads": 8, "kv_heads": 2}
+    shape |= {"smooth": True, "value_bias": 4.0, "smooth_v": True}
     batch, mask, expected = build(shape, {"window": 0, "soft_cap": 0.0, "sinks": True}, kernels.device)
     for run, options in ((kernels.prefill, {}), (kernels.decode, {"max_query_len": 8, "splits": 3})):
         out = poisoned(batch.query)
@@ -196,18 +200,19 @@ def test_long_rows(kernels, head_dim: int, k_bits: int) -> None:
 def test_result_does_not_depend_on_the_schedule(kernels) -> None:
     """A query's output is the same in a whole prompt, in a chunk, and as a decode over any number of splits."""
     layout = PageLayout(128)
-    whole = make_batch(layout, [(500, 500)], heads=8, kv_heads=2, device=kernels.device)
+    whole = make_batch(layout, [(500, 500)], heads=8, kv_heads=2, device=kernels.device, smooth_v=True)
+    sums = {"sinks": torch.linspace(-3, 6, 8, device=kernels.device), "v_anchor": whole.v_anchor}
     prompt = poisoned(whole.query)
-    kernels.prefill(*whole.attention_args(), prompt)
+    kernels.prefill(*whole.attention_args(), prompt, **sums)
     for n in (1, 3, 77):
         tail = [whole.query[-n:], whole.pages, layout, whole.block_table, whole.seq_lens]
         starts = torch.tensor([0, n], dtype=torch.int32, device=kernels.device)
         chunk = poisoned(whole.query[-n:])
-        kernels.prefill(*tail, starts, whole.scale, chunk)
+        kernels.prefill(*tail, starts, whole.scale, chunk, **sums)
         assert relative_error(chunk, prompt[-n:]) < SCHEDULE_ERROR
         for splits in (1, 2, 4) if n <= 8 else ():
             decoded = poisoned(whole.query[-n:])
-            kernels.decode(*tail, starts, whole.scale, decoded, max_query_len=n, splits=splits)
+            kernels.decode(*tail, starts, whole.scale, decoded, **sums, max_query_len=n, splits=splits)
             assert relative_error(decoded, prompt[-n:]) < SCHEDULE_ERROR
 
 
@@ -241,6 +246,20 @@ def test_accuracy_on_biased_keys(
     actual = reference.attention(*batch.attention_args(), **mask, anchor=batch.anchor)
     exact = reference.exact_attention(batch.query, batch.key[:-1], batch.value[:-1], batch.scale, **mask)  # without padding
     assert relative_error(actual, exact) < bound
+
+
+@pytest.mark.parametrize(("k_bits", "gain"), [(8, 0.15), (4, 0.05)])
+@pytest.mark.parametrize("mask", [{}, {"soft_cap": 10.0}, {"window": 50}, {"sinks": torch.linspace(-3, 6, 8)}], ids=str)
+def test_accuracy_on_biased_values(k_bits: int, gain: float, mask: dict) -> None:
+    """Against exact attention, values with strong channel bias: smoothing them takes away more than this share of the error."""
+    errors = []
+    for smooth_v in (False, True):
+        shape = {"requests": [(384, 384)], "heads": 8, "kv_heads": 2, "value_bias": 8.0, "smooth": True, "smooth_v": smooth_v}
+        batch = make_batch(PageLayout(128, k_bits), **shape)
+        actual = reference.attention(*batch.attention_args(), **mask, anchor=batch.anchor, v_anchor=batch.v_anchor)
+        exact = reference.exact_attention(batch.query, batch.key[:-1], batch.value[:-1], batch.scale, **mask)
+        errors.append(relative_error(actual, exact))
+    assert errors[1] < (1 - gain) * errors[0]
 
 
 @pytest.mark.parametrize("k_bits", K_BITS)
@@ -289,19 +308,21 @@ def test_int4_prompts_in_parts(
         def __getitem__(self, grid: tuple[int, int]):
             return self.launch
 
-        def launch(self, query, out, _, __, pages, table, lengths, starts, sinks, anchor, scale, soft_cap, *___, **sizes):
+        def launch(self, query, out, k, v, pages, table, lengths, starts, *masks, **sizes):
+            sinks, anchor, v_anchor, scale, soft_cap, *_ = masks
             layout = PageLayout(sizes["HEAD_DIM"], 8, sizes["PAGE"])
             where = pages.view(torch.uint8), layout, table, lengths, starts, scale
-            cpu.attention(query, *where, out, sizes["WINDOW"], soft_cap, sinks, anchor)
+            cpu.attention(query, *where, out, sizes["WINDOW"], soft_cap, sinks, anchor, v_anchor)
             taken.append(lengths)
 
     monkeypatch.setattr(hopper, "_prefill_kernel", Kernel())
     monkeypatch.setattr(hopper, "descriptors", lambda *_: (None, None))
     monkeypatch.setattr(hopper, "SCRATCH", scratch)
-    batch = make_batch(PageLayout(128, 4, 64), [(300, 8), (70, 70), (200, 1)], heads=12, kv_heads=3, smooth=True)
+    shape = {"requests": [(300, 8), (70, 70), (200, 1)], "heads": 12, "kv_heads": 3, "smooth": True, "smooth_v": True}
+    batch = make_batch(PageLayout(128, 4, 64), **shape)
     if per_head:
         batch.block_table = batch.block_table[:, None].repeat(1, 3, 1)
-    mask = {"window": window, "soft_cap": 15.0, "sinks": torch.randn(12), "anchor": batch.anchor}
+    mask = {"window": window, "soft_cap": 15.0, "sinks": torch.randn(12), "anchor": batch.anchor, "v_anchor": batch.v_anchor}
     out = poisoned(batch.query)
     hopper.prefill(*batch.attention_args(), out, **mask, max_seq_len=300)
     assert len(taken) == parts

@@ -10,13 +10,18 @@ from sage_paged import PageLayout
 
 @pytest.mark.parametrize("config", [None, {}, {"sage": {}}, {"other": {"k_bits": 5}}, object()])
 def test_defaults(config: object) -> None:
-    assert SageOptions.parse(config) == SageOptions(k_bits=8, page_tokens=128, smooth_k=True)
+    assert SageOptions.parse(config) == SageOptions(k_bits=8, page_tokens=128, smooth_k=True, smooth_v=True)
 
 
 def test_all_options() -> None:
-    options = SageOptions.parse({"sage": {"k_bits": 4, "page_tokens": 64, "smooth_k": False}, "other": 1})
-    assert options == SageOptions(k_bits=4, page_tokens=64, smooth_k=False)
+    options = SageOptions.parse({"sage": {"k_bits": 4, "page_tokens": 64, "smooth_k": False, "smooth_v": False}, "other": 1})
+    assert options == SageOptions(k_bits=4, page_tokens=64, smooth_k=False, smooth_v=False)
     assert options.layout(80) == PageLayout(80, k_bits=4, tokens=64)
+
+
+@pytest.mark.parametrize("off", [{}, {"smooth_k": False}, {"smooth_v": False}])
+def test_a_calibration_smooths_either(off: dict[str, bool]) -> None:
+    assert SageOptions.parse({"sage": {"calibration": "c", **off}}) == SageOptions(calibration="c", **off)
 
 
 @pytest.mark.parametrize(
@@ -29,16 +34,18 @@ def test_all_options() -> None:
         ({"page_tokens": 32}, 'option "page_tokens" in --additional-config "sage" is 32; it can be 64 or 128'),
         ({"smooth_k": 1}, 'option "smooth_k" in --additional-config "sage" is 1; it can be false or true'),
         ({"smooth_k": "no"}, 'option "smooth_k" in --additional-config "sage" is \'no\'; it can be false or true'),
+        ({"smooth_v": 0}, 'option "smooth_v" in --additional-config "sage" is 0; it can be false or true'),
         (
             {"kbits": 8},
             'unknown option "kbits" in --additional-config "sage"; '
-            "options are calibration, canary, k_bits, memory, page_tokens, smooth_k or variator",
+            "options are calibration, canary, k_bits, memory, page_tokens, smooth_k, smooth_v or variator",
         ),
         ({"calibration": 1}, 'option "calibration" in --additional-config "sage" is 1; it can be a file'),
         ({"calibration": ""}, 'option "calibration" in --additional-config "sage" is \'\'; it can be a file'),
         (
-            {"calibration": "c", "smooth_k": False},
-            'options "calibration" and "smooth_k": false in --additional-config "sage" exclude each other',
+            {"calibration": "c", "smooth_k": False, "smooth_v": False},
+            'option "calibration" in --additional-config "sage" has nothing to smooth '
+            'with "smooth_k" and "smooth_v" both false; leave it out',
         ),
         ([8], 'option "sage" in --additional-config must be an object such as {"k_bits": 8}, not [8]'),
         (None, 'option "sage" in --additional-config must be an object such as {"k_bits": 8}, not None'),

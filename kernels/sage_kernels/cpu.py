@@ -26,6 +26,7 @@ def attention(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
+    v_anchor: torch.Tensor | None = None,
     turns: Turns | None = None,
 ) -> None:
     """`reference.attention` with the same arguments; writes `out`, which has query's shape."""
@@ -84,8 +85,10 @@ def attention(
             top = logits.amax(-1, keepdim=True).ceil_() - P_BITS
             p8 = logits.sub_(top).exp2_().to(torch.float8_e4m3fn).float()
             total = torch.matmul(p8.flatten(1, 2), (1 / v_scale)[..., None]).unflatten(1, p8.shape[1:3])
+            result = torch.matmul(p8.flatten(1, 2), v).unflatten(1, p8.shape[1:3])
+            if v_anchor is not None:
+                result += total * v_anchor[:, None, None]
             if sink is not None:
                 total = total + torch.exp2((sink if soft_cap else sink - row_bias) - top)
-            result = torch.matmul(p8.flatten(1, 2), v).unflatten(1, p8.shape[1:3])
             result /= total
             out[low:high] = result.permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)

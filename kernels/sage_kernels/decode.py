@@ -16,7 +16,7 @@ import triton.language as tl
 from sage_kernels.device import fp8_path, has_own_kernels, pipeline_stages
 from sage_kernels.prefill import quantized_query, table_strides, turn_arguments
 from sage_kernels.reference import Turns
-from sage_kernels.tiles import LOG2E, TABLES, attend_page
+from sage_kernels.tiles import LOG2E, TABLES, add_v_anchor, attend_page
 from sage_paged import PageLayout
 
 # Tuned on an H200 at 64 x 8K, 8 x 128K and 1 x 128K tokens: two warps read faster than four, which wait for each other, and
@@ -35,9 +35,9 @@ the prefill kernel."""
 @triton.jit(do_not_specialize_on_alignment=TABLES)
 def _decode_kernel(
     query, partial, partial_top, partial_total, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, anchor,
-    scale, soft_cap,
+    v_anchor, scale, soft_cap,
     turns, turn_table, q_token_stride, q_head_stride, table_stride, table_head_stride, block_stride, head_stride,
-    GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ANCHOR: tl.constexpr,
+    GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ANCHOR: tl.constexpr, V_ANCHOR: tl.constexpr,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
@@ -107,6 +107,8 @@ def _decode_kernel(
             HEAD_DIM, K_BITS, PAGE, True, SOFT_CAP, FP8, TURN,
         )  # fmt: skip
 
+    # What all values lack, every split gives back itself: the merge takes means of splits, whose weights sum up to 1.
+    acc = add_v_anchor(acc, total, v_anchor + kv_head * HEAD_DIM, HEAD_DIM, V_ANCHOR)
     # A split that saw nothing has total 0; the merge skips it by its top of -inf.
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     if ANCHOR and not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
@@ -206,6 +208,7 @@ def decode(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
+    v_anchor: torch.Tensor | None = None,
     turns: Turns | None = None,
     *,
     max_query_len: int = 1,
@@ -232,17 +235,17 @@ def decode(
     own = choose_kernel(query.device, layout) if turns is None else None
     if own is not None:
         where = block_table, seq_lens, query_start_loc
-        own.attend(query, pages, layout, *where, scale, window, soft_cap, anchor, max_query_len, splits, partial)
+        own.attend(query, pages, layout, *where, scale, window, soft_cap, anchor, v_anchor, max_query_len, splits, partial)
     else:
         fp8 = fp8_path(query.device)
         block_m = max(16, triton.next_power_of_2(max_query_len * group))
         _decode_kernel[(splits, kv_heads, requests)](
             query, *partial, pages.view(torch.int8), pages.view(torch.uint8 if fp8 == "half" else torch.float8_e4m3fn),
-            pages.view(torch.float32), block_table, seq_lens, query_start_loc, query if anchor is None else anchor, scale,
-            soft_cap, *turn_arguments(turns, query), query.stride(0), query.stride(1), *table_strides(block_table),
-            pages.stride(0), pages.stride(1),
+            pages.view(torch.float32), block_table, seq_lens, query_start_loc, query if anchor is None else anchor,
+            query if v_anchor is None else v_anchor, scale, soft_cap, *turn_arguments(turns, query),
+            query.stride(0), query.stride(1), *table_strides(block_table), pages.stride(0), pages.stride(1),
             GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, ANCHOR=anchor is not None,
-            HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
+            V_ANCHOR=v_anchor is not None, HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
             BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8, TURN=turns is not None, num_warps=_WARPS,
             num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens),
         )  # fmt: skip

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sage_kernels.prefill import table_strides
-from sage_kernels.tiles import LOG2E, P_BITS, TABLES, find_request, inverse_or_zero, to_int
+from sage_kernels.tiles import LOG2E, P_BITS, TABLES, find_request, inverse_or_zero, section_offset, to_int
 from sage_kernels.widen import widened
 from sage_paged import PageLayout, v_token
 
@@ -70,7 +70,8 @@ def _stream_pages(
             next_row = gl.load(table + first_page + i + 1) * block_rows + head_rows
             _copy_k(k_pages, next_row, k_buffers.index(slot), k_full.index(slot), HEAD_DIM, PAGE)
         mbarrier.expect(v_full.index(slot), PAGE * HEAD_DIM)
-        tma.async_copy_global_to_shared(v_pages, [row + HEAD_DIM, 0], v_full.index(slot), v_buffers.index(slot))
+        v_row = row + section_offset("v", HEAD_DIM, 8, PAGE) // PAGE
+        tma.async_copy_global_to_shared(v_pages, [v_row, 0], v_full.index(slot), v_buffers.index(slot))
         row = next_row
 
 
@@ -103,7 +104,7 @@ def _prepare_scales(
     for i in range(pages):
         slot = i % STAGES
         row = gl.load(table + first_page + i) * block_rows + head_rows
-        page_scales = scales + (row.to(gl.int64) + 2 * HEAD_DIM) * (PAGE // 4)
+        page_scales = scales + row.to(gl.int64) * (PAGE // 4) + section_offset("k_scale", HEAD_DIM, 8, PAGE) // 4
         k_scale = gl.load(page_scales + tokens)
         v_scale_bits = gl.load(page_scales + PAGE + tokens).to(gl.int32, bitcast=True)
         permuted_bits = gl.load(page_scales + PAGE + in_v_order).to(gl.int32, bitcast=True)
@@ -264,7 +265,7 @@ def _attend(
 def _consume_pages(
     tensors, strides, work, buffers, barriers, q_buffers, scale, soft_cap,
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
-    ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
+    ANCHOR: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: quantize its query rows, take them through all pages, and write them out."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAGE, 32])
@@ -275,7 +276,7 @@ def _consume_pages(
     Q_ROWS: gl.constexpr = gl.SliceLayout(1, Q_LAYOUT)
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
 
-    query, out, sinks, anchor = tensors
+    query, out, sinks, anchor, v_anchor = tensors
     q_token_stride, q_head_stride, out_token_stride, out_head_stride = strides
     q_start, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages = work
     _, v_buffers, _, _ = buffers
@@ -341,6 +342,9 @@ def _consume_pages(
     acc, total = _add_page(p, acc, total, decay, buffers, barriers, last, HEAD_DIM, O_LAYOUT, T_LAYOUT)
 
     total = gl.convert_layout(gl.max(total, 1), S_ROWS) * 256.0
+    if V_ANCHOR:
+        values = gl.load(v_anchor + kv_head * HEAD_DIM + gl.arange(0, HEAD_DIM, gl.SliceLayout(0, O_LAYOUT)))
+        acc += gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None] * values[None, :]
     if SINKS:
         top -= LOGIT_BIAS
         if not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
@@ -355,12 +359,12 @@ def _consume_pages(
 
 @gluon.jit(do_not_specialize=["num_reqs", "q_blocks"], do_not_specialize_on_alignment=TABLES)
 def _prefill_kernel(
-    query, out, k_pages, v_pages, scales, block_table, seq_lens, query_start_loc, sinks, anchor,
+    query, out, k_pages, v_pages, scales, block_table, seq_lens, query_start_loc, sinks, anchor, v_anchor,
     scale, soft_cap, num_reqs, q_blocks,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_rows,
     head_rows,
     GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, ANCHOR: gl.constexpr,
-    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
+    V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, KV heads), like the portable kernel's."""
     kv_head = gl.program_id(1)
@@ -400,7 +404,7 @@ def _prefill_kernel(
 
     buffers = (k_buffers, v_buffers, scale_buffers, inverse_buffers)
     barriers = (k_full, v_full, scales_full, empty)
-    tensors = (query, out, sinks, anchor)
+    tensors = (query, out, sinks, anchor, v_anchor)
     strides = (q_token_stride, q_head_stride, out_token_stride, out_head_stride)
     work = (q_start, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages)
     table = block_table + request.to(gl.int64) * table_stride + kv_head * table_head_stride
@@ -408,11 +412,11 @@ def _prefill_kernel(
         [
             (_consume_pages, (
                 tensors, strides, work, buffers, barriers, q_buffers, scale, soft_cap,
-                0, GROUP, WINDOW, SOFT_CAP, SINKS, ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
+                0, GROUP, WINDOW, SOFT_CAP, SINKS, ANCHOR, V_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
             )),
             (_consume_pages, (
                 tensors, strides, work, buffers, barriers, q_buffers, scale, soft_cap,
-                1, GROUP, WINDOW, SOFT_CAP, SINKS, ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
+                1, GROUP, WINDOW, SOFT_CAP, SINKS, ANCHOR, V_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
             )),
             (_stream_pages, (
                 k_pages, v_pages, buffers, barriers, table, first_page, pages, block_rows, kv_head * head_rows,
@@ -486,6 +490,7 @@ def prefill(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
+    v_anchor: torch.Tensor | None = None,
     max_seq_len: int | None = None,
 ) -> None:
     """`reference.attention` with the same arguments, where `supports` holds; writes `out`, which has query's shape.
@@ -510,6 +515,7 @@ def prefill(
                     query[:, own], *widened(pages[:, kv], layout, table, lengths, starts, longest, window), lengths,
                     starts, scale, out[:, own], window, soft_cap,
                     None if sinks is None else sinks[own], None if anchor is None else anchor[kv],
+                    None if v_anchor is None else v_anchor[kv],
                 )  # fmt: skip
         return
     num_reqs = seq_lens.numel()
@@ -521,9 +527,9 @@ def prefill(
     _prefill_kernel[(q_blocks, pages.shape[1])](
         query, out, k_pages, v_pages, pages.view(torch.float32), block_table, seq_lens, query_start_loc,
         query if sinks is None else sinks, query if anchor is None else anchor,
-        scale, soft_cap, num_reqs, q_blocks,
+        query if v_anchor is None else v_anchor, scale, soft_cap, num_reqs, q_blocks,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *table_strides(block_table), block_rows,
         head_rows,
         GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SINKS=sinks is not None, ANCHOR=anchor is not None,
-        HEAD_DIM=head_dim, PAGE=layout.tokens, BLOCK_Q=BLOCK_M // group, num_warps=4,
+        V_ANCHOR=v_anchor is not None, HEAD_DIM=head_dim, PAGE=layout.tokens, BLOCK_Q=BLOCK_M // group, num_warps=4,
     )  # fmt: skip

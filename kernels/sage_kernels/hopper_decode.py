@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sage_kernels.hopper import descriptors
 from sage_kernels.prefill import table_strides
-from sage_kernels.tiles import GROUP_BYTES, LOG2E, P_BITS, TABLES, inverse_or_zero, to_int
+from sage_kernels.tiles import GROUP_BYTES, LOG2E, P_BITS, TABLES, inverse_or_zero, section_offset, to_int
 from sage_paged import PageLayout, v_token
 
 _to_int = gluon.jit(to_int.fn)
@@ -32,19 +32,19 @@ _v_token = gluon.jit(v_token)
 def _fetch(pages, buffers, full, slot, row, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr):
     """Start to copy the page that begins `row` times PAGE bytes into the cache. pages, buffers: of K, V, groups, scales."""
     K_ROW: gl.constexpr = HEAD_DIM * K_BITS // 8
-    GROUPS: gl.constexpr = K_ROW // GROUP_BYTES if K_BITS == 4 else 0
-    SCALES: gl.constexpr = 2 if K_BITS == 8 else 1
+    V_ROW: gl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE) // PAGE
+    GROUP_ROW: gl.constexpr = section_offset("k_groups", HEAD_DIM, K_BITS, PAGE) // PAGE
+    SCALE_ROW: gl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // PAGE
     k_row = row * (PAGE // K_ROW) if PAGE >= K_ROW else row // (K_ROW // PAGE)
     k_pages, v_pages, group_rows, scale_rows = pages
     k_buffers, v_buffers, group_buffers, scale_buffers = buffers
     barrier = full.index(slot)
-    mbarrier.expect(barrier, PAGE * (K_ROW + HEAD_DIM + 2 * GROUPS + 4 * SCALES))
+    mbarrier.expect(barrier, section_offset("end", HEAD_DIM, K_BITS, PAGE))
     tma.async_copy_global_to_shared(k_pages, [k_row, 0], barrier, k_buffers.index(slot))
-    tma.async_copy_global_to_shared(v_pages, [row + K_ROW, 0], barrier, v_buffers.index(slot))
+    tma.async_copy_global_to_shared(v_pages, [row + V_ROW, 0], barrier, v_buffers.index(slot))
     if K_BITS == 4:
-        tma.async_copy_global_to_shared(group_rows, [row + K_ROW + HEAD_DIM, 0], barrier, group_buffers.index(slot))
-    scale_row = (row + K_ROW + HEAD_DIM + 2 * GROUPS) // 4
-    tma.async_copy_global_to_shared(scale_rows, [scale_row, 0], barrier, scale_buffers.index(slot))
+        tma.async_copy_global_to_shared(group_rows, [row + GROUP_ROW, 0], barrier, group_buffers.index(slot))
+    tma.async_copy_global_to_shared(scale_rows, [(row + SCALE_ROW) // 4, 0], barrier, scale_buffers.index(slot))
 
 
 @gluon.jit
@@ -101,9 +101,9 @@ def _times_anchor(q, anchor, Q_LAYOUT: gl.constexpr, CHANNELS: gl.constexpr):
 @gluon.jit(do_not_specialize_on_alignment=TABLES)
 def _decode_kernel(
     query, partial, partial_top, partial_total, k_pages, v_pages, group_rows, scale_rows, block_table, seq_lens,
-    query_start_loc, anchor, scale, soft_cap, q_token_stride, q_head_stride, table_stride, table_head_stride, block_rows,
-    head_rows,
-    GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, ANCHOR: gl.constexpr,
+    query_start_loc, anchor, v_anchor, scale, soft_cap, q_token_stride, q_head_stride, table_stride, table_head_stride,
+    block_rows, head_rows,
+    GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, ANCHOR: gl.constexpr, V_ANCHOR: gl.constexpr,
     HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid and results as those of the portable kernel."""
@@ -250,15 +250,17 @@ def _decode_kernel(
         if i + STAGES < pages:
             _fetch(pages_in, buffers, full, slot, next_row, HEAD_DIM, K_BITS, PAGE)
 
-    # A split that saw nothing has total 0; the merge skips it by its top of -inf.
     sums = gl.sum(total, 0)
+    channels = gl.arange(0, HEAD_DIM, COLUMN)
+    if V_ANCHOR:
+        acc += gl.load(v_anchor + kv_head * HEAD_DIM + channels)[:, None] * sums[None, :]
+    # A split that saw nothing has total 0; the merge skips it by its top of -inf.
     acc = acc / gl.where(sums > 0.0, sums, 1.0)[None, :]
     if ANCHOR and not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
         top += q_bias
     valid = rows // GROUP < q_len
     heads = gl.num_programs(1) * GROUP
     target = ((q_start + rows // GROUP) * heads + kv_head * GROUP + rows % GROUP).to(gl.int64) * splits + split
-    channels = gl.arange(0, HEAD_DIM, COLUMN)
     gl.store(partial + target[None, :] * HEAD_DIM + channels[:, None], acc, mask=valid[None, :])
     gl.store(partial_top + target, top, mask=valid)
     gl.store(partial_total + target, sums, mask=valid)
@@ -290,6 +292,7 @@ def attend(
     window: int,
     soft_cap: float,
     anchor: torch.Tensor | None,
+    v_anchor: torch.Tensor | None,
     max_query_len: int,
     splits: int,
     partial: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -300,8 +303,10 @@ def attend(
     block_rows, head_rows = pages.stride(0) // layout.tokens, pages.stride(1) // layout.tokens
     _decode_kernel[(splits, pages.shape[1], seq_lens.numel())](
         query, *partial, *descriptors(pages.data_ptr(), pages.shape[0] * block_rows, layout),
-        block_table, seq_lens, query_start_loc, query if anchor is None else anchor, scale, soft_cap,
+        block_table, seq_lens, query_start_loc, query if anchor is None else anchor,
+        query if v_anchor is None else v_anchor, scale, soft_cap,
         query.stride(0), query.stride(1), *table_strides(block_table), block_rows, head_rows,
-        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, ANCHOR=anchor is not None, HEAD_DIM=head_dim, K_BITS=layout.k_bits,
-        PAGE=layout.tokens, BLOCK_M=max(8, 1 << (max_query_len * group - 1).bit_length()), STAGES=stages(layout), num_warps=4,
+        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, ANCHOR=anchor is not None,
+        V_ANCHOR=v_anchor is not None, HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
+        BLOCK_M=max(8, 1 << (max_query_len * group - 1).bit_length()), STAGES=stages(layout), num_warps=4,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from sage_kernels.device import fp8_path, has_own_kernels, pipeline_stages
 from sage_kernels.reference import Turns
-from sage_kernels.tiles import LOG2E, TABLES, attend_page, find_request, quantize_q, turned
+from sage_kernels.tiles import LOG2E, TABLES, add_v_anchor, attend_page, find_request, quantize_q, turned
 from sage_paged import PageLayout
 
 
@@ -71,12 +71,12 @@ def quantized_query(
 
 @triton.jit(do_not_specialize=["num_reqs", "q_blocks"], do_not_specialize_on_alignment=TABLES)
 def _prefill_kernel(
-    query, out, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, sinks, anchor,
+    query, out, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, sinks, anchor, v_anchor,
     turns, turn_table, scale, soft_cap, num_reqs, q_blocks,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_stride,
     head_stride,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, ANCHOR: tl.constexpr,
-    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
+    V_ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, KV heads). The last blocks have the most keys, so they are started first."""
@@ -145,6 +145,7 @@ def _prefill_kernel(
             HEAD_DIM, K_BITS, PAGE, True, SOFT_CAP, FP8, TURN,
         )  # fmt: skip
 
+    acc = add_v_anchor(acc, total, v_anchor + kv_head * HEAD_DIM, HEAD_DIM, V_ANCHOR)
     if SINKS:
         if not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
             top += q_bias
@@ -205,6 +206,7 @@ def prefill(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
+    v_anchor: torch.Tensor | None = None,
     turns: Turns | None = None,
     *,
     max_seq_len: int | None = None,
@@ -218,7 +220,7 @@ def prefill(
     hopper, _ = choose_kernel(query.device, layout, query.shape[1] // pages.shape[1])
     if hopper is not None and turns is None:
         where = block_table, seq_lens, query_start_loc
-        hopper.prefill(query, pages, layout, *where, scale, out, window, soft_cap, sinks, anchor, max_seq_len)
+        hopper.prefill(query, pages, layout, *where, scale, out, window, soft_cap, sinks, anchor, v_anchor, max_seq_len)
         return
     num_reqs = seq_lens.numel()
     tokens, heads, head_dim = query.shape
@@ -230,11 +232,12 @@ def prefill(
     _prefill_kernel[(q_blocks, pages.shape[1])](
         query, out, pages.view(torch.int8), pages.view(torch.uint8 if fp8 == "half" else torch.float8_e4m3fn),
         pages.view(torch.float32), block_table, seq_lens, query_start_loc, query if sinks is None else sinks,
-        query if anchor is None else anchor, *turn_arguments(turns, query), scale, soft_cap, num_reqs, q_blocks,
+        query if anchor is None else anchor, query if v_anchor is None else v_anchor, *turn_arguments(turns, query),
+        scale, soft_cap, num_reqs, q_blocks,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *table_strides(block_table), pages.stride(0),
         pages.stride(1),
         GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SINKS=sinks is not None, ANCHOR=anchor is not None,
-        HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
+        V_ANCHOR=v_anchor is not None, HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
         BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8, TURN=turns is not None,
         num_warps=warps, num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens),
     )  # fmt: skip

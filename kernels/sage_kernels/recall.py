@@ -12,7 +12,7 @@ import triton.language as tl
 from sage_kernels.reference import REACH as _REACH
 from sage_kernels.reference import SCORE_BITS as _SCORE_BITS
 from sage_kernels.reference import PageLists, Turns, max_rows
-from sage_kernels.tiles import GROUP_BYTES, TABLES, find_request, load_k, load_wide_k, turned
+from sage_kernels.tiles import TABLES, find_request, load_k, load_wide_k, section_offset, turned
 from sage_paged import Memory, PageLayout
 
 _PART_PAGES = 64
@@ -35,9 +35,7 @@ def _summary_kernel(
 ):  # fmt: skip
     """Grid: (pages that a step may fill, KV heads)."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
-    GROUPS: tl.constexpr = K_ROW // GROUP_BYTES if K_BITS == 4 else 0
-    SCALES: tl.constexpr = PAGE * (K_ROW + HEAD_DIM + 2 * GROUPS) // 4
+    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
     head = tl.program_id(1)
     request, nth = find_request(query_start_loc, tl.program_id(0), num_reqs, PAGE)
     q_len = tl.load(query_start_loc + request + 1) - tl.load(query_start_loc + request)
@@ -52,8 +50,8 @@ def _summary_kernel(
     inside = half < HALF
     scale = tl.load(cache_f32 + offset // 4 + SCALES + tokens)[None, :]
     if K_BITS == 8:
-        low = load_k(cache_i8 + offset, tokens, half, K_ROW, HALF).to(tl.float32) * scale
-        high = load_k(cache_i8 + offset + HALF, tokens, half, K_ROW, HALF).to(tl.float32) * scale
+        low = load_k(cache_i8 + offset, tokens, half, HEAD_DIM, HALF).to(tl.float32) * scale
+        high = load_k(cache_i8 + offset + HALF, tokens, half, HEAD_DIM, HALF).to(tl.float32) * scale
     else:
         low, high = load_wide_k(cache_i8 + offset, tokens, half, PAGE, HEAD_DIM)
         low = low.to(tl.float32) * scale

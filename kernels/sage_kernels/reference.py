@@ -14,6 +14,10 @@ Rows are normalized by the sum of the rounded P, not of the exact one: a row tha
 Keys are smoothed, as SageAttention does it, by subtracting a vector that all keys of a head have in common: a row's logits
 then all change by the same number, and the softmax not at all. SageAttention takes the mean of the keys at hand; pages outlive
 those, so here it is an anchor, fixed once by the first tokens (`fix_anchor`).
+
+Values can be smoothed likewise (SageAttention2, on V): the weights of a row sum up to 1, so what all values lack is added to
+the normalized output. Their anchor comes from a calibration only, never from first tokens: where values have nothing in
+common, a mean over few of them would add more to the others than it takes away.
 """
 
 from dataclasses import dataclass
@@ -125,12 +129,14 @@ def store(
     slots: torch.Tensor,
     layout: PageLayout,
     anchor: torch.Tensor | None = None,
+    v_anchor: torch.Tensor | None = None,
 ) -> None:
     """Quantize tokens and write them into their pages.
 
     key, value: [tokens, kv_heads, head_dim], any float dtype. pages: uint8 [blocks, kv_heads, page_bytes], written in place.
     slots: int [tokens]; token t goes to block slots[t] // layout.tokens; a negative slot is padding and is skipped.
     anchor: float32 [kv_heads, head_dim], what is subtracted from keys; where it is NaN, it is fixed first (`fix_anchor`).
+    v_anchor: the same for values, without NaN.
     """
     used = slots >= 0
     if anchor is not None:
@@ -139,7 +145,7 @@ def store(
     block, offset = slots // layout.tokens, slots % layout.tokens
     views = layout.views(pages)
     k_codes, k_scale = quantize_k(key[used] if anchor is None else key[used].float() - anchor)
-    v_codes, v_scale = quantize_v(value[used])
+    v_codes, v_scale = quantize_v(value[used] if v_anchor is None else value[used].float() - v_anchor)
     if views.k_groups is not None:
         k_codes, views.k_groups[block, :, offset] = narrow(k_codes)
         exponent = v_scale.view(torch.int32) >> 23
@@ -244,6 +250,7 @@ def attention(
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
+    v_anchor: torch.Tensor | None = None,
     turns: Turns | None = None,
 ) -> torch.Tensor:
     """Causal attention of every request's last tokens over its pages.
@@ -253,8 +260,8 @@ def attention(
     different pages. scale multiplies the logits. window: a query sees itself and the window - 1 tokens before it, 0 for all.
     soft_cap: logits become cap * tanh(logits / cap), 0 for none. sinks: [heads], logits of an extra key without a value.
     anchor: that of the stored keys; only soft_cap, sinks and turns need it, for which it is not enough to know logits up to a
-    number that a row's have in common. turns: how queries are turned for each page. Returns float32 of query's shape; rows of
-    no request stay 0.
+    number that a row's have in common. v_anchor: that of the stored values. turns: how queries are turned for each page.
+    Returns float32 of query's shape; rows of no request stay 0.
     """
     heads, kv_heads = query.shape[1], pages.shape[1]
     out = torch.zeros(query.shape, dtype=torch.float32)
@@ -289,9 +296,12 @@ def attention(
             top = weighted.amax(-1, keepdim=True).ceil() - P_BITS
             p8 = torch.exp2(weighted - top).to(torch.float8_e4m3fn).float()
             total = (p8 / v_scale[kv]).sum(-1, keepdim=True)
+            result = p8 @ v[kv]
+            if v_anchor is not None:  # weighted as values are, and a sink has none
+                result += total * v_anchor[kv]
             if sinks is not None:
                 total = total + torch.exp2((sinks[head].float() - bias) * LOG2E - top)
-            out[start:end, head] = (p8 @ v[kv]) / total
+            out[start:end, head] = result / total
     return out
 
 

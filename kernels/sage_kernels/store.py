@@ -12,6 +12,7 @@ from sage_kernels.tiles import (
     V_SCALE_MIN,
     inverse_or_zero,
     next_power_of_two,
+    section_offset,
     to_e4m3_bits,
     to_int,
     to_whole,
@@ -24,11 +25,16 @@ BLOCK_TOKENS = 32
 
 
 @triton.jit
-def _quantize_v(value, tokens, used, token_stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FP8: tl.constexpr):
+def _quantize_v(
+    value, v_anchor, tokens, used, token_stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FP8: tl.constexpr, V_ANCHOR: tl.constexpr,
+):  # fmt: skip
     """e4m3 codes (as int8 [tokens, channels]) and scales (float32 [tokens]) of the values of some tokens."""
     channels = tl.arange(0, BLOCK_D)
     pointers = value + tokens[:, None].to(tl.int64) * token_stride + channels[None, :]
     v = tl.load(pointers, mask=used[:, None] & (channels < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+    if V_ANCHOR:
+        v -= tl.load(v_anchor + channels, mask=channels < HEAD_DIM, other=0.0)[None, :]
     scale = next_power_of_two(tl.math.div_rn(tl.max(tl.abs(v), 1), 448.0))
     scale = tl.minimum(tl.maximum(scale, V_SCALE_MIN), V_SCALE_MAX)
     v *= (1.0 / scale)[:, None]  # exact: scale is a power of two
@@ -133,17 +139,17 @@ def _load_or_fix_anchor(anchor, key, slots, num_tokens, used, token_stride, half
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _store_kernel(
-    key, value, slots, cache_i8, cache_f32, anchor, num_tokens,
+    key, value, slots, cache_i8, cache_f32, anchor, v_anchor, num_tokens,
     key_token_stride, key_head_stride, value_token_stride, value_head_stride, block_stride, head_stride,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, FP8: tl.constexpr, ANCHOR_TOKENS: tl.constexpr,
+    V_ANCHOR: tl.constexpr,
 ):  # fmt: skip
     """Grid: (token blocks, KV heads). ANCHOR_TOKENS: 0 for keys as they are."""
     HALF: tl.constexpr = HEAD_DIM // 2
     K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
-    V_OFFSET: tl.constexpr = PAGE * K_ROW
-    GROUPS: tl.constexpr = K_ROW // GROUP_BYTES if K_BITS == 4 else 0
-    SCALES: tl.constexpr = (V_OFFSET + PAGE * (HEAD_DIM + 2 * GROUPS)) // 4
+    V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE)
+    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
 
     head = tl.program_id(1)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -178,9 +184,11 @@ def _store_kernel(
     else:
         packed, step, base = _narrow(low_codes, high_codes, BLOCK_T, BLOCK_D // 2 // GROUP_BYTES, GROUP_BYTES)
         tl.store(target, packed, mask=half_mask)
+        GROUPS: tl.constexpr = HALF // GROUP_BYTES
         group = tl.arange(0, BLOCK_D // 2 // GROUP_BYTES)
         group_mask = used[:, None] & (group < GROUPS)[None, :]
-        groups = cache_i8 + (page + V_OFFSET + PAGE * HEAD_DIM + row * 2 * GROUPS)[:, None] + group[None, :]
+        first_group = page + section_offset("k_groups", HEAD_DIM, K_BITS, PAGE) + row * 2 * GROUPS
+        groups = cache_i8 + first_group[:, None] + group[None, :]
         tl.store(groups, step, mask=group_mask)
         tl.store(groups + GROUPS, base, mask=group_mask)
         # The first of a scale's four bytes belongs to V.
@@ -195,10 +203,12 @@ def _store_kernel(
     in_a_row = (first % BLOCK_T == 0) & (tl.min((slot == first + lanes).to(tl.int32), 0) == 1)
     head_page = head.to(tl.int64) * head_stride
     channels = tl.arange(0, BLOCK_D)
+    head_value = value + head * value_head_stride
+    v_anchor += head * HEAD_DIM
     if in_a_row:
         codes, scale = _quantize_v(
-            value + head * value_head_stride, tl.program_id(0) * BLOCK_T + v_token(lanes), lanes >= 0, value_token_stride,
-            HEAD_DIM, BLOCK_D, FP8,
+            head_value, v_anchor, tl.program_id(0) * BLOCK_T + v_token(lanes), lanes >= 0, value_token_stride,
+            HEAD_DIM, BLOCK_D, FP8, V_ANCHOR,
         )  # fmt: skip
         page_offset = (first // PAGE).to(tl.int64) * block_stride + head_page
         v_offset = tl.multiple_of(page_offset + V_OFFSET + first % PAGE, 16)
@@ -208,7 +218,7 @@ def _store_kernel(
         _store_v_scale(cache_i8, cache_f32, k_word, scale, lanes >= 0, PAGE, K_BITS)
     else:
         codes, scale = _quantize_v(
-            value + head * value_head_stride, tokens, used, value_token_stride, HEAD_DIM, BLOCK_D, FP8
+            head_value, v_anchor, tokens, used, value_token_stride, HEAD_DIM, BLOCK_D, FP8, V_ANCHOR
         )
         pointers = cache_i8 + (page + V_OFFSET + v_position(row))[None, :] + channels[:, None] * PAGE
         tl.store(pointers, tl.trans(codes), mask=used[None, :] & (channels < HEAD_DIM)[:, None])
@@ -222,15 +232,18 @@ def store(
     slots: torch.Tensor,
     layout: PageLayout,
     anchor: torch.Tensor | None = None,
+    v_anchor: torch.Tensor | None = None,
 ) -> None:
     """`reference.store` on a GPU, with the same arguments. key and value need unit stride in head_dim only."""
     num_tokens = slots.numel()
     if num_tokens == 0:
         return
     _store_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS), pages.shape[1])](
-        key, value, slots, pages.view(torch.int8), pages.view(torch.float32), pages if anchor is None else anchor, num_tokens,
+        key, value, slots, pages.view(torch.int8), pages.view(torch.float32), pages if anchor is None else anchor,
+        pages if v_anchor is None else v_anchor, num_tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
         BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, FP8=fp8_path(key.device),
-        ANCHOR_TOKENS=0 if anchor is None else ANCHOR_TOKENS, num_warps=4 if layout.k_bits == 8 else 8,
+        ANCHOR_TOKENS=0 if anchor is None else ANCHOR_TOKENS, V_ANCHOR=v_anchor is not None,
+        num_warps=4 if layout.k_bits == 8 else 8,
     )  # fmt: skip

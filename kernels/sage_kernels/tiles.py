@@ -21,6 +21,7 @@ GROUP_BYTES = tl.constexpr(sage_paged.GROUP_BYTES)
 
 # The interpreter takes functions as they are, and jit only where `tl` is in sight.
 v_position, v_token = (f if INTERPRETED else triton.jit(f) for f in (sage_paged.v_position, sage_paged.v_token))
+section_offset = triton.constexpr_function(sage_paged.section_offset)
 
 
 @triton.jit
@@ -137,7 +138,8 @@ def load_wide_k(page, tokens, channels, PAGE: tl.constexpr, HEAD_DIM: tl.constex
     HALF: tl.constexpr = HEAD_DIM // 2
     GROUPS: tl.constexpr = HALF // GROUP_BYTES
     k = load_k(page, tokens, channels, HALF, HALF)
-    groups = page + PAGE * (HALF + HEAD_DIM) + tokens[None, :] * (2 * GROUPS) + (channels // GROUP_BYTES)[:, None]
+    section = page + section_offset("k_groups", HEAD_DIM, 4, PAGE)
+    groups = section + tokens[None, :] * (2 * GROUPS) + (channels // GROUP_BYTES)[:, None]
     if channels.shape[0] == HALF:
         step = tl.load(groups)
         base = tl.load(groups + GROUPS)
@@ -174,6 +176,15 @@ def load_v(section, tokens, channels, length, PAGE: tl.constexpr, HEAD_DIM: tl.c
 
 
 @triton.jit
+def add_v_anchor(acc, total, v_anchor, HEAD_DIM: tl.constexpr, V_ANCHOR: tl.constexpr):
+    """Give acc [rows, channels] what all stored values lack, if V_ANCHOR; before a sink, which has no value, is in total."""
+    if V_ANCHOR:
+        channels = tl.arange(0, acc.shape[1])
+        acc += total[:, None] * tl.load(v_anchor + channels, mask=channels < HEAD_DIM, other=0.0)[None, :]
+    return acc
+
+
+@triton.jit
 def tanh(x):
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
 
@@ -196,14 +207,11 @@ def attend_page(
     Returns acc, total, top.
     """
     tokens = v_token(tl.arange(0, PAGE))  # every column of this tile is in the order of V
-    K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
-    V_OFFSET: tl.constexpr = PAGE * K_ROW
-    GROUPS: tl.constexpr = K_ROW // GROUP_BYTES if K_BITS == 4 else 0
-    SCALES: tl.constexpr = (V_OFFSET + PAGE * (HEAD_DIM + 2 * GROUPS)) // 4
+    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
     k_channels = tl.arange(0, q_low.shape[1])
     k_scale = tl.load(cache_f32 + page_offset // 4 + SCALES + tokens)
     if K_BITS == 8:
-        k = load_k(cache_i8 + page_offset, tokens, k_channels, K_ROW, K_ROW)
+        k = load_k(cache_i8 + page_offset, tokens, k_channels, HEAD_DIM, HEAD_DIM)
         codes = tl.dot(q_low, k, out_dtype=tl.int32)
         v_scale_bits = tl.load(cache_f32 + page_offset // 4 + SCALES + PAGE + tokens).to(tl.int32, bitcast=True)
     else:
@@ -235,7 +243,8 @@ def attend_page(
     p = tl.exp2(logits - shift[:, None])
 
     channels = tl.arange(0, acc.shape[1])
-    v = load_v(cache_v + page_offset + V_OFFSET, tokens, channels, length, PAGE, HEAD_DIM, MASKED)
+    v_section = cache_v + page_offset + section_offset("v", HEAD_DIM, K_BITS, PAGE)
+    v = load_v(v_section, tokens, channels, length, PAGE, HEAD_DIM, MASKED)
     if FP8 == "half":
         p_codes = p.to(tl.float16)
         pv = tl.dot(p_codes, e4m3_bits_to_half(v)) * 256.0

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.tiles import GROUP_BYTES, TABLES, v_scale_bits_beside
+from sage_kernels.tiles import GROUP_BYTES, TABLES, section_offset, v_scale_bits_beside
 from sage_paged import PageLayout
 
 
@@ -16,10 +16,11 @@ from sage_paged import PageLayout
 def _widen_kernel(
     narrow_i8, narrow_i32, wide_i32, block_table, seq_lens, query_start_loc, pages,
     table_stride, table_head_stride, block_stride, head_stride,
-    HEAD_DIM: tl.constexpr, K_ROW: tl.constexpr, PAGE: tl.constexpr, K_SCALE: tl.constexpr, WIDE_BYTES: tl.constexpr,
-    WINDOW: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, WIDE_BYTES: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (pages, KV heads, requests). K_SCALE: bytes from a narrow page's start to its scales."""
+    """Grid: (pages, KV heads, requests)."""
+    K_ROW: tl.constexpr = HEAD_DIM // 2
+    GROUPS: tl.constexpr = K_ROW // GROUP_BYTES
     page = tl.program_id(0)
     head = tl.program_id(1)
     request = tl.program_id(2)
@@ -35,22 +36,22 @@ def _widen_kernel(
     target = ((request.to(tl.int64) * pages + page) * tl.num_programs(1) + head) * WIDE_BYTES
     # Four bytes at a time: with 128 added to bases, no byte of base + step * nibble leaves its place.
     tokens = tl.arange(0, PAGE)
-    groups = tl.arange(0, K_ROW // GROUP_BYTES)
+    groups = tl.arange(0, GROUPS)
     in_group = groups[None, :, None] * (GROUP_BYTES // 4) + tl.arange(0, GROUP_BYTES // 4)[None, None, :]
     packed = tl.load(narrow_i32 + source // 4 + tokens[:, None, None] * (K_ROW // 4) + in_group)
-    steps = narrow_i8 + source + PAGE * (K_ROW + HEAD_DIM) + tokens[:, None] * (2 * K_ROW // GROUP_BYTES) + groups[None, :]
+    steps = narrow_i8 + source + section_offset("k_groups", HEAD_DIM, 4, PAGE) + tokens[:, None] * 2 * GROUPS + groups[None, :]
     step = tl.load(steps).to(tl.int32)[:, :, None]
-    base = ((tl.load(steps + K_ROW // GROUP_BYTES).to(tl.int32) + 128) * 0x01010101)[:, :, None]
+    base = ((tl.load(steps + GROUPS).to(tl.int32) + 128) * 0x01010101)[:, :, None]
     k = wide_i32 + target // 4 + tokens[:, None, None] * (HEAD_DIM // 4) + in_group
     tl.store(k, ((packed & 0x0F0F0F0F) * step + base) ^ -0x7F7F7F80)
     tl.store(k + K_ROW // 4, (((packed >> 4) & 0x0F0F0F0F) * step + base) ^ -0x7F7F7F80)
     words = tl.arange(0, PAGE * HEAD_DIM // 4)
-    v = tl.load(narrow_i32 + (source + PAGE * K_ROW) // 4 + words)
-    tl.store(wide_i32 + (target + PAGE * HEAD_DIM) // 4 + words, v)
-    k_scale = tl.load(narrow_i32 + (source + K_SCALE) // 4 + tokens)
-    scales = wide_i32 + (target + 2 * PAGE * HEAD_DIM) // 4 + tokens
-    tl.store(scales, k_scale)
-    tl.store(scales + PAGE, v_scale_bits_beside(k_scale))
+    v = tl.load(narrow_i32 + (source + section_offset("v", HEAD_DIM, 4, PAGE)) // 4 + words)
+    tl.store(wide_i32 + (target + section_offset("v", HEAD_DIM, 8, PAGE)) // 4 + words, v)
+    k_scale = tl.load(narrow_i32 + (source + section_offset("k_scale", HEAD_DIM, 4, PAGE)) // 4 + tokens)
+    tl.store(wide_i32 + (target + section_offset("k_scale", HEAD_DIM, 8, PAGE)) // 4 + tokens, k_scale)
+    v_scale = wide_i32 + (target + section_offset("v_scale", HEAD_DIM, 8, PAGE)) // 4 + tokens
+    tl.store(v_scale, v_scale_bits_beside(k_scale))
 
 
 def widened(
@@ -75,8 +76,7 @@ def widened(
     _widen_kernel[(used, kv_heads, requests)](
         pages.view(torch.int8), pages.view(torch.int32), wide.view(torch.int32), block_table, seq_lens, query_start_loc,
         used, block_table.stride(0), head_stride, pages.stride(0), pages.stride(1),
-        HEAD_DIM=layout.head_dim, K_ROW=layout.k_row_bytes, PAGE=layout.tokens, K_SCALE=layout.k_scale_offset,
-        WIDE_BYTES=wide_layout.page_bytes, WINDOW=window, num_warps=4,
+        HEAD_DIM=layout.head_dim, PAGE=layout.tokens, WIDE_BYTES=wide_layout.page_bytes, WINDOW=window, num_warps=4,
     )  # fmt: skip
     table = torch.arange(requests * used, dtype=torch.int32, device=pages.device).view(requests, used)
     return wide, wide_layout, table

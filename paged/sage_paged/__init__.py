@@ -1,6 +1,19 @@
 """The quantized KV page: its bytes, how tensors look at them, and which pages of a long context are read."""
 
-from sage_paged.layout import GROUP_BYTES, HEAD_DIMS, K_BITS, PAGE_TOKENS, PageLayout, PageViews, v_position, v_token
+from sage_paged.layout import (
+    GROUP_BYTES,
+    HEAD_DIMS,
+    K_BITS,
+    PAGE_TOKENS,
+    PageLayout,
+    PageViews,
+    section_offset,
+    v_position,
+    v_token,
+)
 from sage_paged.memory import Memory
 
-__all__ = ["GROUP_BYTES", "HEAD_DIMS", "K_BITS", "PAGE_TOKENS", "Memory", "PageLayout", "PageViews", "v_position", "v_token"]
+__all__ = [
+    "GROUP_BYTES", "HEAD_DIMS", "K_BITS", "PAGE_TOKENS", "Memory", "PageLayout", "PageViews", "section_offset", "v_position",
+    "v_token",
+]  # fmt: skip

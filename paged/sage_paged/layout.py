@@ -8,7 +8,7 @@ A page holds the keys and values of `tokens` consecutive tokens of one KV head, 
     v         [head_dim, tokens]       e4m3      value codes, transposed: one row a channel, tokens in `v_position` order
     k_groups  [tokens, 2, k_groups]    int8      INT4 keys only: steps and bases that make INT8 codes of nibbles
     k_scale   [tokens]                 float32   key = INT8 code * k_scale
-    v_scale   [tokens]                 float32   INT8 keys only: value = code * v_scale
+    v_scale   [tokens]                 float32   INT8 keys only, right behind k_scale: value = code * v_scale
     summary   [2, head_dim]            float16   of each channel, the mean key and half the range of keys, in pages for
                                                  `sage_paged.memory` only
 
@@ -37,7 +37,19 @@ K_BITS = (4, 8)
 GROUP_BYTES = 8
 """Bytes of INT4 keys, two channels each, that share a step and a base."""
 
-_SCALE_BYTES = 4
+
+def section_offset(section, head_dim, k_bits, tokens):  # without annotations, which Triton would look up
+    """Bytes from a page's start to one of its sections, or to the "end" of those up to v_scale. Kernels ask this function too:
+    here stands all that they know of where sections are, and Triton compiles anew what depends on it when it changes."""
+    row = head_dim * k_bits // 8
+    groups = 2 * (row // GROUP_BYTES) if k_bits == 4 else 0
+    of_token = {"k": row, "v": head_dim, "k_groups": groups, "k_scale": 4, "v_scale": 4 if k_bits == 8 else 0, "end": 0}
+    offset = 0
+    for name, size in of_token.items():
+        if name == section:
+            return offset
+        offset += tokens * size
+    raise ValueError(f"a page has no section {section}")
 
 
 def v_position(token):  # without annotations, which Triton would look up
@@ -100,26 +112,13 @@ class PageLayout:
         """Groups of a token's INT4 keys; 0 for INT8 keys."""
         return self.k_row_bytes // GROUP_BYTES if self.k_bits == 4 else 0
 
-    @property
-    def v_offset(self) -> int:
-        return self.tokens * self.k_row_bytes
-
-    @property
-    def k_groups_offset(self) -> int:
-        return self.v_offset + self.tokens * self.head_dim
-
-    @property
-    def k_scale_offset(self) -> int:
-        return self.k_groups_offset + self.tokens * 2 * self.k_groups
-
-    @property
-    def v_scale_offset(self) -> int:
-        return self.k_scale_offset + self.tokens * _SCALE_BYTES
+    def offset(self, section: str) -> int:
+        """See `section_offset`."""
+        return section_offset(section, self.head_dim, self.k_bits, self.tokens)
 
     @property
     def summary_offset(self) -> int:
-        codes = self.v_scale_offset + (self.tokens * _SCALE_BYTES if self.k_bits == 8 else 0)
-        return self._whole(codes)
+        return self._whole(self.offset("end"))
 
     @property
     def page_bytes(self) -> int:
@@ -168,10 +167,10 @@ class PageLayout:
         scale, narrow = ((self.tokens,), torch.float32), self.k_bits == 4
         groups = (self.tokens, 2, self.k_groups)
         return PageViews(
-            k=section(0, (self.tokens, self.k_row_bytes), torch.int8),
-            v=section(self.v_offset, (self.head_dim, self.tokens), torch.float8_e4m3fn),
-            k_groups=section(self.k_groups_offset, groups, torch.int8) if narrow else None,
-            k_scale=section(self.k_scale_offset, *scale),
-            v_scale=None if narrow else section(self.v_scale_offset, *scale),
+            k=section(self.offset("k"), (self.tokens, self.k_row_bytes), torch.int8),
+            v=section(self.offset("v"), (self.head_dim, self.tokens), torch.float8_e4m3fn),
+            k_groups=section(self.offset("k_groups"), groups, torch.int8) if narrow else None,
+            k_scale=section(self.offset("k_scale"), *scale),
+            v_scale=None if narrow else section(self.offset("v_scale"), *scale),
             summary=section(self.summary_offset, (2, self.head_dim), torch.float16) if self.has_summary else None,
         )
