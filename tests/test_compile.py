@@ -87,7 +87,7 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
                 recall.store_summaries(*where, 1, torch.zeros(2, 128), anchor)
                 recall.recall(query, *where, Memory(), 512)
                 where = *where[:2], torch.zeros(1, 2000, dtype=torch.int32), *where[3:]
-                recall.recall(query, *where, Memory(), 512)
+                recall.recall(query, *where, Memory(), 0)
             attentions = [prefill.prefill, decode.decode]
             if capability == 90:
                 from sage_kernels import hopper, hopper_decode

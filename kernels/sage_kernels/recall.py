@@ -1,8 +1,9 @@
 """Memory on a GPU: the summaries of full pages, and the choice of the pages that rows of queries read.
 
-The choice takes three launches: the queries of a row are folded into two vectors, the pages of a context are scored, and the
-best become a page list. Before the best of many pages are found, one more launch finds the best of each thousand. All grids
-follow from shapes alone and nothing is read back, so that it can be captured in a CUDA graph.
+The choice takes two launches: the pages of a context are scored, and the best become a page list. The queries of a row are
+folded into two vectors first, by a launch of their own for prompts, whose rows have many. Before the best of many pages are
+found, one more launch finds the best of each thousand. All grids follow from shapes alone and nothing is read back, so that it
+can be captured in a CUDA graph.
 """
 
 import torch
@@ -110,31 +111,19 @@ def _locate(
     return request, low, high, tl.maximum(low - LOCAL + 1, 0) // PAGE, start + low - begin
 
 
-@triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
-def _fold_kernel(
-    query, folded, row_starts, row_lens, seq_lens, query_start_loc, turn_table, num_reqs, q_token_stride, q_head_stride,
+@triton.jit
+def _fold(
+    query, turn_table, low, high, start, head, q_token_stride, q_head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    TURN: tl.constexpr,
+    BLOCK_T: tl.constexpr, LOCAL: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, KV heads). folded: float32 [rows, kv_heads, 2, HEAD_DIM], the means of a row's queries and of their squares.
-    row_starts, row_lens: `PageLists.query_start_loc` and `seq_lens`."""
+    """Of a row's queries, at positions low to high and from token `start` on, the means of the halves of the head and of their
+    squares, four float32 [channels of a half]."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    _, low, high, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
-    listed = tl.minimum(local, SINKS + TOPK)
-    if head == 0:
-        tl.store(row_starts + row, start)
-        tl.store(row_lens + row, tl.where(high > low, listed * PAGE + high - local * PAGE, 0))
-        if row == tl.num_programs(0) - 1:
-            tl.store(row_starts + row + 1, start + high - low)
-    if local <= SINKS + TOPK:
-        return
     half = tl.arange(0, BLOCK_D // 2)
     inside = (half < HALF)[None, :]
     zeros = tl.zeros([BLOCK_T * BLOCK_G, BLOCK_D // 2], tl.float32)
-    low_sum, low_squares, high_sum, high_squares = zeros, zeros, zeros, zeros
+    low_sum, high_sum, low_squares, high_squares = zeros, zeros, zeros, zeros
     rows = tl.arange(0, BLOCK_T * BLOCK_G)
     for first in range(low, high, BLOCK_T):
         token = first + rows // BLOCK_G
@@ -152,39 +141,101 @@ def _fold_kernel(
         low_squares += q_low * q_low
         high_sum += q_high
         high_squares += q_high * q_high
-    target = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + half
     share = 1.0 / (tl.maximum(high - low, 1) * GROUP)  # rows that nobody has get here too
-    tl.store(target, tl.sum(low_sum, 0) * share, mask=half < HALF)
-    tl.store(target + HALF, tl.sum(high_sum, 0) * share, mask=half < HALF)
-    tl.store(target + HEAD_DIM, tl.sum(low_squares, 0) * share, mask=half < HALF)
-    tl.store(target + HEAD_DIM + HALF, tl.sum(high_squares, 0) * share, mask=half < HALF)
+    return (
+        tl.sum(low_sum, 0) * share, tl.sum(high_sum, 0) * share, tl.sum(low_squares, 0) * share, tl.sum(high_squares, 0) * share
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_row(row_starts, row_lens, row, rows, low, high, local, start, PAGE: tl.constexpr, FAR: tl.constexpr):
+    """What `PageLists` tells of a row: where its queries start, and how many tokens its pages hold."""
+    tl.store(row_starts + row, start)
+    tl.store(row_lens + row, tl.where(high > low, tl.minimum(local, FAR) * PAGE + high - local * PAGE, 0))
+    if row == rows - 1:
+        tl.store(row_starts + row + 1, start + high - low)
+
+
+@triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
+def _fold_kernel(
+    query, folded, row_starts, row_lens, seq_lens, query_start_loc, turn_table, num_reqs, q_token_stride, q_head_stride,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    TURN: tl.constexpr,
+):  # fmt: skip
+    """Grid: (rows, KV heads). folded: float32 [rows, kv_heads, 2, HEAD_DIM], the means of a row's queries and of their squares.
+    row_starts, row_lens: `PageLists.query_start_loc` and `seq_lens`."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    _, low, high, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    if head == 0:
+        _store_row(row_starts, row_lens, row, tl.num_programs(0), low, high, local, start, PAGE, SINKS + TOPK)
+    if local <= SINKS + TOPK:
+        return
+    low_mean, high_mean, low_squares, high_squares = _fold(
+        query, turn_table, low, high, start, head, q_token_stride, q_head_stride,
+        GROUP, BLOCK_G, HEAD_DIM, PAGE, BLOCK_D, BLOCK_T, LOCAL, TURN,
+    )  # fmt: skip
+    half = tl.arange(0, BLOCK_D // 2)
+    target = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + half
+    tl.store(target, low_mean, mask=half < HALF)
+    tl.store(target + HALF, high_mean, mask=half < HALF)
+    tl.store(target + HEAD_DIM, low_squares, mask=half < HALF)
+    tl.store(target + HEAD_DIM + HALF, high_squares, mask=half < HALF)
+
+
+@triton.jit
+def _score_half(summary, there, mean, squares, half, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The parts that half of the channels have in the products of pages' mean keys with a mean query, and in the squares of how
+    far they extend towards queries: two float32 [pages]. summary: pointers to those channels of the means."""
+    mask = there[:, None] & (half < HALF)[None, :]
+    center = tl.load(summary[:, None] + half[None, :], mask=mask, other=0.0).to(tl.float32)
+    radius = tl.load(summary[:, None] + HEAD_DIM + half[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(center * mean[None, :], 1), tl.sum(radius * radius * squares[None, :], 1)
 
 
 @triton.jit(do_not_specialize=["num_reqs", "width"], do_not_specialize_on_alignment=TABLES)
 def _score_kernel(
-    folded, scores, cache_f16, block_table, seq_lens, query_start_loc, num_reqs, width, table_stride, block_stride, head_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SUMMARY: tl.constexpr, PAGE: tl.constexpr, SINKS: tl.constexpr,
-    LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr, PART: tl.constexpr,
+    query, folded, scores, row_starts, row_lens, cache_f16, block_table, seq_lens, query_start_loc, turn_table, num_reqs, width,
+    q_token_stride, q_head_stride, table_stride, block_stride, head_stride,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, SUMMARY: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, TURN: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (parts of a context, KV heads, rows). scores: float32 [rows, kv_heads, width], of the pages behind the sinks."""
+    """Grid: (parts of a context, KV heads, rows). scores: float32 [rows, kv_heads, width], of the pages behind the sinks.
+
+    Prompts have been folded. A decode has few queries, which each program folds for itself: that is less than the launch of a
+    kernel.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    part = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2)
-    request, _, _, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
-    page = SINKS + tl.program_id(0) * PART + tl.arange(0, PART)
-    if local <= SINKS + TOPK or SINKS + tl.program_id(0) * PART >= local:
+    request, low, high, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    if QUERY_BLOCK == 0 and part + head == 0:
+        _store_row(row_starts, row_lens, row, tl.num_programs(2), low, high, local, start, PAGE, SINKS + TOPK)
+    page = SINKS + part * PART + tl.arange(0, PART)
+    if local <= SINKS + TOPK or SINKS + part * PART >= local:
         return
     there = page < local
     blocks = tl.load(block_table + request.to(tl.int64) * table_stride + page, mask=there, other=0).to(tl.int64)
     summary = cache_f16 + (blocks * block_stride + head.to(tl.int64) * head_stride) // 2 + SUMMARY
-    channel = tl.arange(0, BLOCK_D)
-    mask = there[:, None] & (channel < HEAD_DIM)[None, :]
-    center = tl.load(summary[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    radius = tl.load(summary[:, None] + HEAD_DIM + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    parts = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + channel
-    mean = tl.load(parts, mask=channel < HEAD_DIM, other=0.0)
-    squares = tl.load(parts + HEAD_DIM, mask=channel < HEAD_DIM, other=0.0)
-    extent = tl.sqrt(tl.sum(radius * radius * squares[None, :], 1))
-    score = tl.sum(center * mean[None, :], 1) + REACH * extent
+    half = tl.arange(0, BLOCK_D // 2)
+    if QUERY_BLOCK == 0:
+        low_mean, high_mean, low_squares, high_squares = _fold(
+            query, turn_table, low, high, start, head, q_token_stride, q_head_stride,
+            GROUP, BLOCK_G, HEAD_DIM, PAGE, BLOCK_D, BLOCK_T, LOCAL, TURN,
+        )  # fmt: skip
+    else:
+        source = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + half
+        low_mean = tl.load(source, mask=half < HALF, other=0.0)
+        high_mean = tl.load(source + HALF, mask=half < HALF, other=0.0)
+        low_squares = tl.load(source + HEAD_DIM, mask=half < HALF, other=0.0)
+        high_squares = tl.load(source + HEAD_DIM + HALF, mask=half < HALF, other=0.0)
+    low_product, low_extent = _score_half(summary, there, low_mean, low_squares, half, HALF, HEAD_DIM)
+    high_product, high_extent = _score_half(summary + HALF, there, high_mean, high_squares, half, HALF, HEAD_DIM)
+    score = low_product + high_product + REACH * tl.sqrt(low_extent + high_extent)
     tl.store(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page - SINKS, score, mask=there)
 
 
@@ -307,22 +358,26 @@ def recall(
     folded = torch.empty(rows, kv_heads, 2, layout.head_dim, dtype=torch.float32, device=device)
     scores = torch.empty(rows, kv_heads, candidates, dtype=torch.float32, device=device)
     group = query.shape[1] // kv_heads
+    block_group = triton.next_power_of_2(group)
     policy = {
         "PAGE": layout.tokens, "SINKS": sinks, "LOCAL": memory.local_tokens, "TOPK": memory.topk_pages,
         "QUERY_BLOCK": query_block,
     }  # fmt: skip
-    _fold_kernel[(rows, kv_heads)](
-        query, folded, row_starts, row_lens, seq_lens, query_start_loc, query if turn_table is None else turn_table, requests,
-        query.stride(0), query.stride(1),
-        GROUP=group, BLOCK_G=triton.next_power_of_2(group), HEAD_DIM=layout.head_dim,
-        BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=max(1, _FOLD_ROWS // triton.next_power_of_2(group)),
-        TURN=turn_table is not None, num_warps=4, **policy,
-    )  # fmt: skip
+    of_queries = {
+        "GROUP": group, "BLOCK_G": block_group, "HEAD_DIM": layout.head_dim,
+        "BLOCK_D": triton.next_power_of_2(layout.head_dim), "TURN": turn_table is not None,
+        "BLOCK_T": triton.next_power_of_2(max_query_len) if query_block == 0 else max(1, _FOLD_ROWS // block_group),
+    }  # fmt: skip
+    turned_by = query if turn_table is None else turn_table
+    if query_block:
+        _fold_kernel[(rows, kv_heads)](
+            query, folded, row_starts, row_lens, seq_lens, query_start_loc, turned_by, requests,
+            query.stride(0), query.stride(1), num_warps=4, **of_queries, **policy,
+        )  # fmt: skip
     _score_kernel[(triton.cdiv(candidates, _PART_PAGES), kv_heads, rows)](
-        folded, scores, pages.view(torch.float16), block_table, seq_lens, query_start_loc, requests, candidates,
-        block_table.stride(0), pages.stride(0), pages.stride(1),
-        HEAD_DIM=layout.head_dim, BLOCK_D=triton.next_power_of_2(layout.head_dim), SUMMARY=layout.summary_offset // 2,
-        PART=_PART_PAGES, num_warps=4, **policy,
+        query, folded, scores, row_starts, row_lens, pages.view(torch.float16), block_table, seq_lens, query_start_loc,
+        turned_by, requests, candidates, query.stride(0), query.stride(1), block_table.stride(0), pages.stride(0),
+        pages.stride(1), SUMMARY=layout.summary_offset // 2, PART=_PART_PAGES, num_warps=4, **of_queries, **policy,
     )  # fmt: skip
     scored_pages, chunk = lists, 0
     if candidates > _CHUNK_PAGES:
