@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
         Path(folder, "config.json").write_text(json.dumps(shape))
         parsed = quality.Run.parse(run)
         if (variator := parsed.options.get("variator", {})).get("plugins") == "random":
-            variator["plugins"] = random_plugins(folder)
+            with ProcessPoolExecutor(1) as other:  # its threads would be missing in the engine, which is forked
+                variator["plugins"] = other.submit(random_plugins, folder).result()
         began = time.perf_counter()
         with quality.engine(
             parsed,

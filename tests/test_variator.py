@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -278,6 +280,32 @@ def test_unusable_files(tmp_path: Path) -> None:
         files.check(str(path), known)
     with pytest.raises(ValueError, match="do not know models of type gpt2; there is llama, mistral, qwen2, qwen3"):
         files.check(str(path), SimpleNamespace(hf_config=transformers.GPT2Config()))
+
+
+FORK = """
+import os, sys, torch, transformers
+from types import SimpleNamespace
+from sage_backend.variator import files
+torch.set_num_threads(2)
+config = transformers.AutoConfig.from_pretrained(sys.argv[1])
+files.check(sys.argv[2], SimpleNamespace(model=sys.argv[1], hf_config=config))
+child = os.fork()
+if child == 0:
+    files.load(sys.argv[2], "model.layers.1.mlp", config.hidden_size, [2])
+    torch.ones(1 << 22).mul_(2)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_an_engine_can_be_forked_after_a_file_was_checked(tmp_path: Path) -> None:
+    """On a GPU, vLLM forks its engine from the process that checks options. If that had threads of torch's by then, as it would
+    have if it drew plugins of this size, the engine would wait for them for ever."""
+    config = transformers.LlamaConfig(hidden_size=4096, num_hidden_layers=3)
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "plugins"
+    files.save(path, files.make(LAYERS[:1], [2], 4096), str(tmp_path), config)
+    subprocess.run([sys.executable, "-c", FORK, str(tmp_path), str(path)], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,13 @@ def make(layers: list[str], ratios: list[int], hidden: int) -> Plugins:
     return {layer: {ratio: CompressionPlugin(hidden, ratio) for ratio in ratios} for layer in layers}
 
 
+def _shapes(layers: list[str], ratios: list[int], hidden: int) -> Plugins:
+    """Plugins without numbers: to draw these would start torch's threads, and a process that has some when vLLM forks its
+    engine leaves that waiting for them for ever."""
+    with torch.device("meta"):
+        return make(layers, ratios, hidden)
+
+
 def save(path: Path, plugins: Plugins, model: str, hf_config: Any) -> None:
     """Write plugins in bfloat16; an older file is replaced when the new one is complete."""
     tensors = {
@@ -64,7 +71,7 @@ def check(path: str, model_config: Any) -> tuple[int, ...]:
     hidden = model_config.hf_config.hidden_size
     expected = {
         f"{layer}.{ratio}.{name}": tuple(tensor.shape)
-        for layer, by_ratio in make(layers, ratios, hidden).items()
+        for layer, by_ratio in _shapes(layers, ratios, hidden).items()
         for ratio, plugin in by_ratio.items()
         for name, tensor in plugin.state_dict().items()
     }
@@ -88,9 +95,9 @@ def contents(path: str) -> tuple[list[str], list[int]]:
 
 def load(path: str, layer: str, hidden: int, ratios: list[int]) -> dict[int, CompressionPlugin]:
     """The plugins of a layer by ratio, in bfloat16 on the CPU. Raises ValueError like `check`."""
-    plugins = make([layer], ratios, hidden)[layer]
+    plugins = _shapes([layer], ratios, hidden)[layer]
     for ratio, plugin in plugins.items():
         prefix = f"{layer}.{ratio}."
         _, tensors = FILE.read(path, [prefix + name for name in plugin.state_dict()])
-        plugin.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
-    return {ratio: plugin.to(torch.bfloat16).requires_grad_(False) for ratio, plugin in plugins.items()}
+        plugin.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
+    return {ratio: plugin.requires_grad_(False) for ratio, plugin in plugins.items()}
