@@ -79,9 +79,17 @@ set +m
 # http.client, unlike curl, is sure to be there and heeds no proxy.
 healthy='import http.client, sys; c = http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]), timeout=2)
 c.request("GET", "/health"); sys.exit(c.getresponse().status != 200)'
-# The latest thing that vLLM told, without the process, level, date and source line before it.
+# The latest thing that vLLM told, without the process, level, date and source line before it. What is indented goes on
+# about something else.
 last_line() {
-    { echo ' INFO [] loading vLLM' && cat "$log"; } | sed -nE 's/^.* INFO [^[]*\[[^]]*\] +([^ ].*)$/\1/p' | tail -n 1 | cut -c 1-90
+    { echo ' INFO [] loading vLLM' && cat "$log"; } |
+        sed -nE 's/^.* INFO [^[]*\[[^]]*\] ([^[:space:]].*)$/\1/p' | tail -n 1 | cut -c 1-90
+}
+# The first error is the cause; those after it only tell where it passed by. Pydantic's say what is wrong in two lines more.
+errors() {
+    awk '/(^|[ .])[A-Za-z]*[Ee]rror: / { more = / validation errors? for / ? 3 : 1 }
+         more-- > 0 && !seen[$0]++ && told++ < 3 { sub(/ \[type=.*/, ""); print; any = 1 }
+         END { exit !any }' "$log" || tail -n 3 "$log"
 }
 began=$SECONDS
 told=0
@@ -89,8 +97,7 @@ until "$python" -S -c "$healthy" "$HOST" "$port" 2>/dev/null; do
     if ! kill -0 "$server" 2>/dev/null; then
         server=
         if [ -t 1 ]; then printf '\r\033[K'; fi
-        # The first error is the cause; those after it only tell where it passed by.
-        { grep -E '(^|[ .])[A-Za-z]*[Ee]rror: ' "$log" || tail -n 3 "$log"; } | awk '!seen[$0]++' | sed 3q >&2
+        errors >&2
         die "the server ended before it was ready (all of its output: $log)"
     fi
     elapsed=$((SECONDS - began))
@@ -105,9 +112,13 @@ done
 if [ -t 1 ]; then printf '\r\033[K'; fi
 
 say "ready after $((SECONDS - began)) s; Ctrl-C stops it. Try:"
+key=
+# The user's shell puts the key in, so that nobody reads it here.
+# shellcheck disable=SC2016
+if [ -n "${VLLM_API_KEY:-}" ]; then key=' -H "Authorization: Bearer $VLLM_API_KEY"'; fi
 cat <<EOF
 
-  curl http://$HOST:$port/v1/completions -H 'Content-Type: application/json' \\
+  curl http://$HOST:$port/v1/completions$key -H 'Content-Type: application/json' \\
     -d '{"model": "$name", "prompt": "def fibonacci(n):", "max_tokens": 32}'
 
 EOF

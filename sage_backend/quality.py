@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from sage_backend import __version__, cli, plots
-from sage_backend.checks import check_model_folder
+from sage_backend.checks import check_model_folder, one_line
 from sage_backend.demo import HELDOUT, MODEL_DIR
 
 TOP = 20
@@ -73,6 +73,21 @@ class Run:
             place[option] = booleans[value] if value in booleans else int(value) if value.isdecimal() else value
         SageOptions.parse({"sage": options})
         return cls(text, backend, dtype or "auto", options)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What an engine gets of it."""
+        sage = {"additional_config": {"sage": self.options}} if self.options else {}
+        return {"attention_backend": self.backend, "kv_cache_dtype": self.kv_cache_dtype, **sage}
+
+    def check(self, model: str, **arguments: Any) -> None:
+        """Raises ValueError, in one line, for what an engine with these arguments would refuse before it loads a model."""
+        from vllm.engine.arg_utils import EngineArgs
+
+        try:
+            EngineArgs(model, **self.arguments, **arguments).create_engine_config()
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {one_line(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -130,8 +145,7 @@ def engine(run: Run, model: str, **arguments: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    sage = {"additional_config": {"sage": run.options}} if run.options else {}
-    llm = LLM(model, attention_backend=run.backend, kv_cache_dtype=run.kv_cache_dtype, **sage, **arguments)
+    llm = LLM(model, **run.arguments, **arguments)
     try:
         yield llm
     finally:

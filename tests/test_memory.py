@@ -1,9 +1,11 @@
 """Memory in an engine: keys recalled past the trained length, pages that are shared, what is left out, and options that are
 refused."""
 
+import json
 import re
 import timeit
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -291,6 +293,7 @@ def test_a_layer_whose_rotary_embedding_is_unknown_is_refused() -> None:
         (["SAGE", "--text", "missing"], "error: missing is not a file with text"),
         (["SAGE", "--out", "missing/x.json"], "error: there is no folder"),
         (["NONE"], "error: vLLM has no attention backend 'NONE'"),
+        (["SAGE", "SAGE:memory.topk_pages=128"], "error: SAGE:memory.topk_pages=128: option \"memory\" in --additional-config"),
     ],
 )
 def test_needle_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,3 +301,24 @@ def test_needle_refuses(arguments: list[str], message: str, capsys: pytest.Captu
         assert needle.main(arguments) == 1
     errors = capsys.readouterr().err.strip().splitlines()
     assert errors[-1].startswith(message)
+    assert not any(line.startswith("[1/") for line in errors), "a run began"
+
+
+def test_needle_keeps_what_it_has_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A later run that fails leaves the results of those before it."""
+
+    def recall(run: Any, *_: Any, **__: Any) -> dict[int, list[bool]]:
+        if run.options:
+            raise RuntimeError("out of memory")
+        return {600: [True, False]}
+
+    monkeypatch.setattr(needle, "recall", recall)
+    out = tmp_path / "needle.json"
+    with environment():
+        assert needle.main(["SAGE", "SAGE:k_bits=4", "--lengths", "600", "--depths", "2", "--out", str(out)]) == 1
+    assert json.loads(out.read_text())["runs"] == [{"run": "SAGE", "recalled": {"600": [True, False]}}]
+    printed = capsys.readouterr()
+    assert printed.out.split() == ["run", "600", "SAGE", "50%"]
+    assert printed.err.strip().endswith("error: out of memory")

@@ -410,6 +410,9 @@ def test_overhead(server: Server, tmp_path: Path) -> None:
     step = seconds / tokens
     ours = step_seconds(tmp_path, layers=4, requests=1)
     print(f"{ours * 1e6:.1f} us of a decode step of {step * 1e3:.2f} ms: {ours / step:.2%}")
+    for requests in (1, 256):
+        deep = step_seconds(tmp_path, layers=32, requests=requests)
+        print(f"of 32 layers and {requests} requests: {deep * 1e6:.1f} us")
     assert ours < 0.01 * step
 
 

@@ -6,7 +6,7 @@ from random import Random
 
 import psutil
 import pytest
-from server import STOP_SECONDS, Server
+from server import API_KEY, STOP_SECONDS, Server
 
 from sage_backend.demo import HELDOUT, MODEL_DIR
 from sage_backend.demo.passkey import make_passkey
@@ -56,13 +56,15 @@ def test_concurrent_requests(server: Server, passkeys: list[tuple[str, str]]) ->
 
 
 def test_ctrl_c_stops_everything(server: Server) -> None:
-    """The last test of all that use the server, because it is gone then."""
+    """The last test of all that use the server, because it is gone then. What it has said keeps the key to itself."""
     assert list(server.temporary.glob("sage-metrics-*"))
     processes = psutil.Process(server.process.pid).children(recursive=True)
     assert len(processes) > 1
     server.process.send_signal(signal.SIGINT)
     output, _ = server.process.communicate(timeout=STOP_SECONDS)
     assert server.process.returncode == 0
+    assert '/v1/completions -H "Authorization: Bearer $VLLM_API_KEY" ' in output
+    assert API_KEY not in output
     assert "[sage] stopping the server" in output
     assert "Traceback" not in output
     _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)

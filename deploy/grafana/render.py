@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Draw the panels of dashboard.json from a running Prometheus, for the documentation. Needs matplotlib.
+"""Draw the panels of dashboard.json from a running Prometheus. Needs matplotlib.
 
-    python deploy/grafana/render.py http://127.0.0.1:9090 docs/dashboard.png --seconds 120
+    python deploy/grafana/render.py http://127.0.0.1:9090 .venv/dashboard.png --seconds 120
 """
 
 import argparse
@@ -50,7 +50,10 @@ def main() -> None:
         axis.yaxis.set_major_formatter(lambda value, _, unit=panel.unit: with_unit(value, unit))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g} s")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
+        if axis.lines:
+            axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
+        else:
+            axis.text(0.5, 0.5, "no data", ha="center", va="center", transform=axis.transAxes)
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
     figure.savefig(arguments.image, dpi=70)
