@@ -190,27 +190,34 @@ def recalls(
     return [text.strip().startswith(answer) for text, answer in zip(texts, answers, strict=True)]
 
 
-def measure(
-    run: Run, model: str, text: str, tokens: int, context: int, passkey: Sequence[int] = (), keys: int = 1, prompt: int = 0
-) -> Scores:
-    """Run an engine over the first `tokens` tokens of `text` and over pass-key prompts of the given lengths, `keys` a depth.
-
-    The text is cut into windows of context - 1 tokens; each predicts all of its tokens but the first and those of the prompt.
-    Raises ValueError for a text or prompt that does not fit.
-    """
-    from vllm import SamplingParams
+def _scoring_engine(model: str, context: int) -> dict[str, Any]:
+    """Arguments of an engine that scores windows of a text."""
     from vllm.platforms import current_platform
-
-    from sage_backend.variator.admission import TAIL
-    from sage_backend.variator.groups import MIN_TAIL
 
     memory: dict[str, Any] = {"gpu_memory_utilization": 0.8}  # the rest is for the logits of whole prompts
     if current_platform.is_cpu():
         memory = {"kv_cache_memory_bytes": 1 << 30}
     # Log-probabilities of cached tokens would not be computed again.
     fixed: dict[str, Any] = {"enable_prefix_caching": False, "enforce_eager": True, "max_num_batched_tokens": 2048}
-    fixed |= stretched(model, context)
-    with engine(run, model, max_model_len=context, max_logprobs=TOP, **memory, **fixed) as llm:
+    return {"max_model_len": context, "max_logprobs": TOP, **memory, **fixed, **stretched(model, context)}
+
+
+def measure(
+    run: Run, model: str, text: str, tokens: int, passkey: Sequence[int] = (), keys: int = 1, prompt: int = 0, **arguments: Any
+) -> Scores:
+    """Run an engine with these arguments over the first `tokens` tokens of `text` and over pass-key prompts of the given
+    lengths, `keys` a depth.
+
+    The text is cut into windows that leave room in the context for one more token; each predicts all of its tokens but the
+    first and those of the prompt. Raises ValueError for a text or prompt that does not fit.
+    """
+    from vllm import SamplingParams
+
+    from sage_backend.variator.admission import TAIL
+    from sage_backend.variator.groups import MIN_TAIL
+
+    context = arguments["max_model_len"]
+    with engine(run, model, **arguments) as llm:
         tokenizer = llm.get_tokenizer()
         # What is scored has to be long enough to be left uncompressed.
         least = prompt + MIN_TAIL if prompt else 2
@@ -335,21 +342,30 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
     if not arguments.prompt and any("variator" in run.options for run in runs):
         raise ValueError(f"only what follows a prompt can be scored; add, for example, --prompt {arguments.context // 2}")
 
-    results: list[dict[str, Any]] = []
-    baseline = None
-    for number, run in enumerate(runs, start=1):
-        print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
-        passkey = [int(each) for each in lengths]
-        scores = measure(
-            run, arguments.model, text, arguments.tokens, arguments.context, passkey, arguments.passkey_keys, arguments.prompt
-        )
-        baseline = baseline or scores
-        results.append({"run": run.name, **scores.against(baseline)})
-    assert baseline is not None
+    engine_arguments = _scoring_engine(arguments.model, arguments.context)
+    for run in runs:
+        run.check(arguments.model, **engine_arguments)
+    passkey = [int(each) for each in lengths]
+    asked = arguments.model, text, arguments.tokens, passkey, arguments.passkey_keys, arguments.prompt
+    scores: list[Scores] = []
+    try:
+        for number, run in enumerate(runs, start=1):
+            print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
+            scores.append(measure(run, *asked, **engine_arguments))
+    finally:
+        # A run that fails after all, or Ctrl-C, leaves what the ones before it took long to find.
+        if scores:
+            _tell(runs, scores, arguments, command)
+
+
+def _tell(runs: Sequence[Run], scores: Sequence[Scores], arguments: argparse.Namespace, command: str) -> None:
+    """Print and write what the first runs have scored."""
+    baseline = scores[0]
+    results = [{"run": run.name, **each.against(baseline)} for run, each in zip(runs, scores, strict=False)]
     print(f"{baseline.true.size} tokens predicted; loss in nats per token; changes, KL and agreement against {runs[0].name}")
     rows = _figures(results)
     print(table(rows))
-    if lengths:
+    if baseline.passkey:
         print("\n" + table(_by_depth(results)))
     report = {
         **circumstances(command, arguments.model),

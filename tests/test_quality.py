@@ -118,6 +118,25 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: p
     assert message in errors[0]
 
 
+def test_a_run_that_fails_leaves_what_others_have_scored(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(run: Run, *_: Any, **__: Any) -> Scores:
+        if run.options:
+            raise RuntimeError("out of memory")
+        return _scores(np.random.default_rng(0).normal(size=(50, 40)))
+
+    monkeypatch.setattr(quality, "measure", measure)
+    out = tmp_path / "quality.json"
+    with environment():
+        assert quality.main(["SAGE", "SAGE:k_bits=4", "--out", str(out)]) == 1
+        assert capsys.readouterr().err.strip().endswith("error: out of memory")
+        assert [run["run"] for run in json.loads(out.read_text())["runs"]] == ["SAGE"]
+        # What no engine would take is found before the first run begins.
+        assert quality.main(["SAGE", "SAGE:memory.topk_pages=64"]) == 1
+    assert "[1/" not in capsys.readouterr().err
+
+
 def test_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`")
     figures = {"loss_change": 0.0, "top1_agreement": 1.0, "kv_capacity": 1.0}
