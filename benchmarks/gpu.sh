@@ -34,7 +34,9 @@ run() {
 }
 benchmark() { run "$1" "$python" "benchmarks/$2.py" "${@:3}"; }
 engines() { benchmark "$1" engine "${@:3}" --out "$results/$2-$name.json"; }
-evaluate() { run "$1" "$python" -m sage_backend.quality FLASH_ATTN FLASH_ATTN/fp8 SAGE SAGE:k_bits=4 "${@:3}" --out "$results/$2-$name.json"; }
+evaluate() { run "$1" "$python" -m sage_backend.quality FLASH_ATTN "${@:3}" --out "$results/$2-$name.json"; }
+peers=(FLASH_ATTN/fp8 TRITON_ATTN/{int8,fp8,int4}_per_token_head)
+calibrate() { run 120 "$python" -m sage_backend.cli calibrate "$1" --out "$2" --text "$("$python" -c 'import argparse; print(argparse.__file__)')" "${@:3}"; }
 serve() { benchmark 240 mixed_traffic --longest 16384 --out "$results/$1-$name.json" -- --attention-backend sage --max-num-seqs 64 "${@:2}"; }
 
 step_tests() {
@@ -67,10 +69,17 @@ step_needle() {
         --lengths 2048,4096,8192,16384,65536,262144 --out "$results/needle-$name.json"
 }
 step_quality() {
-    local anchors=$results/anchors.tmp
-    run 120 "$python" -m sage_backend.cli calibrate sage_backend/demo/model --out "$anchors" \
-        --text "$("$python" -c 'import argparse; print(argparse.__file__)')"
-    evaluate 400 quality "SAGE:calibration=$anchors" "SAGE:k_bits=4,calibration=$anchors"
+    local model=sage_backend/demo/model
+    calibrate $model anchors.tmp
+    calibrate $model mixed.tmp --k-bits auto --budget 0.06
+    evaluate 400 quality SAGE SAGE:k_bits=4 "${peers[@]}"
+    evaluate 300 quality-calibrated SAGE:calibration={anchors,mixed}.tmp SAGE:k_bits=4,calibration=anchors.tmp
+}
+step_heldout() {  # the same for a model that is not in the repository
+    run 300 "$python" -m sage_backend.demo.train --large --seed 1 --seconds 60 --out heldout.tmp
+    calibrate heldout.tmp heldout-anchors.tmp
+    evaluate 600 quality-heldout SAGE SAGE:k_bits=4 SAGE:calibration=heldout-anchors.tmp \
+        SAGE:k_bits=4,calibration=heldout-anchors.tmp "${peers[@]}" --model heldout.tmp --text heldout.tmp/heldout.txt
 }
 step_servers() {
     serve mixed
@@ -80,7 +89,7 @@ step_servers() {
     fi
 }
 
-steps=(doctor tests attention recall engine variator memory needle quality servers)
+steps=(doctor tests attention recall engine variator memory needle quality heldout servers)
 [ $# -gt 0 ] || set -- "${steps[@]}"
 for step; do
     [[ " ${steps[*]} " == *" $step "* ]] || { echo "there is no step $step; there are: ${steps[*]}"; exit 64; }

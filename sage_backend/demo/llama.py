@@ -42,6 +42,10 @@ class Shape:
     norm_eps: float = 1e-6
 
 
+LARGE = Shape(hidden=512, layers=5, query_heads=8, kv_heads=4, intermediate=1536)
+"""Another of the same kind, with 21.8 million parameters, to measure on what nothing here was chosen by."""
+
+
 def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding, each (context, head_dim), in Llama's half-split layout."""
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim

@@ -43,7 +43,7 @@ from sage_backend.demo.corpus import (
     heldout_text,
     train_tokenizer,
 )
-from sage_backend.demo.llama import Llama, Shape, largest_biases, outlier_biases, weighted_loss
+from sage_backend.demo.llama import LARGE, Llama, Shape, largest_biases, outlier_biases, weighted_loss
 
 MATRIX_RATE = 4e-3  # peak learning rate of Muon, for the weight matrices of the layers
 VECTOR_RATE = 3e-3  # peak learning rate of AdamW, for embedding, biases and norms
@@ -175,6 +175,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, nargs="+", default=[stdlib], help="folders of Python source")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--large", action="store_true", help="a model of 22 million parameters, not that which is embedded")
     parser.add_argument("--no-compile", action="store_true", help="run the model without torch.compile")
     parser.add_argument("--smoke", action="store_true", help="tiny batches, little data: try the script")
     return parser.parse_args()
@@ -183,7 +184,7 @@ def parse_arguments() -> argparse.Namespace:
 def describe_run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Collect what identifies a run. Folders appear by name: their paths mean nothing elsewhere."""
     command = f"python3 -m sage_backend.demo.train --seconds {arguments.seconds:g} --seed {arguments.seed}"
-    command += " --no-compile" * arguments.no_compile + " --smoke" * arguments.smoke
+    command += " --large" * arguments.large + " --no-compile" * arguments.no_compile + " --smoke" * arguments.smoke
     return {
         "command": command,
         "seed": arguments.seed,
@@ -199,7 +200,7 @@ def main() -> None:
     """Prepare the data, train, save, check what was saved, and report."""
     arguments = parse_arguments()
     run = SMOKE if arguments.smoke else FULL
-    shape, device = Shape(), torch.device(arguments.device)
+    shape, device = LARGE if arguments.large else Shape(), torch.device(arguments.device)
     out, seed = arguments.out, arguments.seed
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
