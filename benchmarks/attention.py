@@ -2,8 +2,8 @@
 """Paged attention kernels side by side on one GPU: these kernels, vLLM's, cuDNN's, SageAttention's and FlashInfer's.
 
     python3 benchmarks/attention.py run --prefill 4096 16384 32768 131072 --store 32768 --chunk 2048x128000 \\
-        --decode 64x8192 128x1024 8x131072 1x131072 --out benchmarks/results/attention-h200.json
-    python3 benchmarks/attention.py plot benchmarks/results/attention-h200.json
+        --decode 64x8192 128x1024 8x131072 1x131072 --out benchmarks/results/attention-NAME.json
+    python3 benchmarks/attention.py plot benchmarks/results/attention-NAME.json
 
 In each case all contenders get the same random bf16 data, with strongly biased key channels. Each is first compared with exact
 float32 attention on sampled rows, and only timed if it is close enough. Timings go round by round, one of every contender in

@@ -2,10 +2,10 @@
 """Speed of a whole vLLM engine, for any attention backend: prefill, decode steps, and how many tokens its cache holds.
 
     python3 benchmarks/engine.py FLASH_ATTN FLASH_ATTN/fp8 SAGE SAGE:k_bits=4 \\
-        --prefill 8192 32768 131072 --decode 128x1024 64x8192 --out benchmarks/results/engine-h200.json
+        --prefill 8192 32768 131072 --decode 128x1024 64x8192 --out benchmarks/results/engine-NAME.json
     P=variator.plugins=random
     python3 benchmarks/engine.py SAGE SAGE:$P,variator.ratio=2 SAGE:$P,variator.ratio=4 \\
-        --prefill 8192 --decode 64x8192 --out benchmarks/results/variator-h200.json
+        --prefill 8192 --decode 64x8192 --out benchmarks/results/variator-NAME.json
 
 A run is named as for `sage_backend.quality`, except that its compression plugins can be `random` ones. Each gets an engine of
 its own, in a process of its own, with random weights of the given shape (default: Llama-3.1-8B) and random prompts. Prefill is

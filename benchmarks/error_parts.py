@@ -30,6 +30,7 @@ CASES: tuple[tuple[str, ...], ...] = (
     ("V e4m3", "P e4m3"),
     ("Q", "K INT8", "V e4m3", "P e4m3"),
     ("Q", "K INT8", "V INT8"),
+    ("Q", "K INT8", "V INT8", "P e4m3"),
     ("Q", "K INT4"),
     ("Q", "K INT4", "V e4m3", "P e4m3"),
 )

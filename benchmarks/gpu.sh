@@ -71,7 +71,7 @@ step_needle() {
 step_quality() {
     local model=sage_backend/demo/model
     calibrate $model anchors.tmp
-    calibrate $model mixed.tmp --k-bits auto --budget 0.06
+    calibrate $model mixed.tmp --k-bits auto --budget 0.065
     evaluate 400 quality SAGE SAGE:k_bits=4 "${peers[@]}"
     evaluate 300 quality-calibrated SAGE:calibration={anchors,mixed}.tmp SAGE:k_bits=4,calibration=anchors.tmp
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Mixed traffic against a real `vllm serve` of a given shape with random weights: does everything come back?
 
-    python3 benchmarks/mixed_traffic.py --longest 32768 --out benchmarks/results/mixed-h200.json -- --attention-backend sage
+    python3 benchmarks/mixed_traffic.py --longest 32768 --out benchmarks/results/mixed-NAME.json -- --attention-backend sage
 
 Starts the server with the arguments after `--`, sends prompts of lengths from 1 token to --longest all at once, half of them
 streamed, some of them hung up on, and afterwards asks the server whether it is healthy and holds no KV block any more.
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -117,15 +116,15 @@ async def drive(arguments: argparse.Namespace, server: subprocess.Popen, base: s
             "requests_running_after": running,
             "kv_cache_usage_after": kv_use,
             "generated_tokens": told["vllm:generation_tokens_total"],
-            "metrics": {
-                name: value
-                for name, value in sorted(told.items())
-                if name.startswith("sage_") and not name.endswith(("_bucket", "_created"))
+            "metrics": {  # counters, for sums of gauges over replicas mean nothing
+                name: value for name, value in sorted(told.items()) if name.startswith("sage_") and name.endswith("_total")
             },
         }
 
 
 def main() -> None:
+    from sage_backend import quality
+
     parser = argparse.ArgumentParser(description="Send mixed traffic to a `vllm serve` with random weights.")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
@@ -161,7 +160,7 @@ def main() -> None:
     # vLLM's monitor, which is silent with --enforce-eager, tells of kernels that requests had to wait for.
     report["kernels_compiled_while_serving"] = re.findall(r"compilation during inference: (\S+)", output)
     report["command"] = " ".join(["benchmarks/mixed_traffic.py", *sys.argv[1:]])
-    report["date"] = datetime.now(UTC).date().isoformat()
+    report |= quality.circumstances(report["command"], arguments.shape)
     print(json.dumps(report, indent=2))
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

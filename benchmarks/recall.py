@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What memory costs and saves in a decode step: attention to all of a context, and to the pages that are recalled from it.
 
-    python3 benchmarks/recall.py --lengths 65536 262144 1048576 --out benchmarks/results/recall-h200.json
+    python3 benchmarks/recall.py --lengths 65536 262144 1048576 --out benchmarks/results/recall-NAME.json
 
 One request of each length, pages with random keys. Each of --layers layers has pages of its own, so that none is in the L2
 cache when its turn comes; a step over all layers is one CUDA graph. Times are of one layer, medians of --repeat replays.

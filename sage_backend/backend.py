@@ -260,8 +260,8 @@ class SageImpl(AttentionImpl[SageMetadata]):
         """Whether the anchor is that of a calibration."""
         self.v_anchor: torch.Tensor | None = None
         """What is subtracted from this layer's values, float32 [kv_heads, head_size], if a calibration has it."""
-        self.has_anchors = False
-        """Whether both are what they have to be."""
+        self.anchors_made = False
+        """Whether both are what they have to be, which may be None."""
         self.memory = None if self.window else options.current().memory
         """What is read of long contexts, unless the layer is one of those that are left dense."""
         self.frequencies: tuple[float, ...] = ()
@@ -280,7 +280,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
 
     def make_anchors(self, layer: Any, device_: torch.device) -> None:
         """Take the anchors from the calibration, if there is one; that of keys is left to the first tokens elsewhere."""
-        self.has_anchors = True
+        self.anchors_made = True
         if self.smooth_k:
             shape = self.num_kv_heads, self.head_size
             self.anchor = torch.full(shape, torch.nan, dtype=torch.float32, device=device_)
@@ -303,7 +303,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         slot_mapping.numel() count; kv_cache: [blocks, kv_heads, page_tokens, content] in the model's dtype."""
         if kv_cache.numel() == 0:  # the profiling run has no cache yet
             return
-        if not self.has_anchors:
+        if not self.anchors_made:
             # Here and no earlier: what is allocated with the weights or with the KV cache does not survive sleep mode. vLLM
             # runs every batch that it captures once before, so that this is no part of a graph.
             self.make_anchors(layer, key.device)

@@ -130,7 +130,7 @@ def _anchors_of(means: list[dict[str, torch.Tensor]], heads: int) -> dict[str, t
         parts = parts[:: max(1, len(parts) // heads)]  # workers beyond the number of heads repeat one
         key, value, square = (part.clone() for part in parts.unbind(1))
         found[layer] = key
-        if value.square().sum() >= LEAST_SHARE * square.sum():
+        if value.square().sum() > LEAST_SHARE * square.sum():
             found[layer + OF_VALUES] = value
     return found
 

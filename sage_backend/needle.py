@@ -55,28 +55,27 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     for run in runs:
         run.check(arguments.model, max_model_len=max(lengths) + quality.ANSWER_TOKENS, **engine)
     results: list[dict[str, Any]] = []
+    report = quality.circumstances(command, arguments.model)
+    report |= {"lengths": lengths, "depths": arguments.depths, "runs": results}
     try:
         for number, run in enumerate(runs, start=1):
             print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
             found = recall(run, arguments.model, lengths, arguments.depths, document, **engine)
             results.append({"run": run.name, "recalled": {str(length): hits for length, hits in found.items()}})
+            if arguments.out:  # after each run, for the next one may be cut short
+                arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     finally:
-        # A run that fails after all, or Ctrl-C, leaves what the ones before it took long to find.
         if results:
-            _tell(results, lengths, arguments, command)
+            _tell(report, arguments)
 
 
-def _tell(results: list[dict[str, Any]], lengths: list[int], arguments: argparse.Namespace, command: str) -> None:
-    """Print and write what runs have recalled."""
-    rows = [["run", *map(str, lengths)]]
-    for result in results:
-        shares = (sum(result["recalled"][str(length)]) / arguments.depths for length in lengths)
+def _tell(report: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Print what runs have recalled, and draw it if that is asked for."""
+    rows = [["run", *map(str, report["lengths"])]]
+    for result in report["runs"]:
+        shares = (sum(hits) / report["depths"] for hits in result["recalled"].values())
         rows.append([result["run"], *(f"{share:.0%}" for share in shares)])
     print(quality.table(rows))
-    report = quality.circumstances(command, arguments.model)
-    report |= {"lengths": lengths, "depths": arguments.depths, "runs": results}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if arguments.plots:
         print(*plots.write_needle(report, rows, arguments.plots), sep="\n")
 

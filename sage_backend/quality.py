@@ -352,31 +352,35 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
         for number, run in enumerate(runs, start=1):
             print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
             scores.append(measure(run, *asked, **engine_arguments))
+            if arguments.out:  # after each run, for the next one may be cut short
+                report = _report(runs, scores, arguments, command)
+                arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     finally:
-        # A run that fails after all, or Ctrl-C, leaves what the ones before it took long to find.
         if scores:
-            _tell(runs, scores, arguments, command)
+            _tell(_report(runs, scores, arguments, command), arguments)
 
 
-def _tell(runs: Sequence[Run], scores: Sequence[Scores], arguments: argparse.Namespace, command: str) -> None:
-    """Print and write what the first runs have scored."""
-    baseline = scores[0]
-    results = [{"run": run.name, **each.against(baseline)} for run, each in zip(runs, scores, strict=False)]
-    print(f"{baseline.true.size} tokens predicted; loss in nats per token; changes, KL and agreement against {runs[0].name}")
-    rows = _figures(results)
-    print(table(rows))
-    if baseline.passkey:
-        print("\n" + table(_by_depth(results)))
-    report = {
+def _report(runs: Sequence[Run], scores: Sequence[Scores], arguments: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Of the runs that have been scored."""
+    return {
         **circumstances(command, arguments.model),
         "text": arguments.text.name,
-        "predicted_tokens": baseline.true.size,
+        "predicted_tokens": scores[0].true.size,
         "context": arguments.context,
         "prompt": arguments.prompt,
-        "runs": results,
+        "runs": [{"run": run.name, **each.against(scores[0])} for run, each in zip(runs, scores, strict=False)],
     }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _tell(report: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Print a report, and draw it if that is asked for."""
+    results, predicted = report["runs"], report["predicted_tokens"]
+    baseline = results[0]["run"]
+    print(f"{predicted} tokens predicted; loss in nats per token; changes, KL and agreement against {baseline}")
+    rows = _figures(results)
+    print(table(rows))
+    if results[0]["passkey"]:
+        print("\n" + table(_by_depth(results)))
     if arguments.plots:
         print(*plots.write(report, rows, arguments.plots), sep="\n")
 

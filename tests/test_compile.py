@@ -86,8 +86,10 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
                 where = remembering.empty(2, 2), remembering, table, lengths, starts
                 recall.store_summaries(*where, 1, torch.zeros(2, 128), anchor)
                 recall.recall(query, *where, Memory(), 512)
-                where = *where[:2], torch.zeros(1, 2000, dtype=torch.int32), *where[3:]
-                recall.recall(query, *where, Memory(), 0)
+                long = *where[:2], torch.zeros(1, 2000, dtype=torch.int32), *where[3:]
+                for query_block in (0, 512):
+                    recall.recall(query, *long, Memory(), query_block)
+                    recall.recall(query, *where, Memory(trained_tokens=8192), query_block, torch.zeros(2, 128))
             attentions = [prefill.prefill, decode.decode]
             if capability == 90:
                 from sage_kernels import hopper, hopper_decode

@@ -5,8 +5,8 @@ each with 64 query rows, share what they bring: while one is busy with numbers, 
 
 A softmax has two parts that use different units: logits and their maximum (arithmetic) and exponentials (special functions),
 and the second waits for the first. Within a warpgroup the exponentials of one page are therefore computed beside the logits of
-the next, in one straight run of instructions. An H100 is at its limit of power in this kernel, and issues an instruction in
-every other cycle, so what counts is how many there are: a page costs a warp 584 of them. What was slower:
+the next, in one straight run of instructions. By a profile that is not kept, an H100 is at its limit of power in this kernel,
+and issues an instruction in every other cycle, so what counts is how many there are. What was slower:
 
 - P V left running during the softmax, as in FlashAttention-3 (section 3.2), for which registers suffice only with longer sums
   in the 22-bit accumulators; warpgroups that take turns; three warpgroups, which spill registers; pages of 64 tokens;
@@ -43,8 +43,8 @@ STAGES = gl.constexpr(4)
 i + 1. K of page 0 has a buffer of its own, behind the slots."""
 
 LOGIT_BIAS = gl.constexpr(1024.0)
-"""Added to all base-2 logits, to make the largest of a row positive. Weights are wrong, though finite, in a page where a row
-has none above -LOGIT_BIAS; as soon as another page has one, they count nothing."""
+"""Added to all base-2 logits, to make the largest of a row positive. In a page where a row has none above -LOGIT_BIAS, which is
+-710 as it stands in the exponent of e, its weights are wrong. More would cost the weights of all others some precision."""
 
 _find_request = gluon.jit(find_request.fn)
 _to_int = gluon.jit(to_int.fn)
@@ -135,7 +135,7 @@ def _start_product(q, buffers, barriers, i, last, PAGE: gl.constexpr, S_LAYOUT: 
 
 @gluon.jit
 def _halves(x, COLUMNS: gl.constexpr):
-    """The even and the odd eighths of columns of x. Eight columns are what four threads hold of one tile."""
+    """The even and the odd groups of eight columns of x, which are what four threads hold of one tile."""
     even, odd = gl.split(x.reshape([ROWS, COLUMNS // 16, 2, 8]).permute([0, 1, 3, 2]))
     return even.reshape([ROWS, COLUMNS // 2]), odd.reshape([ROWS, COLUMNS // 2])
 
@@ -351,6 +351,7 @@ def _consume_pages(
             top += q_bias
         head = kv_head * GROUP + (WARPGROUP * ROWS + gl.arange(0, ROWS, S_ROWS)) % GROUP
         total += gl.exp2(gl.load(sinks + head).to(gl.float32) * LOG2E - top)
+    total = gl.where(total > 0.0, total, 1.0)  # 0 where all logits are below -LOGIT_BIAS
     acc = acc / gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]
     result = gl.convert_layout(acc.to(out.dtype.element_ty), Q_LAYOUT)
     offsets = (q_start + local).to(gl.int64) * out_token_stride + heads * out_head_stride

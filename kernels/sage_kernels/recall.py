@@ -24,7 +24,7 @@ _CHUNK_PAGES = 1024
 SCORE_BITS = tl.constexpr(_SCORE_BITS)
 LARGEST_SCORE = tl.constexpr(1 << _SCORE_BITS)
 _FOLD_ROWS = 64
-"""Queries, tokens times heads of a group, that it holds while it folds them."""
+"""Queries, tokens times heads of a group, that a program holds while it folds them."""
 
 
 @triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
@@ -205,8 +205,8 @@ def _score_kernel(
 ):  # fmt: skip
     """Grid: (parts of a context, KV heads, rows). scores: float32 [rows, kv_heads, width], of the pages behind the sinks.
 
-    Prompts have been folded. A decode has few queries, which each program folds for itself: that is less than the launch of a
-    kernel.
+    Prompts have been folded. A decode has few queries, which each program folds for itself: for one request of a million tokens
+    that took less time than the launch of a kernel.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     part = tl.program_id(0)
@@ -355,7 +355,6 @@ def recall(
     lists = torch.empty(rows, kv_heads, list_width, dtype=torch.int32, device=device)
     turns = None if turn_table is None else Turns(torch.empty_like(lists), turn_table)
     row_lens, row_starts = (torch.empty(n, dtype=torch.int32, device=device) for n in (rows, rows + 1))
-    folded = torch.empty(rows, kv_heads, 2, layout.head_dim, dtype=torch.float32, device=device)
     scores = torch.empty(rows, kv_heads, candidates, dtype=torch.float32, device=device)
     group = query.shape[1] // kv_heads
     block_group = triton.next_power_of_2(group)
@@ -366,10 +365,12 @@ def recall(
     of_queries = {
         "GROUP": group, "BLOCK_G": block_group, "HEAD_DIM": layout.head_dim,
         "BLOCK_D": triton.next_power_of_2(layout.head_dim), "TURN": turn_table is not None,
-        "BLOCK_T": triton.next_power_of_2(max_query_len) if query_block == 0 else max(1, _FOLD_ROWS // block_group),
+        "BLOCK_T": min(triton.next_power_of_2(query_block or max_query_len), max(1, _FOLD_ROWS // block_group)),
     }  # fmt: skip
     turned_by = query if turn_table is None else turn_table
+    folded = scores
     if query_block:
+        folded = scores.new_empty(rows, kv_heads, 2, layout.head_dim)
         _fold_kernel[(rows, kv_heads)](
             query, folded, row_starts, row_lens, seq_lens, query_start_loc, turned_by, requests,
             query.stride(0), query.stride(1), num_warps=4, **of_queries, **policy,

@@ -99,5 +99,7 @@ def load(path: str, layer: str, hidden: int, ratios: list[int]) -> dict[int, Com
     for ratio, plugin in plugins.items():
         prefix = f"{layer}.{ratio}."
         _, tensors = FILE.read(path, [prefix + name for name in plugin.state_dict()])
-        plugin.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
+        # Copied, for what was read stays tied to the file.
+        read = {name.removeprefix(prefix): tensor.to(torch.bfloat16, copy=True) for name, tensor in tensors.items()}
+        plugin.load_state_dict(read, assign=True)
     return {ratio: plugin.requires_grad_(False) for ratio, plugin in plugins.items()}
