@@ -15,11 +15,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from key_codes import ANCHORS, HEAD_DIM, TOKENS, load_model, study
+from key_codes import ANCHORS, HEAD_DIM, TOKENS, heads_of, load_model, study
 from torch import Tensor
 
 from sage_backend.demo import HELDOUT
-from sage_backend.demo.llama import Attention, rotate
+from sage_backend.demo.llama import Attention
 from sage_kernels.reference import LOG2E, P_BITS, products, quantize_k, quantize_q, quantize_v
 
 WINDOWS = 8
@@ -63,11 +63,7 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, parts: Set[str]) -> Ten
 
 def forward(module: Attention, parts: Set[str], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`Attention.forward` of one window."""
-    q, k, v = (
-        projection(x)[0].unflatten(-1, (-1, HEAD_DIM)).transpose(0, 1)
-        for projection in (module.q_proj, module.k_proj, module.v_proj)
-    )
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    q, k, v = heads_of(module, x, cos, sin)
     k, v = (t.repeat_interleave(len(q) // len(k), 0) for t in (k, v))
     out: Tensor = module.o_proj(quantized_attention(q, k, v, parts).transpose(0, 1).flatten(1)[None])
     return out

@@ -38,18 +38,22 @@ def load_model() -> tuple[Llama, Tokenizer]:
     return model, Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
 
 
+def heads_of(module: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Heads:
+    """What a layer of the model attends with, of one window. The arguments are those of `Attention.forward`."""
+    q, k, v = (
+        projection(x)[0].unflatten(-1, (-1, HEAD_DIM)).transpose(0, 1)
+        for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
 def model_activations() -> list[Heads]:
     """Those of the embedded model's four layers on a window of held-out text."""
     model, tokenizer = load_model()
     layers: list[Heads] = []
 
     def keep(module: Attention, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        x, cos, sin = inputs
-        q, k, v = (
-            projection(x)[0].unflatten(-1, (-1, HEAD_DIM)).transpose(0, 1)
-            for projection in (module.q_proj, module.k_proj, module.v_proj)
-        )
-        layers.append((rotate(q, cos, sin), rotate(k, cos, sin), v))
+        layers.append(heads_of(module, *inputs))
 
     for layer in model.layers:
         layer.self_attn.register_forward_hook(keep)

@@ -351,8 +351,9 @@ class SageImpl(AttentionImpl[SageMetadata]):
         target = layer.kv_sharing_target_layer_name
         owner = self if target is None else get_forward_context().no_compile_layers[target].impl
         anchor = owner.anchor
-        mask: dict[str, Any] = {"window": self.window, "soft_cap": self.soft_cap, "sinks": self.sinks}
-        mask["v_anchor"] = owner.v_anchor
+        mask: dict[str, Any] = {
+            "window": self.window, "soft_cap": self.soft_cap, "sinks": self.sinks, "v_anchor": owner.v_anchor,
+        }  # fmt: skip
         if self.soft_cap or self.sinks is not None or self.turns_pages:
             mask["anchor"] = anchor  # elsewhere, attention comes out the same with any
         how: dict[str, Any] = {}

@@ -36,9 +36,9 @@ _FILE = Kind("calibration", "sage calibrate", "sage-calibration-1")
 _ERROR_QUERIES = 256
 OF_VALUES = ".values"
 LEAST_SHARE = 0.05
-"""An anchor of values is kept if it takes at least this share off their mean square. Codes of e4m3 have errors in proportion to
-what they stand for, so that those of V then fall by 2.5%, and attention's, half of which or less come from V, by 1%. Less than
-that is not worth touching every output once more."""
+"""An anchor of values is kept if it takes more than this share off their mean square. Codes of e4m3 have errors in proportion
+to what they stand for, so that those of V then fall by 2.5%, and attention's, half of which or less come from V, by 1%. Less
+than that is not worth touching every output once more."""
 
 
 def save(path: Path, anchors: dict[str, torch.Tensor], model_config: Any, chosen: dict[str, int] | None = None) -> None:

@@ -199,6 +199,7 @@ def _scoring_engine(model: str, context: int) -> dict[str, Any]:
         memory = {"kv_cache_memory_bytes": 1 << 30}
     # Log-probabilities of cached tokens would not be computed again.
     fixed: dict[str, Any] = {"enable_prefix_caching": False, "enforce_eager": True, "max_num_batched_tokens": 2048}
+    fixed |= {"disable_log_stats": True}  # vLLM's own default for LLM, which `Run.check` has to see
     return {"max_model_len": context, "max_logprobs": TOP, **memory, **fixed, **stretched(model, context)}
 
 
@@ -348,16 +349,17 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
     passkey = [int(each) for each in lengths]
     asked = arguments.model, text, arguments.tokens, passkey, arguments.passkey_keys, arguments.prompt
     scores: list[Scores] = []
+    report: dict[str, Any] = {}
     try:
         for number, run in enumerate(runs, start=1):
             print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
             scores.append(measure(run, *asked, **engine_arguments))
+            report = _report(runs, scores, arguments, command)
             if arguments.out:  # after each run, for the next one may be cut short
-                report = _report(runs, scores, arguments, command)
                 arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     finally:
-        if scores:
-            _tell(_report(runs, scores, arguments, command), arguments)
+        if report:
+            _tell(report, arguments)
 
 
 def _report(runs: Sequence[Run], scores: Sequence[Scores], arguments: argparse.Namespace, command: str) -> dict[str, Any]:

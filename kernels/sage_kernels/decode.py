@@ -107,8 +107,7 @@ def _decode_kernel(
             HEAD_DIM, K_BITS, PAGE, True, SOFT_CAP, FP8, TURN,
         )  # fmt: skip
 
-    # What all values lack, every split gives back itself: the merge takes a mean of splits,
-    # less the share that a sink has.
+    # What all values lack, every split gives back itself: the merge takes a mean of splits, less the share that a sink has.
     acc = add_v_anchor(acc, total, v_anchor + kv_head * HEAD_DIM, HEAD_DIM, V_ANCHOR)
     # A split that saw nothing has total 0; the merge skips it by its top of -inf.
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]

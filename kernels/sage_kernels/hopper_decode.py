@@ -20,11 +20,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sage_kernels.hopper import descriptors
 from sage_kernels.prefill import table_strides
-from sage_kernels.tiles import GROUP_BYTES, LOG2E, P_BITS, TABLES, inverse_or_zero, section_offset, to_int
+from sage_kernels.tiles import (
+    GROUP_BYTES,
+    LOG2E,
+    P_BITS,
+    TABLES,
+    inverse_or_zero,
+    section_offset,
+    to_int,
+    v_scale_bits_beside,
+)
 from sage_paged import PageLayout, v_token
 
 _to_int = gluon.jit(to_int.fn)
 _inverse_or_zero = gluon.jit(inverse_or_zero.fn)
+_v_scale_bits_beside = gluon.jit(v_scale_bits_beside.fn)
 _v_token = gluon.jit(v_token)
 
 
@@ -207,7 +217,7 @@ def _decode_kernel(
         if K_BITS == 8:
             v_scale_bits = scales.slice(1, 1, dim=0).permute((1, 0)).load(LAYOUT).to(gl.int32, bitcast=True)
         else:
-            v_scale_bits = (k_scale.to(gl.int32, bitcast=True) & 0xFF) << 23
+            v_scale_bits = _v_scale_bits_beside(k_scale)
         v_exponent = v_scale_bits.to(gl.float32) * (1.0 / (1 << 23)) - 127.0
         v_inverse = ((254 << 23) - v_scale_bits).to(gl.float32, bitcast=True)
         codes = warpgroup_mma_wait(0, deps=[codes])

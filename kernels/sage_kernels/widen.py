@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sage_kernels.prefill import table_strides
 from sage_kernels.tiles import GROUP_BYTES, TABLES, section_offset, v_scale_bits_beside
 from sage_paged import PageLayout
 
@@ -72,10 +73,9 @@ def widened(
     used = min(-(-max_seq_len // layout.tokens), block_table.shape[-1])
     wide_layout = PageLayout(layout.head_dim, 8, layout.tokens)
     wide = torch.empty(requests * used, kv_heads, wide_layout.page_bytes, dtype=torch.uint8, device=pages.device)
-    head_stride = block_table.stride(1) if block_table.dim() == 3 else 0
     _widen_kernel[(used, kv_heads, requests)](
         pages.view(torch.int8), pages.view(torch.int32), wide.view(torch.int32), block_table, seq_lens, query_start_loc,
-        used, block_table.stride(0), head_stride, pages.stride(0), pages.stride(1),
+        used, *table_strides(block_table), pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, PAGE=layout.tokens, WIDE_BYTES=wide_layout.page_bytes, WINDOW=window, num_warps=4,
     )  # fmt: skip
     table = torch.arange(requests * used, dtype=torch.int32, device=pages.device).view(requests, used)
