@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import random
@@ -57,16 +58,24 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """`batch` requests of `length` tokens each, whose last `queries` tokens attend. store: whether writing is timed too."""
+    """`batch` requests of `length` tokens each, or, if there are `others`, one of `length` tokens and the rest of so many. The
+    last `queries` tokens of each attend. store: whether writing is timed too."""
 
     kind: str
     batch: int
     queries: int
     length: int
     store: bool = False
+    others: int = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.length, *[self.others or self.length] * (self.batch - 1)]
 
     @property
     def name(self) -> str:
+        if self.others:
+            return f"{self.kind} {self.length}+{self.batch - 1}x{self.others}"
         sizes = {
             "prefill": f"{self.length}",
             "chunk": f"{self.queries}x{self.length - self.queries}",
@@ -77,12 +86,11 @@ class Case:
     @property
     def pairs(self) -> int:
         """(query token, visible key) pairs: what causal attention has to compute for one head."""
-        history = self.length - self.queries
-        return self.batch * (self.queries * history + self.queries * (self.queries + 1) // 2)
+        return sum(self.queries * (n - self.queries) + self.queries * (self.queries + 1) // 2 for n in self.lengths)
 
     def description(self) -> dict[str, Any]:
         sizes = {"kind": self.kind, "batch": self.batch, "queries": self.queries, "length": self.length}
-        return {"case": self.name, **sizes, "pairs": self.pairs}
+        return {"case": self.name, **sizes, **({"others": self.others} if self.others else {}), "pairs": self.pairs}
 
     def operations(self, shape: Shape) -> int:
         return 4 * shape.heads * shape.head_dim * self.pairs  # a multiplication and an addition, for Q K^T and for P V
@@ -103,7 +111,7 @@ class Paging:
 
 @dataclass(frozen=True)
 class Batch:
-    """query: [batch * queries, heads, head_dim]; key, value: [batch * length, kv_heads, head_dim], request after request."""
+    """query: [batch * queries, heads, head_dim]; key, value: [all tokens, kv_heads, head_dim], request after request."""
 
     case: Case
     shape: Shape
@@ -122,16 +130,17 @@ class Batch:
         def normal(tokens: int, heads: int) -> torch.Tensor:
             return torch.randn(tokens, heads, shape.head_dim, generator=g, dtype=torch.bfloat16, device=device)
 
-        key = normal(case.batch * case.length, shape.kv_heads)
+        tokens = sum(case.lengths)
+        key = normal(tokens, shape.kv_heads)
         key[..., BIASED_CHANNELS] += BIAS
         return Batch(
             case,
             shape,
             normal(case.batch * case.queries, shape.heads),
             key,
-            normal(case.batch * case.length, shape.kv_heads),
+            normal(tokens, shape.kv_heads),
             torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.queries,
-            torch.full((case.batch,), case.length, dtype=torch.int32, device=device),
+            torch.tensor(case.lengths, dtype=torch.int32, device=device),
             peer_page,
         )
 
@@ -148,13 +157,16 @@ class Batch:
         return torch.full_like(self.query, float("nan"))
 
     def paging(self, page: int) -> Paging:
-        pages = -(-self.case.length // page)
-        blocks = self.case.batch * pages
         g = torch.Generator(self.device).manual_seed(1)
-        table = torch.randperm(blocks, generator=g, device=self.device).view(self.case.batch, pages)
-        tokens = torch.arange(self.case.length, device=self.device)
-        slots = table[:, tokens // page] * page + tokens % page
-        return Paging(page, blocks, table.int(), slots.flatten())
+        pages = [-(-length // page) for length in self.case.lengths]
+        order = torch.randperm(sum(pages), generator=g, device=self.device)
+        table = torch.zeros(len(pages), max(pages), dtype=torch.int32, device=self.device)
+        slots = []
+        for row, own, length in zip(table, order.split(pages), self.case.lengths, strict=True):
+            row[: len(own)] = own
+            tokens = torch.arange(length, device=self.device)
+            slots.append(own[tokens // page] * page + tokens % page)
+        return Paging(page, len(order), table, torch.cat(slots))
 
 
 # --- contenders -------------------------------------------------------------------------------------------------------------
@@ -173,7 +185,7 @@ class Prepared:
 
 
 def sage(batch: Batch, k_bits: int) -> Prepared:
-    from sage_kernels import decode, device, prefill, store
+    from sage_kernels import decode, prefill, store
     from sage_paged import PageLayout
 
     case, shape = batch.case, batch.shape
@@ -188,11 +200,9 @@ def sage(batch: Batch, k_bits: int) -> Prepared:
     where = paging.block_table, batch.seq_lens, batch.query_start_loc
     arguments = batch.query, pages, layout, *where, batch.scale, out
     if case.kind == "decode":
-        processors = device.multiprocessors(batch.device)
-        own = decode.choose_kernel(batch.device, layout) is not None
-        splits = decode.choose_splits(case.batch, shape.kv_heads, case.length, layout.tokens, processors, own)
-        workspace = decode.Workspace.allocate(case.batch * shape.heads * splits, shape.head_dim, batch.device)
-        launch = partial(decode.decode, *arguments, max_query_len=1, splits=splits, workspace=workspace)
+        group, most = shape.heads // shape.kv_heads, decode.most_programs(batch.device)
+        workspace = decode.Workspace.allocate(most, group, shape.head_dim, batch.device)
+        launch = partial(decode.decode, *arguments, workspace=workspace)
     else:
         launch = partial(prefill.prefill, *arguments)
 
@@ -385,10 +395,10 @@ def flashinfer(batch: Batch, fp8: bool = False) -> Prepared:
     cache = tuple(x.contiguous() for x in filled(batch, paging, cache_dtype))
     query = batch.query.to(cache_dtype) if case.kind != "decode" else batch.query
     out = batch.poisoned()
-    pages = paging.block_table.shape[1]
-    page_starts = torch.arange(case.batch + 1, dtype=torch.int32, device=batch.device) * pages
-    in_last_page = torch.full_like(batch.seq_lens, case.length - (pages - 1) * paging.page)
-    tables = page_starts, paging.block_table.flatten(), in_last_page
+    pages = (batch.seq_lens + paging.page - 1) // paging.page
+    page_starts = torch.nn.functional.pad(pages.cumsum(0), (1, 0)).int()
+    in_table = torch.arange(paging.block_table.shape[1], device=batch.device)[None, :] < pages[:, None]
+    tables = page_starts, paging.block_table[in_table], batch.seq_lens - (pages - 1) * paging.page
     sizes = shape.heads, shape.kv_heads, shape.head_dim, paging.page
     types = {"q_data_type": query.dtype, "kv_data_type": cache_dtype, "o_data_type": torch.bfloat16}
     workspace = torch.zeros(512 << 20, dtype=torch.uint8, device=batch.device)
@@ -476,10 +486,10 @@ class Sample:
         chosen = [(len(batch.query) - 1, rng.randrange(shape.heads))]
         chosen += [(rng.randrange(len(batch.query)), rng.randrange(shape.heads)) for _ in range(rows - 1)]
         expected = []
+        ends = list(itertools.accumulate(case.lengths))
         for token, head in chosen:
             request, place = divmod(token, case.queries)
-            first = request * case.length
-            visible = slice(first, first + case.length - case.queries + place + 1)
+            visible = slice(ends[request] - case.lengths[request], ends[request] - case.queries + place + 1)
             kv_head = head // (shape.heads // shape.kv_heads)
             logits = batch.key[visible, kv_head].float() @ batch.query[token, head].float() * batch.scale
             expected.append(torch.softmax(logits, 0) @ batch.value[visible, kv_head].float())
@@ -504,11 +514,11 @@ class Stopwatch:
     """Cycles, about a millisecond, that the GPU spins while the host launches the call: so the host is never waited for."""
 
     def __init__(self) -> None:
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        self.flush = torch.zeros(64 << 20, dtype=torch.float32, device="cuda")
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def milliseconds(self, call: Callable[[], object]) -> float:
-        self.flush.zero_()
+        self.flush.amax()  # reads: what was written instead would leave the cache while the call is timed, and cost it 9 us
         torch.cuda._sleep(self.HEAD_START)
         self.start.record()
         call()
@@ -542,7 +552,7 @@ def figures(contender: Contender, case: Case, shape: Shape, times: Sequence[floa
     result = summary(times)
     per_second = 1e3 / result["ms"]
     if case.kind == "decode":
-        kv_bytes = case.batch * case.length * shape.kv_heads * contender.kv_bytes(shape.head_dim)
+        kv_bytes = sum(case.lengths) * shape.kv_heads * contender.kv_bytes(shape.head_dim)
         return result | {"kv_bytes": kv_bytes, "gb_per_s": round(kv_bytes * per_second / 1e9, 1)}
     return result | {"tops": round(case.operations(shape) * per_second / 1e12, 1)}
 
@@ -786,7 +796,10 @@ def plot_decode(plt: Any, report: dict[str, Any]) -> Any | None:
         axes.set_xlim(0, longest * 1.38)
         axes.set_xlabel("ms a layer (bar: median, whisker: p10 to p90)", fontsize=9)
         requests = "1 request" if case["batch"] == 1 else f"{case['batch']} requests"
-        axes.set_title(f"Decode, {requests} of {short(case['length'])} tokens", fontsize=11)
+        sizes = f"{requests} of {short(case['length'])} tokens"
+        if case.get("others"):
+            sizes = f"1 request of {short(case['length'])} tokens, {case['batch'] - 1} of {short(case['others'])}"
+        axes.set_title(f"Decode, {sizes}", fontsize=11)
         axes.grid(visible=False, axis="y")
     return figure
 
@@ -857,6 +870,14 @@ def pair(text: str, form: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def decode_case(text: str) -> Case:
+    match = re.fullmatch(r"(?:([1-9][0-9]*)\+)?([1-9][0-9]*)x([1-9][0-9]*)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither BxS nor L+BxS, positive integers")
+    batch, length = int(match[2]), int(match[3])
+    return Case("decode", batch + 1, 1, int(match[1]), others=length) if match[1] else Case("decode", batch, 1, length)
+
+
 def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="attention.py", description="Compare paged attention kernels on one GPU.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -865,7 +886,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     of_run.add_argument("--prefill", type=positive, **some, metavar="TOKENS", help="one prompt, causal")
     of_run.add_argument("--store", type=positive, **some, metavar="TOKENS", help="one prompt and writing its KV")
     of_run.add_argument("--chunk", type=partial(pair, form="QxH"), **some, metavar="QxH", help="Q tokens behind a history of H")
-    of_run.add_argument("--decode", type=partial(pair, form="BxS"), **some, metavar="BxS", help="a token for B requests of S")
+    of_run.add_argument(
+        "--decode", type=decode_case, **some, metavar="[L+]BxS", help="a token for B requests of S tokens (and one of L)"
+    )
     of_run.add_argument("--contenders", nargs="+", default=list(CONTENDERS), metavar="NAME", help=f"of {', '.join(CONTENDERS)}")
     of_run.add_argument("--heads", type=positive, default=32)
     of_run.add_argument("--kv-heads", type=positive, default=8)
@@ -894,7 +917,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
     return [
         *(Case("prefill", 1, length, length, length in arguments.store) for length in prompts),
         *(Case("chunk", 1, queries, queries + history) for queries, history in dict.fromkeys(arguments.chunk)),
-        *(Case("decode", batch, 1, length) for batch, length in dict.fromkeys(arguments.decode)),
+        *dict.fromkeys(arguments.decode),
     ]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from sage_kernels import decode, device, recall, store
+from sage_kernels import decode, recall, store
 from sage_kernels.reference import turn_table
 from sage_paged import Memory, PageLayout
 
@@ -65,27 +65,21 @@ def measure(length: int, arguments: argparse.Namespace) -> dict[str, float | int
         layers.append((torch.randn(1, heads, dim, dtype=torch.bfloat16, device=where), pages, table))
     out = torch.empty(1, heads, dim, dtype=torch.bfloat16, device=where)
 
-    def splits(tokens: int) -> int:
-        own = decode.choose_kernel(where, layout) is not None
-        return decode.choose_splits(1, kv_heads, tokens, layout.tokens, device.multiprocessors(where), own)
-
     def dense() -> None:
         for query, pages, table in layers:
-            decode.decode(query, pages, layout, table, lengths, starts, dim**-0.5, out, splits=splits(length))
+            decode.decode(query, pages, layout, table, lengths, starts, dim**-0.5, out)
 
     def look_up() -> None:
         for query, pages, table in layers:
             recall.store_summaries(pages, layout, table, lengths, starts, 1, turns)
             recall.recall(query, pages, layout, table, lengths, starts, memory, 0, turns)
 
-    listed = memory.list_pages(layout.tokens, 1) * layout.tokens
-
     def remembering() -> None:
         for query, pages, table in layers:
             recall.store_summaries(pages, layout, table, lengths, starts, 1, turns)
             lists = recall.recall(query, pages, layout, table, lengths, starts, memory, 0, turns)
             args = lists.block_table, lists.seq_lens, lists.query_start_loc, dim**-0.5
-            decode.decode(query, pages, layout, *args, out, turns=lists.turns, splits=splits(min(length, listed)))
+            decode.decode(query, pages, layout, *args, out, turns=lists.turns)
 
     figures: dict[str, float | int] = {"tokens": length}
     for name, call in (("dense_ms", dense), ("lookup_ms", look_up), ("memory_ms", remembering)):

@@ -29,7 +29,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from sage_backend import calibration, canary, checks, metrics, options, positions
 from sage_backend.plugin import BACKEND, COMPRESSOR
-from sage_kernels import cpu, device, reference
+from sage_kernels import cpu, reference
 from sage_paged import Memory
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,6 @@ class SageMetadata(AttentionMetadata):
     num_decodes: int
     num_decode_tokens: int
     max_decode_query_len: int
-    splits: int
     workspace: Any
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
@@ -132,9 +131,7 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device_)
         self.kv_heads = kv_cache_spec.num_kv_heads
         self.heads = get_num_attention_heads_from_layers(vllm_config, layer_names) or self.kv_heads
-        self.page_tokens = options.current().page_tokens
         self.memory = options.current().memory
-        self.processors = device.multiprocessors(device_)
         self.reorder_batch_threshold: int = max_decode_query_len(vllm_config)
         self.recorder = metrics.recorder(vllm_config)
         if self.recorder is not None:
@@ -153,12 +150,9 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
 
             limit = max(1, decode.MAX_ROWS * self.kv_heads // self.heads)
             self.reorder_batch_threshold = min(self.reorder_batch_threshold, limit)
-            max_requests = vllm_config.scheduler_config.max_num_seqs
-            rows = decode.workspace_rows(max_requests, self.reorder_batch_threshold, self.heads, self.kv_heads, self.processors)
-            self.workspace = decode.Workspace.allocate(rows, kv_cache_spec.head_size, device_)
-            layout = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl.layout
-            turns = self.memory is not None and self.memory.extrapolate  # which only the portable kernel does
-            self.own_decode = not turns and decode.choose_kernel(device_, layout) is not None
+            query_rows = self.reorder_batch_threshold * (self.heads // self.kv_heads)
+            programs = decode.most_programs(device_)
+            self.workspace = decode.Workspace.allocate(programs, query_rows, kv_cache_spec.head_size, device_)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -176,23 +170,11 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         max_prefill_len, lengths = common.max_seq_len, common.seq_lens_cpu_upper_bound
         if lengths is not None and num_decodes < lengths.numel():
             max_prefill_len = min(max_prefill_len, int(lengths[num_decodes:].max()))
-        splits = 1
-        if self.workspace is not None and num_decodes:
-            from sage_kernels import decode
-
-            longest = common.max_seq_len
-            if self.memory is not None and not self.memory.dense_layers:
-                listed = self.memory.policy.list_pages(self.page_tokens, threshold)
-                longest = min(longest, listed * self.page_tokens)
-            splits = decode.choose_splits(
-                num_decodes, self.kv_heads, longest, self.page_tokens, self.processors, self.own_decode
-            )
         return SageMetadata(
             num_tokens=common.num_actual_tokens,
             num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
             max_decode_query_len=threshold,
-            splits=splits,
             workspace=self.workspace,
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
@@ -364,7 +346,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
             from sage_kernels.decode import decode
             from sage_kernels.prefill import prefill
 
-            how = {"max_query_len": m.max_decode_query_len, "splits": m.splits, "workspace": m.workspace}
+            how = {"max_query_len": m.max_decode_query_len, "workspace": m.workspace}
             most = {"max_seq_len": m.max_prefill_len}
         n = m.num_decodes
         decodes: Requests = m.block_table[:n], m.seq_lens[:n], m.query_start_loc[: n + 1]

@@ -76,7 +76,7 @@ def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
     key = torch.randn(20, KV_HEADS, HEAD_DIM) + 3
     store(layer, key)
     starts, lengths = torch.tensor([0, 20], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
-    metadata = SageMetadata(20, 0, 0, 1, 1, None, starts, lengths, torch.zeros(1, 1, dtype=torch.int32), 20, 20)
+    metadata = SageMetadata(20, 0, 0, 1, None, starts, lengths, torch.zeros(1, 1, dtype=torch.int32), 20, 20)
     query = torch.randn(20, HEADS, HEAD_DIM)
     exact = reference.exact_attention(query, key, key, 0.125, soft_cap=5.0)
 

@@ -26,6 +26,23 @@ def attention() -> ModuleType:
 CASES = [("prefill", 1, 5, 5), ("chunk", 1, 3, 7), ("decode", 4, 1, 9)]
 
 
+def test_requests_of_two_lengths(attention: ModuleType) -> None:
+    case = attention.decode_case("9+3x5")
+    assert case == attention.Case("decode", 4, 1, 9, others=5)
+    assert (case.name, case.lengths, case.pairs) == ("decode 9+3x5", [9, 5, 5, 5], 24)
+    data = attention.Batch.make(case, attention.Shape(4, 2, 64), "cpu")
+    sample = attention.Sample.draw(data, rows=16)
+    paging = data.paging(4)
+    keys, values = (x.flatten(0, 1).float() for x in attention.filled(data, paging, torch.bfloat16))
+    out = data.poisoned().float()
+    for request, length in enumerate(data.seq_lens.tolist()):
+        tokens = torch.arange(length)
+        slots = paging.block_table[request, tokens // 4].long() * 4 + tokens % 4
+        query, key, value = (x.transpose(0, 1) for x in (data.query[request : request + 1].float(), keys[slots], values[slots]))
+        out[request] = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)[:, 0]
+    assert sample.error(out) < 1e-5
+
+
 @pytest.mark.parametrize(("kind", "batch", "queries", "length"), CASES)
 def test_pairs(attention: ModuleType, kind: str, batch: int, queries: int, length: int) -> None:
     case = attention.Case(kind, batch, queries, length)
@@ -169,7 +186,7 @@ def test_plot(attention: ModuleType, report: dict[str, Any], tmp_path: Path, cap
     [
         ("run", "nothing to do: give --prefill, --store, --chunk or --decode"),
         ("run --prefill 0", "argument --prefill: '0' is not a positive integer"),
-        ("run --decode 64", "argument --decode: '64' is not BxS, two positive integers"),
+        ("run --decode 64", "argument --decode: '64' is neither BxS nor L+BxS, positive integers"),
         ("run --chunk 0x5", "argument --chunk: '0x5' is not QxH, two positive integers"),
         ("run --prefill 64 --contenders fa4", "unknown contender 'fa4'; there are sage-int8, "),
         ("run --prefill 64 --heads 6 --kv-heads 4", "--heads 6 is not a multiple of --kv-heads 4"),

@@ -27,6 +27,13 @@ INSTRUCTIONS = {
 }
 
 
+def when_it_starts(ptx: str) -> str:
+    """What a kernel that may start before the one before it ends does first: "waits" for that, or "runs"."""
+    wait, access = (re.search(pattern, ptx) for pattern in (r"griddepcontrol\.wait", r"\b(ld|st|red|atom|cp)\S*\.global"))
+    assert access, "a kernel that touches no memory"
+    return "waits" if wait and wait.start() < access.start() else "runs"
+
+
 def compile_all(capability: int) -> list[dict[str, Any]]:
     import torch
     from triton.backends.compiler import GPUTarget
@@ -43,6 +50,8 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
 
     driver.set_active(CompilingDriver())
     device.fp8_path = lambda _: "native" if capability >= 89 else "half"  # type: ignore[assignment]
+    early = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
+    device.dependent_launch = lambda _: early  # type: ignore[assignment]
     device.shared_memory = lambda _: SHARED_KIB[capability] * 1024  # type: ignore[assignment]
     from sage_kernels import decode, prefill, recall, store
     from sage_kernels.reference import Turns
@@ -62,7 +71,8 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
         found = [name for name, pattern in INSTRUCTIONS.items() if re.search(pattern, kernel.asm["ptx"])]
         hopper = "hopper" in self.__module__
         name = self.__name__.strip("_").removesuffix("_kernel")
-        compiled.append({"kernel": "hopper " * hopper + name, **case, "uses": found, "shared": kernel.metadata.shared})
+        of_kernel = {"kernel": "hopper " * hopper + name, **case, "uses": found, "shared": kernel.metadata.shared}
+        compiled.append(of_kernel | {"starts": when_it_starts(kernel.asm["ptx"]) if kernel.metadata.launch_pdl else "alone"})
 
     JITFunction.run = compile_only
     starts, lengths, table = torch.tensor([0, 1]), torch.tensor([1]), torch.zeros(1, 2)
@@ -130,6 +140,15 @@ def test_all_kernels_compile(compiled: tuple[int, list[dict[str, Any]]]) -> None
         assert len(cases) == 2 * len(HEAD_DIMS[capability]), name
     remembering = {"summary", "fold", "score", "narrow", "list"} & {kernel["kernel"] for kernel in kernels}
     assert len(remembering) == (5 if 128 in HEAD_DIMS[capability] else 0)
+
+
+def test_a_kernel_that_starts_early_first_waits(compiled: tuple[int, list[dict[str, Any]]]) -> None:
+    capability, kernels = compiled
+    assert [kernel for kernel in kernels if kernel["starts"] == "runs"] == []
+    early = {kernel["kernel"] for kernel in kernels if kernel["starts"] == "waits"}
+    own = {"hopper decode"} if capability == 90 else set()
+    recalling = {"summary", "fold", "score", "narrow", "list"} if 128 in HEAD_DIMS[capability] else set()
+    assert early == ({"store", "decode", "merge"} | recalling | own if capability >= 90 else set())
 
 
 def test_shared_memory_suffices(compiled: tuple[int, list[dict[str, Any]]]) -> None:

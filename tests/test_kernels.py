@@ -156,11 +156,11 @@ def test_prefill(kernels, case) -> None:
 
 @many
 @hypothesis.given(batches(max_query=8), st.sampled_from([1, 2, 3, 5, 17, 40]))
-def test_decode(kernels, case, splits: int) -> None:
+def test_decode(kernels, case, programs: int) -> None:
     batch, mask, expected = build(*case, kernels.device)
     longest = int(batch.query_start_loc.diff().max())
     out = poisoned(batch.query)
-    kernels.decode(*batch.attention_args(), out, **mask, max_query_len=longest, splits=splits)
+    kernels.decode(*batch.attention_args(), out, **mask, max_query_len=longest, programs=programs)
     assert relative_error(out, expected) < KERNEL_ERROR
 
 
@@ -191,14 +191,14 @@ def test_long_rows(kernels, head_dim: int, k_bits: int) -> None:
     shape = {"layout": layout, "requests": [(500, 8), (700, 8)], "heads": 8, "kv_heads": 2}
     shape |= {"smooth": True, "value_bias": 4.0, "smooth_v": True}
     batch, mask, expected = build(shape, {"window": 0, "soft_cap": 0.0, "sinks": True}, kernels.device)
-    for run, options in ((kernels.prefill, {}), (kernels.decode, {"max_query_len": 8, "splits": 3})):
+    for run, options in ((kernels.prefill, {}), (kernels.decode, {"max_query_len": 8, "programs": 7})):
         out = poisoned(batch.query)
         run(*batch.attention_args(), out, **mask, **options)
         assert relative_error(out, expected) < 1e-3
 
 
 def test_result_does_not_depend_on_the_schedule(kernels) -> None:
-    """A query's output is the same in a whole prompt, in a chunk, and as a decode over any number of splits."""
+    """A query's output is the same in a whole prompt, in a chunk, and as a decode by any number of programs."""
     layout = PageLayout(128)
     whole = make_batch(layout, [(500, 500)], heads=8, kv_heads=2, device=kernels.device, smooth_v=True)
     sums = {"sinks": torch.linspace(-3, 6, 8, device=kernels.device), "v_anchor": whole.v_anchor}
@@ -210,9 +210,9 @@ def test_result_does_not_depend_on_the_schedule(kernels) -> None:
         chunk = poisoned(whole.query[-n:])
         kernels.prefill(*tail, starts, whole.scale, chunk, **sums)
         assert relative_error(chunk, prompt[-n:]) < SCHEDULE_ERROR
-        for splits in (1, 2, 4) if n <= 8 else ():
+        for programs in (1, 3, 8) if n <= 8 else ():
             decoded = poisoned(whole.query[-n:])
-            kernels.decode(*tail, starts, whole.scale, decoded, **sums, max_query_len=n, splits=splits)
+            kernels.decode(*tail, starts, whole.scale, decoded, **sums, max_query_len=n, programs=programs)
             assert relative_error(decoded, prompt[-n:]) < SCHEDULE_ERROR
 
 
@@ -351,18 +351,18 @@ def test_decode_refuses_too_many_rows_and_small_workspaces(kernels) -> None:
     out = poisoned(batch.query)
     with pytest.raises(ValueError, match="exceed the decode kernel's 64 rows"):
         kernels.decode(*batch.attention_args(), out, max_query_len=9)
-    small = Workspace.allocate(3, 64, kernels.device)
-    with pytest.raises(ValueError, match="workspace of 3 rows, 144 needed"):
-        kernels.decode(*batch.attention_args(), out, max_query_len=8, splits=2, workspace=small)
+    for programs, rows in ((1, 128), (2, 8)):
+        workspace = Workspace.allocate(programs, rows, 64, kernels.device)
+        with pytest.raises(ValueError, match=r"a workspace for \d programs, \d+ places; needed are 2, 256"):
+            kernels.decode(*batch.attention_args(), out, max_query_len=8, programs=2, workspace=workspace)
 
 
-def test_workspace_rows_suffice() -> None:
-    from sage_kernels.decode import choose_splits, workspace_rows
-
-    for processors in (1, 84, 132):
-        for kv_heads, group in ((1, 71), (2, 4), (8, 4), (32, 1)):
-            heads, query_len, most = kv_heads * group, 3, 256
-            rows = workspace_rows(most, query_len, heads, kv_heads, processors)
-            for requests in range(1, most + 1):
-                splits = choose_splits(requests, kv_heads, 1 << 20, 128, processors)
-                assert requests * query_len * heads * splits <= rows
+def test_requests_of_very_different_lengths(kernels) -> None:
+    """One share holds many short requests and padding between them, and the long one is spread over many shares."""
+    requests = [(3000, 1), (5, 1), (64, 1), (0, 0), (65, 1), *[(10, 1)] * 9, (700, 1)]
+    shape = {"layout": PageLayout(64, 8, 64), "requests": requests, "heads": 4, "kv_heads": 2, "smooth": True}
+    batch, mask, expected = build(shape, {"window": 0, "soft_cap": 0.0, "sinks": True}, kernels.device)
+    for programs in (1, 9, 32):
+        out = poisoned(batch.query)
+        kernels.decode(*batch.attention_args(), out, **mask, programs=programs)
+        assert relative_error(out, expected) < KERNEL_ERROR

@@ -74,10 +74,10 @@ def test_a_list_that_holds_the_context_is_the_context_bit_by_bit(kernels, head_d
     starts = torch.arange(len(REQUESTS) + 1, dtype=torch.int32, device=kernels.device)
     query, where = batch.query[: len(REQUESTS)], (batch.block_table, batch.seq_lens, starts)
     dense, recalled = (torch.full_like(query, float("nan")) for _ in range(2))
-    kernels.decode(query, batch.pages, layout, *where, batch.scale, dense, **mask, splits=3)
+    kernels.decode(query, batch.pages, layout, *where, batch.scale, dense, **mask, programs=5)
     lists = kernels.recall(query, batch.pages, layout, *where, memory, 0)
     args = lists.block_table, lists.seq_lens, lists.query_start_loc, batch.scale
-    kernels.decode(query, batch.pages, layout, *args, recalled, **mask, splits=3)
+    kernels.decode(query, batch.pages, layout, *args, recalled, **mask, programs=5)
     assert torch.equal(recalled, dense)
 
 
@@ -242,5 +242,5 @@ def test_attention_to_page_lists(kernels, turns: bool, soft_cap: float, k_bits: 
                 on["turns"] = reference.Turns(on["turns"].pages[one : one + 1], on["turns"].table)
             single = args[0][one : one + 1], args[1][one : one + 1], args[2][one : one + 2] - rows.start, batch.scale
             decoded = torch.full_like(out[rows], float("nan"))
-            kernels.decode(query[rows], pages, layout, *single, decoded, **on, splits=3)
+            kernels.decode(query[rows], pages, layout, *single, decoded, **on, programs=5)
             assert relative_error(decoded, expected[rows]) < 2e-2

@@ -34,6 +34,15 @@ def has_own_kernels(device: torch.device) -> bool | None:
 
 
 @functools.cache
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Arguments of kernels that begin with `tiles.await_kernel_before`, and so may be started while the kernel before them in
+    the stream still runs (programmatic dependent launch: CUDA C++ Programming Guide; sm_90 and later)."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 

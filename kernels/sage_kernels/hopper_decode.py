@@ -18,13 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sage_kernels.device import dependent_launch
 from sage_kernels.hopper import descriptors
 from sage_kernels.prefill import table_strides
+from sage_kernels.shares import LANES, find_share, next_segment, place_of_part
 from sage_kernels.tiles import (
     GROUP_BYTES,
     LOG2E,
     P_BITS,
     TABLES,
+    await_kernel_before,
     inverse_or_zero,
     section_offset,
     to_int,
@@ -32,9 +35,6 @@ from sage_kernels.tiles import (
 )
 from sage_paged import PageLayout, v_token
 
-_to_int = gluon.jit(to_int.fn)
-_inverse_or_zero = gluon.jit(inverse_or_zero.fn)
-_v_scale_bits_beside = gluon.jit(v_scale_bits_beside.fn)
 _v_token = gluon.jit(v_token)
 
 
@@ -108,13 +108,37 @@ def _times_anchor(q, anchor, Q_LAYOUT: gl.constexpr, CHANNELS: gl.constexpr):
     return gl.sum(q * gl.load(anchor + gl.arange(0, CHANNELS, gl.SliceLayout(0, Q_LAYOUT)))[None, :], 1)
 
 
-@gluon.jit(do_not_specialize_on_alignment=TABLES)
+@gluon.jit
+def _next_page(place, seq_lens, query_start_loc, kv_heads, WINDOW: gl.constexpr, PAGE: gl.constexpr):
+    """The page of a share after one. A place: the request, its KV head, the first page that it sees, how many it sees, the how
+    manieth of them it is, and how many pages are left of the share, itself included."""
+    request, head, first, seen, page, left = place
+    page += 1
+    left -= 1
+    if page == seen:
+        page = 0
+        request, head, first, seen = next_segment(
+            seq_lens, query_start_loc, request, head, first, seen, kv_heads, left > 0, WINDOW, PAGE
+        )
+    return request, head, first, seen, page, left
+
+
+@gluon.jit
+def _row_of_page(place, block_table, table_stride, table_head_stride, block_rows, head_rows):
+    """Where a page begins in the cache, in rows of PAGE bytes."""
+    request, head, first, _, page, left = place
+    entry = block_table + request.to(gl.int64) * table_stride + head * table_head_stride + first + page
+    return gl.load(entry, mask=left > 0, other=0) * block_rows + head * head_rows
+
+
+@gluon.jit(do_not_specialize=["num_reqs", "kv_heads", "slot_rows"], do_not_specialize_on_alignment=TABLES)
 def _decode_kernel(
-    query, partial, partial_top, partial_total, k_pages, v_pages, group_rows, scale_rows, block_table, seq_lens,
-    query_start_loc, anchor, v_anchor, scale, soft_cap, q_token_stride, q_head_stride, table_stride, table_head_stride,
-    block_rows, head_rows,
-    GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, ANCHOR: gl.constexpr, V_ANCHOR: gl.constexpr,
-    HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    query, out, partial, partial_top, partial_total, cut, k_pages, v_pages, group_rows, scale_rows, block_table, seq_lens,
+    query_start_loc, sinks, anchor, v_anchor, scale, soft_cap, num_reqs, kv_heads, slot_rows,
+    q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_rows, head_rows,
+    GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, ANCHOR: gl.constexpr,
+    V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr, BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid and results as those of the portable kernel."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
@@ -130,23 +154,6 @@ def _decode_kernel(
     WIDE_BUFFER: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, PART], gl.int8)
     P_BUFFER: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, PAGE], gl.float8e4nv)
 
-    split = gl.program_id(0)
-    splits = gl.num_programs(0)
-    kv_head = gl.program_id(1)
-    request = gl.program_id(2)
-    q_start = gl.load(query_start_loc + request)
-    q_len = gl.load(query_start_loc + request + 1) - q_start
-    seq_len = gl.load(seq_lens + request)
-    first_page = 0
-    if WINDOW > 0:
-        first_page = gl.maximum(seq_len - q_len - WINDOW + 1, 0) // PAGE
-    of_all = (seq_len + PAGE - 1) // PAGE - first_page
-    end_page = first_page + (split + 1) * of_all // splits
-    first_page += split * of_all // splits
-    pages = end_page - first_page
-    table = block_table + request.to(gl.int64) * table_stride + kv_head * table_head_stride + first_page
-    head_rows *= kv_head
-
     k_buffers = gl.allocate_shared_memory(gl.int8, [STAGES, PAGE, K_ROW], k_pages.layout)
     v_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, HEAD_DIM, PAGE], v_pages.layout)
     scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, SCALES, PAGE], scale_rows.layout)
@@ -159,125 +166,166 @@ def _decode_kernel(
         high_buffer = gl.allocate_shared_memory(gl.int8, [PAGE, PART], WIDE_BUFFER)
     p_buffer = gl.allocate_shared_memory(gl.float8e4nv, [BLOCK_M, PAGE], P_BUFFER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
     fence_async_shared()
     pages_in = (k_pages, v_pages, group_rows, scale_rows)
     buffers = (k_buffers, v_buffers, group_buffers, scale_buffers)
-    for i in gl.static_range(STAGES):
-        if i < pages:
-            row = gl.load(table + i) * block_rows + head_rows
-            _fetch(pages_in, buffers, full, i, row, HEAD_DIM, K_BITS, PAGE)
 
-    rows = gl.arange(0, BLOCK_M, gl.SliceLayout(1, Q_LAYOUT))
-    offsets = (q_start + rows // GROUP).to(gl.int64) * q_token_stride + (kv_head * GROUP + rows % GROUP) * q_head_stride
-    valid = rows // GROUP < q_len
-    q = _load_query(query, offsets, valid, 0, Q_LAYOUT, PART)
-    amax = gl.max(gl.abs(q), 1)
-    q_high = q
-    if K_BITS == 4:  # the second half of the head, with the same scale
-        q_high = _load_query(query, offsets, valid, PART, Q_LAYOUT, PART)
-        amax = gl.maximum(amax, gl.max(gl.abs(q_high), 1))
-    inverse = _inverse_or_zero(amax, 127.0)[:, None]
-    q_buffer.store(_to_int(q * inverse).to(gl.int8))
-    if K_BITS == 4:
-        q_high_buffer.store(_to_int(q_high * inverse).to(gl.int8))
-    fence_async_shared()
-    q_scale = gl.convert_layout(amax * (scale * LOG2E / 127.0), ROWS)
-    q_bias = gl.zeros_like(q_scale)
-    if ANCHOR:
-        anchor += kv_head * HEAD_DIM
-        product = _times_anchor(q, anchor, Q_LAYOUT, PART)
+    await_kernel_before(PDL)
+    program = gl.program_id(0)
+    share, left, request, kv_head, first, seen, page = find_share(
+        seq_lens, query_start_loc, num_reqs, kv_heads, program, gl.num_programs(0),
+        gl.arange(0, LANES, gl.BlockedLayout([LANES // 32], [32], [4], [0])), WINDOW, PAGE,  # all of them in each warp
+    )  # fmt: skip
+    begin = program * share
+    # Pages are fetched ahead of the one that is attended to, also those of parts to come.
+    ahead = request, kv_head, first, seen, page, left
+    for stage in gl.static_range(STAGES):
+        if ahead[5] > 0:
+            row = _row_of_page(ahead, block_table, table_stride, table_head_stride, block_rows, head_rows)
+            _fetch(pages_in, buffers, full, stage, row, HEAD_DIM, K_BITS, PAGE)
+            ahead = _next_page(ahead, seq_lens, query_start_loc, kv_heads, WINDOW, PAGE)
+
+    nth = 0  # page of the share
+    cut_segment = 0
+    cut_parts = 0
+    while left > 0:
+        q_start = gl.load(query_start_loc + request)
+        q_len = gl.load(query_start_loc + request + 1) - q_start
+        seq_len = gl.load(seq_lens + request)
+        part = gl.minimum(seen - page, left)
+        first_page = first + page
+
+        rows = gl.arange(0, BLOCK_M, gl.SliceLayout(1, Q_LAYOUT))
+        offsets = (q_start + rows // GROUP).to(gl.int64) * q_token_stride + (kv_head * GROUP + rows % GROUP) * q_head_stride
+        valid = rows // GROUP < q_len
+        q = _load_query(query, offsets, valid, 0, Q_LAYOUT, PART)
+        amax = gl.max(gl.abs(q), 1)
+        q_high = q
+        if K_BITS == 4:  # the second half of the head, with the same scale
+            q_high = _load_query(query, offsets, valid, PART, Q_LAYOUT, PART)
+            amax = gl.maximum(amax, gl.max(gl.abs(q_high), 1))
+        inverse = inverse_or_zero(amax, 127.0)[:, None]
+        q_buffer.store(to_int(q * inverse).to(gl.int8))
         if K_BITS == 4:
-            product += _times_anchor(q_high, anchor + PART, Q_LAYOUT, PART)
-        q_bias = gl.convert_layout(product * (scale * LOG2E), ROWS)
-
-    rows = gl.arange(0, BLOCK_M, ROWS)
-    position = seq_len - q_len + rows // GROUP - first_page * PAGE
-    tokens = gl.arange(0, PAGE, COLUMN)
-    length = seq_len - first_page * PAGE
-    acc = gl.zeros([HEAD_DIM, BLOCK_M], gl.float32, LAYOUT)
-    total = gl.zeros([PAGE, BLOCK_M], gl.float32, LAYOUT)  # sums over pages; those over tokens come last
-    top = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
-    for i in range(pages):
-        slot = i % STAGES
-        next_row = gl.load(table + gl.minimum(i + STAGES, pages - 1)) * block_rows + head_rows
-        mbarrier.wait(full.index(slot), (i // STAGES) & 1)
-        codes = gl.zeros([PAGE, BLOCK_M], gl.int32, LAYOUT)
-        if K_BITS == 8:
-            k = k_buffers.index(slot)
-        else:
-            _widen(k_buffers.index(slot), group_buffers.index(slot), low_buffer, high_buffer, HEAD_DIM, PAGE)
-            k = low_buffer
-        codes = warpgroup_mma(k, q_buffer.permute((1, 0)), codes, use_acc=False, is_async=True)
-        if K_BITS == 4:
-            codes = warpgroup_mma(high_buffer, q_high_buffer.permute((1, 0)), codes, is_async=True)
-        scales = _plain(scale_buffers.index(slot), [SCALES, PAGE], gl.float32)
-        k_scale = scales.slice(0, 1, dim=0).permute((1, 0)).load(LAYOUT)
-        if K_BITS == 8:
-            v_scale_bits = scales.slice(1, 1, dim=0).permute((1, 0)).load(LAYOUT).to(gl.int32, bitcast=True)
-        else:
-            v_scale_bits = _v_scale_bits_beside(k_scale)
-        v_exponent = v_scale_bits.to(gl.float32) * (1.0 / (1 << 23)) - 127.0
-        v_inverse = ((254 << 23) - v_scale_bits).to(gl.float32, bitcast=True)
-        codes = warpgroup_mma_wait(0, deps=[codes])
-
-        logits = codes.to(gl.float32) * k_scale
-        if SOFT_CAP:
-            capped = gl.exp2((logits * q_scale[None, :] + q_bias[None, :]) * (2.0 / soft_cap))
-            logits = (soft_cap * LOG2E) * (1.0 - 2.0 / (capped + 1.0)) + v_exponent  # tanh(x) = 1 - 2 / (exp(2x) + 1)
-        else:
-            logits = logits * q_scale[None, :] + v_exponent
-        last_visible = position - i * PAGE
-        visible = tokens[:, None] <= last_visible[None, :]
-        if WINDOW > 0:
-            visible &= tokens[:, None] > last_visible[None, :] - WINDOW
-        logits = gl.where(visible, logits, float("-inf"))
-        new_top = gl.maximum(top, gl.ceil(gl.max(logits, 0)) - P_BITS)
-        shift = gl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing: any number will do
-        p = gl.exp2(logits - shift[None, :]).to(gl.float8e4nv)
-        decay = gl.exp2(top - shift)
-        top = new_top
-        filled = length - i * PAGE
-        weighted = p.to(gl.float32) * v_inverse
-        total = total * decay[None, :] + gl.where((tokens < filled)[:, None], weighted, 0.0)
-        # In the order of V.
-        p = p.reshape([PAGE // 16, 2, 4, 2, BLOCK_M]).permute([0, 2, 1, 3, 4]).reshape([PAGE, BLOCK_M])
-        p_buffer.permute((1, 0)).store(p)
-        if filled < PAGE:  # codes behind the last token may be a NaN of an earlier owner's
-            V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // PAGE, PAGE // 16], [4, 1], [1, 0])
-            v = v_buffers.index(slot)
-            kept = _v_token(gl.arange(0, PAGE, gl.SliceLayout(0, V_LAYOUT))) < filled
-            bits = v.load(V_LAYOUT).to(gl.uint8, bitcast=True)
-            v.store(gl.where(kept[None, :], bits, 0).to(gl.uint8).to(gl.float8e4nv, bitcast=True))
+            q_high_buffer.store(to_int(q_high * inverse).to(gl.int8))
         fence_async_shared()
-        # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator (SageAttention2, section 3.4).
-        pv = gl.zeros([HEAD_DIM, BLOCK_M], gl.float32, LAYOUT)
-        pv = warpgroup_mma(v_buffers.index(slot), p_buffer.permute((1, 0)), pv, use_acc=False, is_async=True)
-        pv = warpgroup_mma_wait(0, deps=[pv])
-        acc = acc * decay[None, :] + pv
-        gl.thread_barrier()  # no warp reads this slot any more
-        if i + STAGES < pages:
-            _fetch(pages_in, buffers, full, slot, next_row, HEAD_DIM, K_BITS, PAGE)
+        q_scale = gl.convert_layout(amax * (scale * LOG2E / 127.0), ROWS)
+        q_bias = gl.zeros_like(q_scale)
+        if ANCHOR:
+            head_anchor = anchor + kv_head * HEAD_DIM
+            product = _times_anchor(q, head_anchor, Q_LAYOUT, PART)
+            if K_BITS == 4:
+                product += _times_anchor(q_high, head_anchor + PART, Q_LAYOUT, PART)
+            q_bias = gl.convert_layout(product * (scale * LOG2E), ROWS)
 
-    sums = gl.sum(total, 0)
-    channels = gl.arange(0, HEAD_DIM, COLUMN)
-    if V_ANCHOR:
-        acc += gl.load(v_anchor + kv_head * HEAD_DIM + channels)[:, None] * sums[None, :]
-    # A split that saw nothing has total 0; the merge skips it by its top of -inf.
-    acc = acc / gl.where(sums > 0.0, sums, 1.0)[None, :]
-    if ANCHOR and not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
-        top += q_bias
-    valid = rows // GROUP < q_len
-    heads = gl.num_programs(1) * GROUP
-    target = ((q_start + rows // GROUP) * heads + kv_head * GROUP + rows % GROUP).to(gl.int64) * splits + split
-    gl.store(partial + target[None, :] * HEAD_DIM + channels[:, None], acc, mask=valid[None, :])
-    gl.store(partial_top + target, top, mask=valid)
-    gl.store(partial_total + target, sums, mask=valid)
+        rows = gl.arange(0, BLOCK_M, ROWS)
+        position = seq_len - q_len + rows // GROUP - first_page * PAGE
+        tokens = gl.arange(0, PAGE, COLUMN)
+        length = seq_len - first_page * PAGE
+        acc = gl.zeros([HEAD_DIM, BLOCK_M], gl.float32, LAYOUT)
+        total = gl.zeros([PAGE, BLOCK_M], gl.float32, LAYOUT)  # sums over pages; those over tokens come last
+        top = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
+        for i in range(part):
+            slot = nth % STAGES
+            row = _row_of_page(ahead, block_table, table_stride, table_head_stride, block_rows, head_rows)
+            mbarrier.wait(full.index(slot), (nth // STAGES) & 1)
+            codes = gl.zeros([PAGE, BLOCK_M], gl.int32, LAYOUT)
+            if K_BITS == 8:
+                k = k_buffers.index(slot)
+            else:
+                _widen(k_buffers.index(slot), group_buffers.index(slot), low_buffer, high_buffer, HEAD_DIM, PAGE)
+                k = low_buffer
+            codes = warpgroup_mma(k, q_buffer.permute((1, 0)), codes, use_acc=False, is_async=True)
+            if K_BITS == 4:
+                codes = warpgroup_mma(high_buffer, q_high_buffer.permute((1, 0)), codes, is_async=True)
+            scales = _plain(scale_buffers.index(slot), [SCALES, PAGE], gl.float32)
+            k_scale = scales.slice(0, 1, dim=0).permute((1, 0)).load(LAYOUT)
+            if K_BITS == 8:
+                v_scale_bits = scales.slice(1, 1, dim=0).permute((1, 0)).load(LAYOUT).to(gl.int32, bitcast=True)
+            else:
+                v_scale_bits = v_scale_bits_beside(k_scale)
+            v_exponent = v_scale_bits.to(gl.float32) * (1.0 / (1 << 23)) - 127.0
+            v_inverse = ((254 << 23) - v_scale_bits).to(gl.float32, bitcast=True)
+            codes = warpgroup_mma_wait(0, deps=[codes])
+
+            logits = codes.to(gl.float32) * k_scale
+            if SOFT_CAP:
+                capped = gl.exp2((logits * q_scale[None, :] + q_bias[None, :]) * (2.0 / soft_cap))
+                logits = (soft_cap * LOG2E) * (1.0 - 2.0 / (capped + 1.0)) + v_exponent  # tanh(x) = 1 - 2 / (exp(2x) + 1)
+            else:
+                logits = logits * q_scale[None, :] + v_exponent
+            last_visible = position - i * PAGE
+            visible = tokens[:, None] <= last_visible[None, :]
+            if WINDOW > 0:
+                visible &= tokens[:, None] > last_visible[None, :] - WINDOW
+            logits = gl.where(visible, logits, float("-inf"))
+            new_top = gl.maximum(top, gl.ceil(gl.max(logits, 0)) - P_BITS)
+            shift = gl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing: any number will do
+            p = gl.exp2(logits - shift[None, :]).to(gl.float8e4nv)
+            decay = gl.exp2(top - shift)
+            top = new_top
+            filled = length - i * PAGE
+            weighted = p.to(gl.float32) * v_inverse
+            total = total * decay[None, :] + gl.where((tokens < filled)[:, None], weighted, 0.0)
+            # In the order of V.
+            p = p.reshape([PAGE // 16, 2, 4, 2, BLOCK_M]).permute([0, 2, 1, 3, 4]).reshape([PAGE, BLOCK_M])
+            p_buffer.permute((1, 0)).store(p)
+            if filled < PAGE:  # codes behind the last token may be a NaN of an earlier owner's
+                V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // PAGE, PAGE // 16], [4, 1], [1, 0])
+                v = v_buffers.index(slot)
+                kept = _v_token(gl.arange(0, PAGE, gl.SliceLayout(0, V_LAYOUT))) < filled
+                bits = v.load(V_LAYOUT).to(gl.uint8, bitcast=True)
+                v.store(gl.where(kept[None, :], bits, 0).to(gl.uint8).to(gl.float8e4nv, bitcast=True))
+            fence_async_shared()
+            # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator (SageAttention2, section 3.4).
+            pv = gl.zeros([HEAD_DIM, BLOCK_M], gl.float32, LAYOUT)
+            pv = warpgroup_mma(v_buffers.index(slot), p_buffer.permute((1, 0)), pv, use_acc=False, is_async=True)
+            pv = warpgroup_mma_wait(0, deps=[pv])
+            acc = acc * decay[None, :] + pv
+            gl.thread_barrier()  # no warp reads this slot any more
+            if ahead[5] > 0:
+                _fetch(pages_in, buffers, full, slot, row, HEAD_DIM, K_BITS, PAGE)
+                ahead = _next_page(ahead, seq_lens, query_start_loc, kv_heads, WINDOW, PAGE)
+            nth += 1
+
+        sums = gl.sum(total, 0)
+        channels = gl.arange(0, HEAD_DIM, COLUMN)
+        if V_ANCHOR:
+            acc += gl.load(v_anchor + kv_head * HEAD_DIM + channels)[:, None] * sums[None, :]
+        if ANCHOR and not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
+            top += q_bias
+        head = kv_head * GROUP + rows % GROUP
+        valid = rows // GROUP < q_len
+        if part == seen:
+            if SINKS:
+                sums += gl.exp2(gl.load(sinks + head, mask=valid, other=0.0).to(gl.float32) * LOG2E - top)
+            target = out + (q_start + rows // GROUP).to(gl.int64) * out_token_stride + head * out_head_stride
+            acc = acc / gl.where(sums > 0.0, sums, 1.0)[None, :]
+            gl.store(target[None, :] + channels[:, None], acc.to(out.dtype.element_ty), mask=valid[None, :])
+        else:
+            slot_row = place_of_part(program, page > 0) * slot_rows + rows
+            # A row that saw nothing has total 0; the merge skips it by its top of -inf.
+            acc = acc / gl.where(sums > 0.0, sums, 1.0)[None, :]
+            gl.store(partial + slot_row[None, :] * HEAD_DIM + channels[:, None], acc, mask=valid[None, :])
+            gl.store(partial_top + slot_row, top, mask=valid)
+            gl.store(partial_total + slot_row, sums, mask=valid)
+            if page == 0:
+                cut_segment = request * kv_heads + kv_head
+                cut_parts = (begin + seen - 1) // share - program + 1
+        begin += part
+        left -= part
+        page = 0
+        request, kv_head, first, seen = next_segment(
+            seq_lens, query_start_loc, request, kv_head, first, seen, kv_heads, left > 0, WINDOW, PAGE
+        )
+    gl.store(cut + 2 * program, cut_segment)
+    gl.store(cut + 2 * program + 1, cut_parts)
 
 
-_SHARED = 110 * 1024
-"""Bytes of shared memory of a program, so that two fit on a processor. Pages of heads of 256 channels leave room for one."""
+_STAGES = 2
+"""How many pages a program has under way. On an H100 three, or three programs on a processor, read no faster."""
 
 
 def supports(layout: PageLayout) -> bool:
@@ -285,10 +333,9 @@ def supports(layout: PageLayout) -> bool:
     return layout.head_dim in (64, 128, 256)
 
 
-def stages(layout: PageLayout) -> int:
-    """How many pages a program has under way. Three suffice to keep the memory busy; few pages a program need no more."""
-    wide = layout.tokens * layout.head_dim if layout.k_bits == 4 else 0
-    return max(2, min((_SHARED - 4096 - wide) // layout.summary_offset, 4))
+def programs_per_processor(layout: PageLayout) -> int:
+    """How many programs are on a processor at a time. Pages of heads of 256 channels leave room for one."""
+    return 2 if layout.head_dim <= 128 else 1
 
 
 def attend(
@@ -299,24 +346,27 @@ def attend(
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
     scale: float,
+    out: torch.Tensor,
     window: int,
     soft_cap: float,
+    sinks: torch.Tensor | None,
     anchor: torch.Tensor | None,
     v_anchor: torch.Tensor | None,
-    max_query_len: int,
-    splits: int,
-    partial: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    rows: int,
+    programs: int,
+    partial: tuple[torch.Tensor, ...],
 ) -> None:
-    """The partial results of `decode.decode`, into its workspace's `partial`."""
+    """What `decode.decode` does before it merges, for up to so many rows a request. partial: the tensors of its workspace."""
     head_dim = query.shape[2]
     group = query.shape[1] // pages.shape[1]
     block_rows, head_rows = pages.stride(0) // layout.tokens, pages.stride(1) // layout.tokens
-    _decode_kernel[(splits, pages.shape[1], seq_lens.numel())](
-        query, *partial, *descriptors(pages.data_ptr(), pages.shape[0] * block_rows, layout),
-        block_table, seq_lens, query_start_loc, query if anchor is None else anchor,
-        query if v_anchor is None else v_anchor, scale, soft_cap,
-        query.stride(0), query.stride(1), *table_strides(block_table), block_rows, head_rows,
-        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, ANCHOR=anchor is not None,
+    _decode_kernel[(programs,)](
+        query, out, *partial, *descriptors(pages.data_ptr(), pages.shape[0] * block_rows, layout),
+        block_table, seq_lens, query_start_loc, query if sinks is None else sinks, query if anchor is None else anchor,
+        query if v_anchor is None else v_anchor, scale, soft_cap, seq_lens.numel(), pages.shape[1], rows,
+        query.stride(0), query.stride(1), out.stride(0), out.stride(1), *table_strides(block_table), block_rows, head_rows,
+        GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SINKS=sinks is not None, ANCHOR=anchor is not None,
         V_ANCHOR=v_anchor is not None, HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
-        BLOCK_M=max(8, 1 << (max_query_len * group - 1).bit_length()), STAGES=stages(layout), num_warps=4,
+        BLOCK_M=max(8, 1 << (rows - 1).bit_length()), STAGES=_STAGES, num_warps=4,
+        **dependent_launch(query.device),
     )  # fmt: skip

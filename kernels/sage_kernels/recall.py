@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from sage_kernels.device import dependent_launch
 from sage_kernels.reference import REACH as _REACH
 from sage_kernels.reference import SCORE_BITS as _SCORE_BITS
 from sage_kernels.reference import PageLists, Turns, max_rows
-from sage_kernels.tiles import TABLES, find_request, load_k, load_wide_k, section_offset, turned
+from sage_kernels.tiles import TABLES, await_kernel_before, find_request, load_k, load_wide_k, section_offset, turned
 from sage_paged import Memory, PageLayout
 
 _PART_PAGES = 64
@@ -32,9 +33,10 @@ def _summary_kernel(
     cache_i8, cache_f32, cache_f16, block_table, seq_lens, query_start_loc, turn_table, anchor, num_reqs,
     table_stride, block_stride, head_stride,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, SUMMARY: tl.constexpr, BLOCK_D: tl.constexpr,
-    TURN: tl.constexpr, ANCHOR: tl.constexpr,
+    TURN: tl.constexpr, ANCHOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (pages that a step may fill, KV heads)."""
+    await_kernel_before(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
     SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
     head = tl.program_id(1)
@@ -87,6 +89,7 @@ def store_summaries(
         block_table.stride(0), pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens, SUMMARY=layout.summary_offset // 2,
         BLOCK_D=triton.next_power_of_2(layout.head_dim), TURN=turn_table is not None, ANCHOR=anchor is not None, num_warps=4,
+        **dependent_launch(pages.device),
     )  # fmt: skip
 
 
@@ -161,10 +164,11 @@ def _fold_kernel(
     query, folded, row_starts, row_lens, seq_lens, query_start_loc, turn_table, num_reqs, q_token_stride, q_head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    TURN: tl.constexpr,
+    TURN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, KV heads). folded: float32 [rows, kv_heads, 2, HEAD_DIM], the means of a row's queries and of their squares.
     row_starts, row_lens: `PageLists.query_start_loc` and `seq_lens`."""
+    await_kernel_before(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -201,13 +205,14 @@ def _score_kernel(
     q_token_stride, q_head_stride, table_stride, block_stride, head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr, SUMMARY: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, TURN: tl.constexpr, PART: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, TURN: tl.constexpr, PDL: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Grid: (parts of a context, KV heads, rows). scores: float32 [rows, kv_heads, width], of the pages behind the sinks.
 
     Prompts have been folded. A decode has few queries, which each program folds for itself: for one request of a million tokens
     that took less time than the launch of a kernel.
     """
+    await_kernel_before(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
     part = tl.program_id(0)
     head = tl.program_id(1)
@@ -272,10 +277,11 @@ def _places(score, there, TOPK: tl.constexpr):
 def _narrow_kernel(
     scores, best, best_pages, seq_lens, query_start_loc, num_reqs, width, finalists,
     PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (chunks of a context, KV heads, rows). best, best_pages: float32 and int32 [rows, kv_heads, finalists], the TOPK
     best pages of each chunk, in its order, or as many as it has, and their scores."""
+    await_kernel_before(PDL)
     head = tl.program_id(1)
     row = tl.program_id(2)
     _, _, _, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
@@ -294,11 +300,12 @@ def _narrow_kernel(
 def _list_kernel(
     scores, scored_pages, lists, turns, block_table, seq_lens, query_start_loc, num_reqs, width, list_width, table_stride,
     PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    TRAINED: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    TRAINED: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, KV heads). scores: float32 [rows, kv_heads, width], of all pages behind the sinks, or, with a CHUNK, of
     scored_pages (see `_narrow_kernel`). lists, turns: int32 [rows, kv_heads, list_width]; turns are written where TRAINED is
     not 0."""
+    await_kernel_before(PDL)
     row = tl.program_id(0)
     head = tl.program_id(1)
     request, low, high, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
@@ -360,7 +367,7 @@ def recall(
     block_group = triton.next_power_of_2(group)
     policy = {
         "PAGE": layout.tokens, "SINKS": sinks, "LOCAL": memory.local_tokens, "TOPK": memory.topk_pages,
-        "QUERY_BLOCK": query_block,
+        "QUERY_BLOCK": query_block, **dependent_launch(device),
     }  # fmt: skip
     of_queries = {
         "GROUP": group, "BLOCK_G": block_group, "HEAD_DIM": layout.head_dim,

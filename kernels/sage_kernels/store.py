@@ -4,12 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.device import fp8_path
+from sage_kernels.device import dependent_launch, fp8_path
 from sage_kernels.reference import ANCHOR_TOKENS
 from sage_kernels.tiles import (
     GROUP_BYTES,
     V_SCALE_MAX,
     V_SCALE_MIN,
+    await_kernel_before,
     inverse_or_zero,
     next_power_of_two,
     section_offset,
@@ -143,9 +144,10 @@ def _store_kernel(
     key_token_stride, key_head_stride, value_token_stride, value_head_stride, block_stride, head_stride,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, FP8: tl.constexpr, ANCHOR_TOKENS: tl.constexpr,
-    V_ANCHOR: tl.constexpr,
+    V_ANCHOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (token blocks, KV heads). ANCHOR_TOKENS: 0 for keys as they are."""
+    await_kernel_before(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
     K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
     V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE)
@@ -245,5 +247,5 @@ def store(
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
         BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, FP8=fp8_path(key.device),
         ANCHOR_TOKENS=0 if anchor is None else ANCHOR_TOKENS, V_ANCHOR=v_anchor is not None,
-        num_warps=4 if layout.k_bits == 8 else 8,
+        num_warps=4 if layout.k_bits == 8 else 8, **dependent_launch(key.device),
     )  # fmt: skip
