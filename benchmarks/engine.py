@@ -11,7 +11,7 @@ A run is named as for `sage_backend.quality`, except that its compression plugin
 its own, in a process of its own, with random weights of the given shape (default: Llama-3.1-8B) and random prompts. Prefill is
 the time to the first token of one prompt, the median of --repeat prompts after a warm-up of the same length or of --warm-up
 tokens. A decode step of BATCHxLENGTH is the time by which a longer generation exceeds a shorter one, for BATCH requests of
-LENGTH tokens, whose prompts are in the prefix cache by then.
+LENGTH tokens, whose prompts are in the prefix cache by then; the median of --repeat such differences.
 """
 
 import argparse
@@ -132,9 +132,10 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 print(f"  {run}: prefill {length}: {length / seconds:,.0f} tokens/s", flush=True)
             for batch, length in arguments.decode:
                 asked = prompts(batch, length)
-                generate(asked, 8)
-                short, long = generate(asked, 8), generate(asked, 72)
-                figures[f"decode_{batch}x{length}_ms"] = round((long - short) / 64 * 1e3, 3)
+                for _ in range(2):  # once to fill the cache, and once to warm up what is asked of a full one
+                    generate(asked, 8)
+                seconds = statistics.median(-generate(asked, 8) + generate(asked, 72) for _ in range(arguments.repeat))
+                figures[f"decode_{batch}x{length}_ms"] = round(seconds / 64 * 1e3, 3)
                 print(f"  {run}: decode {batch} x {length}: {figures[f'decode_{batch}x{length}_ms']} ms a step", flush=True)
     return figures
 
