@@ -35,23 +35,30 @@ run() {
 benchmark() { run "$1" "$python" "benchmarks/$2.py" "${@:3}"; }
 engines() { benchmark "$1" engine "${@:3}" --out "$results/$2-$name.json"; }
 evaluate() { run "$1" "$python" -m sage_backend.quality FLASH_ATTN "${@:3}" --out "$results/$2-$name.json"; }
-peers=(FLASH_ATTN/fp8 TRITON_ATTN/{int8,fp8,int4}_per_token_head)
+peers=(TRITON_ATTN FLASH_ATTN/fp8 TRITON_ATTN/{int8,fp8,int4}_per_token_head)
 calibrate() { run 120 "$python" -m sage_backend.cli calibrate "$1" --out "$2" --text "$("$python" -c 'import argparse; print(argparse.__file__)')" "${@:3}"; }
 serve() { benchmark 240 mixed_traffic --longest 16384 --out "$results/$1-$name.json" -- --attention-backend sage --max-num-seqs 64 "${@:2}"; }
 
 step_tests() {
-    run 300 "$python" -m pytest -q tests/test_kernels.py tests/test_recall.py
+    run 300 "$python" -m pytest -q tests/test_kernels.py tests/test_shares.py tests/test_recall.py
     run 300 "$python" -m pytest -q -m gpu tests/test_canary.py tests/test_memory.py
 }
 step_doctor() { run 120 "$python" -m sage_backend.cli doctor; }
 step_attention() {
     benchmark 300 attention run --prefill 4096 16384 32768 131072 --chunk 2048x129024 --store 8192 \
-        --decode 128x1024 64x8192 8x131072 1x131072 1x1000000 --seconds 2 --out "$results/attention-$name.json"
+        --decode 128x1024 64x8192 8x131072 1x131072 1x1000000 131072+63x1024 --seconds 2 --out "$results/attention-$name.json"
+    local shape d heads kv_heads
+    for shape in "64 32 8" "256 32 8" "128 32 32"; do  # channels, query heads, KV heads
+        read -r d heads kv_heads <<<"$shape"
+        benchmark 60 attention run --prefill 16384 --decode 64x8192 --contenders sage-int8 sage-int4 fa3-bf16 fa3-fp8 --seconds 1 \
+            --head-dim "$d" --heads "$heads" --kv-heads "$kv_heads" --out "$results/attention-d$d-${heads}x$kv_heads-$name.json"
+    done
 }
 step_recall() { benchmark 60 recall --lengths 65536 262144 1000000 --out "$results/recall-$name.json"; }
 step_engine() {
     engines 600 engine SAGE SAGE:k_bits=4 FLASH_ATTN FLASH_ATTN/fp8 --graphs --prefill 8192 32768 131072 \
-        --decode 128x1024 64x8192 --repeat 2 --warm-up 8192
+        --decode 128x1024 32x8192 --repeat 2 --warm-up 8192
+    engines 120 engine-triton-int8 TRITON_ATTN/int8_per_token_head --graphs --prefill 32768 --repeat 1 --warm-up 8192
 }
 step_variator() {
     local plugins=variator.plugins=random

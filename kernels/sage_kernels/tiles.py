@@ -29,8 +29,8 @@ def await_kernel_before(PDL: tl.constexpr):
     """Stands before all that a kernel which `device.dependent_launch` lets start early reads and writes.
 
     Its programs take the places of those of the kernel before as these end, which saves a launch's time. (Letting them come
-    even earlier, by griddepcontrol.launch_dependents, took longer: 47 instead of 45 us for a layer's decode with memory.) Every
-    program has to come here, so that what this kernel waited for is over when the next one goes on.
+    even earlier, by griddepcontrol.launch_dependents, made a layer's decode with memory no faster.) Every program has to come
+    here, so that what this kernel waited for is over when the next one goes on.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
