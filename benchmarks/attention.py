@@ -200,8 +200,8 @@ def sage(batch: Batch, k_bits: int) -> Prepared:
     where = paging.block_table, batch.seq_lens, batch.query_start_loc
     arguments = batch.query, pages, layout, *where, batch.scale, out
     if case.kind == "decode":
-        group, most = shape.heads // shape.kv_heads, decode.most_programs(batch.device)
-        workspace = decode.Workspace.allocate(most, group, shape.head_dim, batch.device)
+        programs = decode.count_programs(batch.device, layout)
+        workspace = decode.Workspace.allocate(programs, shape.heads // shape.kv_heads, shape.head_dim, batch.device)
         launch = partial(decode.decode, *arguments, workspace=workspace)
     else:
         launch = partial(prefill.prefill, *arguments)

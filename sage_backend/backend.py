@@ -151,7 +151,9 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             limit = max(1, decode.MAX_ROWS * self.kv_heads // self.heads)
             self.reorder_batch_threshold = min(self.reorder_batch_threshold, limit)
             query_rows = self.reorder_batch_threshold * (self.heads // self.kv_heads)
-            programs = decode.most_programs(device_)
+            layout = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl.layout
+            turning = self.memory is not None and bool(self.memory.extrapolate)  # in steps with long contexts
+            programs = max(decode.count_programs(device_, layout, each) for each in {False, turning})
             self.workspace = decode.Workspace.allocate(programs, query_rows, kv_cache_spec.head_size, device_)
 
     def build(

@@ -237,14 +237,14 @@ def compile_kernels(device: Any) -> str:
     from sage_paged import PageLayout
 
     generator = torch.Generator().manual_seed(0)
-    tokens, heads, kv_heads, head_dim = 160, 8, 2, 128  # two pages, the second partly filled
+    tokens, heads, kv_heads, head_dim = 300, 8, 2, 128  # three pages, the last partly filled, of which decoding cuts one off
     key, value = (torch.randn(tokens, kv_heads, head_dim, generator=generator).bfloat16() for _ in range(2))
     query = torch.randn(tokens, heads, head_dim, generator=generator).bfloat16()
     slots, scale = torch.arange(tokens), head_dim**-0.5
-    table, lengths = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
+    table, lengths = torch.tensor([[0, 1, 2]], dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
     for k_bits in (8, 4):
         layout = PageLayout(head_dim, k_bits)
-        exact, pages = layout.empty(2, kv_heads), layout.empty(2, kv_heads, device)
+        exact, pages = layout.empty(3, kv_heads), layout.empty(3, kv_heads, device)
         reference.store(key, value, exact, slots, layout)
         store(key.to(device), value.to(device), pages, slots.to(device), layout)
         for name, attention, new in (("prefill", prefill, tokens), ("decode", decode, 1)):

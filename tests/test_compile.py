@@ -28,10 +28,11 @@ INSTRUCTIONS = {
 
 
 def when_it_starts(ptx: str) -> str:
-    """What a kernel that may start before the one before it ends does first: "waits" for that, or "runs"."""
-    wait, access = (re.search(pattern, ptx) for pattern in (r"griddepcontrol\.wait", r"\b(ld|st|red|atom|cp)\S*\.global"))
-    assert access, "a kernel that touches no memory"
-    return "waits" if wait and wait.start() < access.start() else "runs"
+    """What all programs of a kernel that may start before the one before it ends do first: they wait for it, or "run"."""
+    runs = r"\b(ld|st|red|atom|cp)\S*\.global|\bbra\b|\bret\b"  # or part before they wait
+    wait, other = (re.search(pattern, ptx) for pattern in (r"griddepcontrol\.wait", runs))
+    assert other, "a kernel that touches no memory"
+    return "waits" if wait and wait.start() < other.start() else "runs"
 
 
 def compile_all(capability: int) -> list[dict[str, Any]]:

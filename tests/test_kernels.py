@@ -351,9 +351,9 @@ def test_decode_refuses_too_many_rows_and_small_workspaces(kernels) -> None:
     out = poisoned(batch.query)
     with pytest.raises(ValueError, match="exceed the decode kernel's 64 rows"):
         kernels.decode(*batch.attention_args(), out, max_query_len=9)
-    for programs, rows in ((1, 128), (2, 8)):
-        workspace = Workspace.allocate(programs, rows, 64, kernels.device)
-        with pytest.raises(ValueError, match=r"a workspace for \d programs, \d+ places; needed are 2, 256"):
+    for programs, rows, channels in ((1, 128, 64), (2, 8, 64), (2, 64, 32)):
+        workspace = Workspace.allocate(programs, rows, channels, kernels.device)
+        with pytest.raises(ValueError, match=r"a workspace for \d programs, .* channels; needed are 2, 256 and 64"):
             kernels.decode(*batch.attention_args(), out, max_query_len=8, programs=2, workspace=workspace)
 
 
@@ -365,4 +365,20 @@ def test_requests_of_very_different_lengths(kernels) -> None:
     for programs in (1, 9, 32):
         out = poisoned(batch.query)
         kernels.decode(*batch.attention_args(), out, **mask, programs=programs)
+        assert relative_error(out, expected) < KERNEL_ERROR
+
+
+def test_a_workspace_is_used_again(kernels) -> None:
+    """For batches of other sizes, whatever those before have left; one context has more parts than are merged at a time, and
+    behind the last request stands padding."""
+    from sage_kernels.decode import Workspace
+
+    workspace = Workspace.allocate(40, 6, 64, kernels.device)
+    for left in (workspace.out, workspace.top, workspace.total):
+        left.fill_(float("nan"))
+    for requests in ([(2600, 3), (70, 1), (0, 0), (0, 0)], [(64, 1), (130, 2)], [(2600, 3), (70, 1), (0, 0), (0, 0)]):
+        shape = {"layout": PageLayout(64, 8, 64), "requests": requests, "heads": 2, "kv_heads": 1, "smooth": True}
+        batch, mask, expected = build(shape, {"window": 0, "soft_cap": 0.0, "sinks": True}, kernels.device)
+        out = poisoned(batch.query)
+        kernels.decode(*batch.attention_args(), out, **mask, max_query_len=3, programs=40, workspace=workspace)
         assert relative_error(out, expected) < KERNEL_ERROR

@@ -1,5 +1,7 @@
 """How a decode is shared out."""
 
+import random
+
 import hypothesis
 import torch
 import triton
@@ -24,14 +26,21 @@ def _shares_kernel(found, seq_lens, query_start_loc, num_reqs, kv_heads, WINDOW:
 
 @hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(
-    st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 8)), min_size=1, max_size=300),
+    st.sampled_from([1, 2, 5, 128, 129, 300]),
+    st.sampled_from([0, 0.1, 0.9]),
     st.sampled_from([1, 2, 8]),
     st.sampled_from([1, 7, 40]),
     st.sampled_from([0, 200]),
+    st.integers(0, 2**31),
 )
-def test_shares(kernels, requests: list[tuple[int, int]], kv_heads: int, programs: int, window: int) -> None:
+def test_shares(kernels, count: int, empty: float, kv_heads: int, programs: int, window: int, seed: int) -> None:
     """Shares have the pages that requests see, each once and in order, as many as each other; only the last may have fewer."""
-    requests = [(max(length, queries), queries) for length, queries in requests]
+    rng = random.Random(seed)
+    requests = []
+    for _ in range(count):
+        queries = rng.choice([0, 1, 1, 5])
+        length = 0 if rng.random() < empty else rng.choice([1, 64, 65, rng.randint(1, 1000)])
+        requests.append((max(length, queries), queries))
     lengths, starts = (torch.tensor(x, dtype=torch.int32, device=kernels.device) for x in zip(*requests, strict=True))
     starts = torch.nn.functional.pad(starts.cumsum(0), (1, 0)).int()
     found = torch.full((programs, 7), -1, dtype=torch.int32, device=kernels.device)

@@ -1,8 +1,8 @@
 """Attention of a few query tokens per request: one for plain decoding, some more to verify speculated ones.
 
-The pages of a batch are shared out evenly among as many programs as the device holds (see `shares`); what several of them have
-of one request's KV head, a second kernel merges. All grids follow from shapes alone, nothing is read back, and the workspace is
-allocated once, so both can be captured in a CUDA graph and replayed with other lengths.
+The pages of a batch are shared out evenly among programs whose number depends on the device (see `shares`); what several of
+them have of one request's KV head, a second kernel merges. All grids follow from shapes alone, nothing is read back, and the
+workspace is allocated once, so both can be captured in a CUDA graph and replayed with other lengths.
 """
 
 import functools
@@ -17,10 +17,12 @@ from sage_kernels.device import dependent_launch, fp8_path, has_own_kernels, mul
 from sage_kernels.prefill import quantized_query, table_strides, turn_arguments
 from sage_kernels.reference import Turns
 from sage_kernels.shares import LANES, find_share, next_segment, place_of_part
-from sage_kernels.tiles import LOG2E, TABLES, add_v_anchor, attend_page, await_kernel_before
+from sage_kernels.tiles import LOG2E, TABLE_STRIDES, TABLES, add_v_anchor, attend_page, await_kernel_before
 from sage_paged import PageLayout
 
-# Tuned on an H200 at 64 x 8K, 8 x 128K and 1 x 128K tokens: two warps read faster than four, which wait for each other.
+# Tuned on an H200 at 64 x 8K, 8 x 128K and 1 x 128K tokens, when requests were cut into one number of splits: two warps read
+# faster than four, which wait for each other. Eight programs are more than a processor holds, so that the next one is there
+# when one ends.
 _WARPS = 2
 _PROGRAMS_PER_PROCESSOR = 8
 _PARTS_AT_ONCE = 32
@@ -33,7 +35,7 @@ MAX_ROWS = 64
 the prefill kernel."""
 
 
-@triton.jit(do_not_specialize=["num_reqs", "kv_heads", "slot_rows"], do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=["num_reqs", "kv_heads", "slot_rows", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _decode_kernel(
     query, out, partial, partial_top, partial_total, cut, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc,
     sinks, anchor, v_anchor, scale, soft_cap, turns, turn_table, num_reqs, kv_heads, slot_rows,
@@ -160,7 +162,10 @@ def _merge_kernel(
     q_start = tl.load(query_start_loc + request)
     rows = (tl.load(query_start_loc + request + 1) - q_start) * GROUP
     channels = tl.arange(0, BLOCK_D)
-    for row in range(tl.program_id(1), slot_rows, tl.num_programs(1)):  # loading need not wait for the number of rows
+    end = slot_rows
+    if slot_rows > tl.num_programs(1):  # elsewhere a program has one row, and loading need not wait for their number
+        end = rows
+    for row in range(tl.program_id(1), end, tl.num_programs(1)):
         acc = tl.zeros([BLOCK_D], tl.float32)
         total = 0.0
         largest = float("-inf")
@@ -218,9 +223,10 @@ def choose_kernel(device: torch.device, layout: PageLayout) -> ModuleType | None
     return hopper_decode if hopper_decode.supports(layout) else None
 
 
-def most_programs(device: torch.device) -> int:
-    """Programs of the kernel that has the most."""
-    return _PROGRAMS_PER_PROCESSOR * multiprocessors(device)
+def count_programs(device: torch.device, layout: PageLayout, turning: bool = False) -> int:
+    """How many programs share the work, if `decode` is not told. turning: whether queries are turned for pages."""
+    own = None if turning else choose_kernel(device, layout)
+    return (_PROGRAMS_PER_PROCESSOR if own is None else own.programs_per_processor(layout)) * multiprocessors(device)
 
 
 def decode(
@@ -245,9 +251,11 @@ def decode(
 ) -> None:
     """`reference.attention` on a GPU, with the same arguments; writes `out`, which has query's shape.
 
+    Rows that are no request's, as a padded CUDA graph has them, and requests without a length are left as they are.
+
     max_query_len: the most query tokens of a request; times the heads of a group at most MAX_ROWS. programs: how many share the
-    work, as many as fill the device if None. workspace: allocated for this call if None.
-    Raises ValueError where the workspace or a tile is too small.
+    work, see `count_programs`. workspace: for at least as many programs and rows; allocated for this call if None.
+    Raises ValueError where the workspace or a tile does not fit.
     """
     heads, head_dim = query.shape[1:]
     requests, kv_heads = seq_lens.numel(), pages.shape[1]
@@ -256,16 +264,16 @@ def decode(
     if max_query_len > 1 and rows > MAX_ROWS:
         raise ValueError(f"{max_query_len} query tokens x {group} heads exceed the decode kernel's {MAX_ROWS} rows")
     own = choose_kernel(query.device, layout) if turns is None else None
-    if programs is None:
-        per_processor = own.programs_per_processor(layout) if own is not None else _PROGRAMS_PER_PROCESSOR
-        programs = per_processor * multiprocessors(query.device)
+    programs = programs or count_programs(query.device, layout, turns is not None)
     if workspace is None:
         workspace = Workspace.allocate(programs, rows, head_dim, query.device)
-    elif workspace.top.numel() < 2 * programs * rows or workspace.cut.shape[0] < programs:
-        raise ValueError(
-            f"a workspace for {workspace.cut.shape[0]} programs, {workspace.top.numel()} places; needed are {programs}, "
-            f"{2 * programs * rows}"
-        )
+    else:
+        given = workspace.cut.shape[0], *workspace.out.shape
+        if given[0] < programs or given[1] < 2 * programs * rows or given[2] != head_dim:
+            raise ValueError(
+                f"a workspace for {given[0]} programs, {given[1]} places of {given[2]} channels; needed are {programs}, "
+                f"{2 * programs * rows} and {head_dim}"
+            )
     block_d = triton.next_power_of_2(head_dim)
     partial = workspace.out, workspace.top, workspace.total, workspace.cut
     sinks_or_any = query if sinks is None else sinks

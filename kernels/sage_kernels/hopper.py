@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sage_kernels.prefill import table_strides
-from sage_kernels.tiles import LOG2E, P_BITS, TABLES, find_request, inverse_or_zero, section_offset, to_int
+from sage_kernels.tiles import LOG2E, P_BITS, TABLE_STRIDES, TABLES, find_request, inverse_or_zero, section_offset, to_int
 from sage_kernels.widen import widened
 from sage_paged import PageLayout, v_token
 
@@ -46,9 +46,6 @@ LOGIT_BIAS = gl.constexpr(1024.0)
 """Added to all base-2 logits, to make the largest of a row positive. In a page where a row has none above -LOGIT_BIAS, which is
 -710 as it stands in the exponent of e, its weights are wrong. More would cost the weights of all others some precision."""
 
-_find_request = gluon.jit(find_request.fn)
-_to_int = gluon.jit(to_int.fn)
-_inverse_or_zero = gluon.jit(inverse_or_zero.fn)
 _v_token = gluon.jit(v_token)
 
 
@@ -290,7 +287,7 @@ def _consume_pages(
     offsets = (q_start + local).to(gl.int64) * q_token_stride + heads * q_head_stride
     q = gl.load(query + offsets[:, None] + channels[None, :], mask=valid[:, None], other=0.0).to(gl.float32)
     amax = gl.max(gl.abs(q), 1)
-    q_codes.store(_to_int(q * _inverse_or_zero(amax, 127.0)[:, None]).to(gl.int8))
+    q_codes.store(to_int(q * inverse_or_zero(amax, 127.0)[:, None]).to(gl.int8))
     fence_async_shared()
     q_scale = gl.convert_layout(amax * (scale * LOG2E / 127.0), S_ROWS)
     q_bias = gl.zeros_like(q_scale)
@@ -358,7 +355,7 @@ def _consume_pages(
     gl.store(out + offsets[:, None] + channels[None, :], result, mask=valid[:, None])
 
 
-@gluon.jit(do_not_specialize=["num_reqs", "q_blocks"], do_not_specialize_on_alignment=TABLES)
+@gluon.jit(do_not_specialize=["num_reqs", "q_blocks", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _prefill_kernel(
     query, out, k_pages, v_pages, scales, block_table, seq_lens, query_start_loc, sinks, anchor, v_anchor,
     scale, soft_cap, num_reqs, q_blocks,
@@ -369,7 +366,7 @@ def _prefill_kernel(
 ):  # fmt: skip
     """Grid: (query blocks, KV heads), like the portable kernel's."""
     kv_head = gl.program_id(1)
-    request, q_block = _find_request(query_start_loc, q_blocks - 1 - gl.program_id(0), num_reqs, BLOCK_Q)
+    request, q_block = find_request(query_start_loc, q_blocks - 1 - gl.program_id(0), num_reqs, BLOCK_Q)
     q_start = gl.load(query_start_loc + request)
     q_len = gl.load(query_start_loc + request + 1) - q_start
     seq_len = gl.load(seq_lens + request)

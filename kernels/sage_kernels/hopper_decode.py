@@ -26,6 +26,7 @@ from sage_kernels.tiles import (
     GROUP_BYTES,
     LOG2E,
     P_BITS,
+    TABLE_STRIDES,
     TABLES,
     await_kernel_before,
     inverse_or_zero,
@@ -131,7 +132,7 @@ def _row_of_page(place, block_table, table_stride, table_head_stride, block_rows
     return gl.load(entry, mask=left > 0, other=0) * block_rows + head * head_rows
 
 
-@gluon.jit(do_not_specialize=["num_reqs", "kv_heads", "slot_rows"], do_not_specialize_on_alignment=TABLES)
+@gluon.jit(do_not_specialize=["num_reqs", "kv_heads", "slot_rows", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _decode_kernel(
     query, out, partial, partial_top, partial_total, cut, k_pages, v_pages, group_rows, scale_rows, block_table, seq_lens,
     query_start_loc, sinks, anchor, v_anchor, scale, soft_cap, num_reqs, kv_heads, slot_rows,

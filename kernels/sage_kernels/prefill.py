@@ -13,7 +13,7 @@ import triton.language as tl
 
 from sage_kernels.device import fp8_path, has_own_kernels, pipeline_stages
 from sage_kernels.reference import Turns
-from sage_kernels.tiles import LOG2E, TABLES, add_v_anchor, attend_page, find_request, quantize_q, turned
+from sage_kernels.tiles import LOG2E, TABLE_STRIDES, TABLES, add_v_anchor, attend_page, find_request, quantize_q, turned
 from sage_paged import PageLayout
 
 
@@ -69,7 +69,7 @@ def quantized_query(
     return low_codes, high_codes, q_scale, product * (scale * LOG2E)
 
 
-@triton.jit(do_not_specialize=["num_reqs", "q_blocks"], do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=["num_reqs", "q_blocks", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _prefill_kernel(
     query, out, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, sinks, anchor, v_anchor,
     turns, turn_table, scale, soft_cap, num_reqs, q_blocks,

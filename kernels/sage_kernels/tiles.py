@@ -16,6 +16,8 @@ V_SCALE_MAX = tl.constexpr(2.0)
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 TABLES = ["block_table", "seq_lens", "query_start_loc"]
 """Arguments that are sliced where the decodes of a batch end: how a slice is aligned must not cost a compilation."""
+TABLE_STRIDES = ["table_stride", "table_head_stride"]
+"""Arguments that differ between block tables and page lists: a server that recalls goes from one to the other."""
 
 GROUP_BYTES = tl.constexpr(sage_paged.GROUP_BYTES)
 
@@ -28,9 +30,9 @@ section_offset = triton.constexpr_function(sage_paged.section_offset)
 def await_kernel_before(PDL: tl.constexpr):
     """Stands before all that a kernel which `device.dependent_launch` lets start early reads and writes.
 
-    Its programs take the places of those of the kernel before as these end, which saves a launch's time. (Letting them come
-    even earlier, by griddepcontrol.launch_dependents, made a layer's decode with memory no faster.) Every program has to come
-    here, so that what this kernel waited for is over when the next one goes on.
+    Its programs come when all of the kernel before have ended, and wait here for what these wrote, which saves most of a
+    launch's time. (Letting them come even earlier, by griddepcontrol.launch_dependents, made a layer's decode with memory no
+    faster.) Every program has to come here, so that what this kernel waited for is over when the next one goes on.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()

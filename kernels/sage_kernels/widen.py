@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 
 from sage_kernels.prefill import table_strides
-from sage_kernels.tiles import GROUP_BYTES, TABLES, section_offset, v_scale_bits_beside
+from sage_kernels.tiles import GROUP_BYTES, TABLE_STRIDES, TABLES, section_offset, v_scale_bits_beside
 from sage_paged import PageLayout
 
 
-@triton.jit(do_not_specialize=["pages"], do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=["pages", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _widen_kernel(
     narrow_i8, narrow_i32, wide_i32, block_table, seq_lens, query_start_loc, pages,
     table_stride, table_head_stride, block_stride, head_stride,
