@@ -518,7 +518,7 @@ class Stopwatch:
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def milliseconds(self, call: Callable[[], object]) -> float:
-        self.flush.amax()  # reads: what was written instead would leave the cache while the call is timed, and cost it 9 us
+        self.flush.amax()  # reads: what was written instead would have to leave the cache while the call is timed
         torch.cuda._sleep(self.HEAD_START)
         self.start.record()
         call()

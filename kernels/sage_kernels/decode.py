@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 
 from sage_kernels.device import dependent_launch, fp8_path, has_own_kernels, multiprocessors, pipeline_stages
-from sage_kernels.prefill import quantized_query, table_strides, turn_arguments
+from sage_kernels.prefill import attend_pages, table_strides, turn_arguments
 from sage_kernels.reference import Turns
 from sage_kernels.shares import LANES, find_share, next_segment, place_of_part
-from sage_kernels.tiles import LOG2E, TABLE_STRIDES, TABLES, add_v_anchor, attend_page, await_kernel_before
+from sage_kernels.tiles import LOG2E, TABLE_STRIDES, TABLES, add_v_anchor, await_kernel_before
 from sage_paged import PageLayout
 
 # Tuned on an H200 at 64 x 8K, 8 x 128K and 1 x 128K tokens, when requests were cut into one number of splits: two warps read
@@ -64,55 +64,19 @@ def _decode_kernel(
         seq_len = tl.load(seq_lens + request)
         head = kv_head * GROUP + rows % GROUP
         valid = local < q_len
-        q_low, q_high, q_scale, q_bias = quantized_query(
-            query, anchor + kv_head * HEAD_DIM, turn_table, q_start + local, head, valid, q_token_stride, q_head_stride, scale,
-            ANCHOR, False, HEAD_DIM, K_BITS, BLOCK_D,
-        )  # fmt: skip
-        page_bias = q_bias
-
-        position = seq_len - q_len + local
         part = tl.minimum(seen - page, left)
         first_page = first + page
         end_page = first_page + part
         # Pages up to this one are seen whole by every row.
         full_pages = tl.minimum((seq_len - q_len + 1) // PAGE, end_page) if WINDOW == 0 else first_page
 
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         table_offset = request.to(tl.int64) * table_stride + kv_head * table_head_stride
-        table = block_table + table_offset
-        head_offset = kv_head.to(tl.int64) * head_stride
-        for i in range(first_page, full_pages):
-            offset = tl.load(table + i).to(tl.int64) * block_stride + head_offset
-            if TURN:
-                q_low, q_high, q_scale, page_bias = quantized_query(
-                    query, anchor + kv_head * HEAD_DIM, turn_table + tl.load(turns + table_offset + i) * HEAD_DIM,
-                    q_start + local, head, valid, q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D,
-                )  # fmt: skip
-                if not SOFT_CAP:
-                    page_bias -= q_bias
-            acc, total, top = attend_page(
-                q_low, q_high, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
-                PAGE, rows, rows, soft_cap, HEAD_DIM, K_BITS, PAGE, False, SOFT_CAP, FP8, TURN,
-            )  # fmt: skip
-        for i in range(tl.maximum(first_page, full_pages), end_page):
-            offset = tl.load(table + i).to(tl.int64) * block_stride + head_offset
-            last_visible = position - i * PAGE
-            first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else tl.zeros_like(last_visible)
-            if TURN:
-                q_low, q_high, q_scale, page_bias = quantized_query(
-                    query, anchor + kv_head * HEAD_DIM, turn_table + tl.load(turns + table_offset + i) * HEAD_DIM,
-                    q_start + local, head, valid, q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D,
-                )  # fmt: skip
-                if not SOFT_CAP:
-                    page_bias -= q_bias
-            acc, total, top = attend_page(
-                q_low, q_high, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
-                seq_len - i * PAGE, first_visible, last_visible, soft_cap,
-                HEAD_DIM, K_BITS, PAGE, True, SOFT_CAP, FP8, TURN,
-            )  # fmt: skip
-
+        acc, total, top, q_bias = attend_pages(
+            query, cache_i8, cache_v, cache_f32, anchor + kv_head * HEAD_DIM, turn_table, block_table + table_offset,
+            turns + table_offset, first_page, full_pages, end_page, q_start + local, head, valid, seq_len - q_len + local,
+            seq_len, kv_head.to(tl.int64) * head_stride, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
+            WINDOW, SOFT_CAP, ANCHOR, HEAD_DIM, K_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, TURN,
+        )  # fmt: skip
         # What all values lack, every part gives back itself: the merge takes a mean of parts, less the share that a sink has.
         acc = add_v_anchor(acc, total, v_anchor + kv_head * HEAD_DIM, HEAD_DIM, V_ANCHOR)
         if ANCHOR and not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already

@@ -69,6 +69,49 @@ def quantized_query(
     return low_codes, high_codes, q_scale, product * (scale * LOG2E)
 
 
+@triton.jit
+def attend_pages(
+    query, cache_i8, cache_v, cache_f32, anchor, turn_table, table, turns, first_page, full_pages, end_page,
+    token, head, valid, position, seq_len, head_offset, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """The rows of a query tile against pages first_page to end_page of a request, of which every row sees those before
+    full_pages whole. Returns acc, total and top as `attend_page` does, and q_bias.
+
+    token, head, position: int [rows], of each row; valid: bool [rows]. anchor: pointer to that of the KV head, if ANCHOR.
+    table, turns: pointers to the request's blocks and, if TURN, to the rows of turn_table that its pages take. head_offset:
+    int64, bytes from a block's start to the head's page.
+    """
+    q_low, q_high, q_scale, q_bias = quantized_query(
+        query, anchor, turn_table, token, head, valid, q_token_stride, q_head_stride, scale,
+        ANCHOR, False, HEAD_DIM, K_BITS, BLOCK_D,
+    )  # fmt: skip
+    page_bias = q_bias
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for masked in tl.static_range(2):
+        first = tl.maximum(first_page, full_pages) if masked else first_page
+        for page in range(first, end_page if masked else full_pages):
+            offset = tl.load(table + page).to(tl.int64) * block_stride + head_offset
+            last_visible = position - page * PAGE
+            first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else tl.zeros_like(last_visible)
+            if TURN:
+                q_low, q_high, q_scale, page_bias = quantized_query(
+                    query, anchor, turn_table + tl.load(turns + page) * HEAD_DIM, token, head, valid,
+                    q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D,
+                )  # fmt: skip
+                if not SOFT_CAP:
+                    page_bias -= q_bias
+            acc, total, top = attend_page(
+                q_low, q_high, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+                seq_len - page * PAGE, first_visible, last_visible, soft_cap,
+                HEAD_DIM, K_BITS, PAGE, masked == 1, SOFT_CAP, FP8, TURN,
+            )  # fmt: skip
+    return acc, total, top, q_bias
+
+
 @triton.jit(do_not_specialize=["num_reqs", "q_blocks", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _prefill_kernel(
     query, out, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, sinks, anchor, v_anchor,
@@ -93,12 +136,6 @@ def _prefill_kernel(
     local = q_block * BLOCK_Q + rows // GROUP
     head = kv_head * GROUP + rows % GROUP
     valid = (rows < BLOCK_Q * GROUP) & (local < q_len)
-    q_low, q_high, q_scale, q_bias = quantized_query(
-        query, anchor + kv_head * HEAD_DIM, turn_table, q_start + local, head, valid, q_token_stride, q_head_stride, scale,
-        ANCHOR, False, HEAD_DIM, K_BITS, BLOCK_D,
-    )  # fmt: skip
-    page_bias = q_bias
-
     position = seq_len - q_len + local
     first_position = seq_len - q_len + q_block * BLOCK_Q
     last_position = tl.minimum(first_position + BLOCK_Q, seq_len) - 1
@@ -109,42 +146,13 @@ def _prefill_kernel(
     full_pages = (first_position + 1) // PAGE if WINDOW == 0 else first_page
     last_page = last_position // PAGE
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     table_offset = request.to(tl.int64) * table_stride + kv_head * table_head_stride
-    table = block_table + table_offset
-    head_offset = kv_head.to(tl.int64) * head_stride
-    for page in range(first_page, full_pages):
-        offset = tl.load(table + page).to(tl.int64) * block_stride + head_offset
-        if TURN:
-            q_low, q_high, q_scale, page_bias = quantized_query(
-                query, anchor + kv_head * HEAD_DIM, turn_table + tl.load(turns + table_offset + page) * HEAD_DIM,
-                q_start + local, head, valid, q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D,
-            )  # fmt: skip
-            if not SOFT_CAP:
-                page_bias -= q_bias
-        acc, total, top = attend_page(
-            q_low, q_high, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
-            PAGE, rows, rows, soft_cap, HEAD_DIM, K_BITS, PAGE, False, SOFT_CAP, FP8, TURN,
-        )  # fmt: skip
-    for page in range(full_pages, last_page + 1):
-        offset = tl.load(table + page).to(tl.int64) * block_stride + head_offset
-        last_visible = position - page * PAGE
-        first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else tl.zeros_like(last_visible)
-        if TURN:
-            q_low, q_high, q_scale, page_bias = quantized_query(
-                query, anchor + kv_head * HEAD_DIM, turn_table + tl.load(turns + table_offset + page) * HEAD_DIM,
-                q_start + local, head, valid, q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D,
-            )  # fmt: skip
-            if not SOFT_CAP:
-                page_bias -= q_bias
-        acc, total, top = attend_page(
-            q_low, q_high, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
-            seq_len - page * PAGE, first_visible, last_visible, soft_cap,
-            HEAD_DIM, K_BITS, PAGE, True, SOFT_CAP, FP8, TURN,
-        )  # fmt: skip
-
+    acc, total, top, q_bias = attend_pages(
+        query, cache_i8, cache_v, cache_f32, anchor + kv_head * HEAD_DIM, turn_table, block_table + table_offset,
+        turns + table_offset, first_page, full_pages, last_page + 1, q_start + local, head, valid, position, seq_len,
+        kv_head.to(tl.int64) * head_stride, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
+        WINDOW, SOFT_CAP, ANCHOR, HEAD_DIM, K_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, TURN,
+    )  # fmt: skip
     acc = add_v_anchor(acc, total, v_anchor + kv_head * HEAD_DIM, HEAD_DIM, V_ANCHOR)
     if SINKS:
         if not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
