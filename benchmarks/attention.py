@@ -871,11 +871,9 @@ def pair(text: str, form: str) -> tuple[int, int]:
 
 
 def decode_case(text: str) -> Case:
-    match = re.fullmatch(r"(?:([1-9][0-9]*)\+)?([1-9][0-9]*)x([1-9][0-9]*)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither BxS nor L+BxS, positive integers")
-    batch, length = int(match[2]), int(match[3])
-    return Case("decode", batch + 1, 1, int(match[1]), others=length) if match[1] else Case("decode", batch, 1, length)
+    longest, plus, rest = text.rpartition("+")
+    batch, length = pair(rest, form="BxS")
+    return Case("decode", batch + 1, 1, positive(longest), others=length) if plus else Case("decode", batch, 1, length)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

@@ -186,7 +186,7 @@ def test_plot(attention: ModuleType, report: dict[str, Any], tmp_path: Path, cap
     [
         ("run", "nothing to do: give --prefill, --store, --chunk or --decode"),
         ("run --prefill 0", "argument --prefill: '0' is not a positive integer"),
-        ("run --decode 64", "argument --decode: '64' is neither BxS nor L+BxS, positive integers"),
+        ("run --decode 64", "argument --decode: '64' is not BxS, two positive integers"),
         ("run --chunk 0x5", "argument --chunk: '0x5' is not QxH, two positive integers"),
         ("run --prefill 64 --contenders fa4", "unknown contender 'fa4'; there are sage-int8, "),
         ("run --prefill 64 --heads 6 --kv-heads 4", "--heads 6 is not a multiple of --kv-heads 4"),

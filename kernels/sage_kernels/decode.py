@@ -16,7 +16,7 @@ import triton.language as tl
 from sage_kernels.device import dependent_launch, fp8_path, has_own_kernels, multiprocessors, pipeline_stages
 from sage_kernels.prefill import attend_pages, table_strides, turn_arguments
 from sage_kernels.reference import Turns
-from sage_kernels.shares import LANES, find_share, next_segment, place_of_part
+from sage_kernels.shares import LANES, count_parts, find_share, next_segment, place_of_part
 from sage_kernels.tiles import LOG2E, TABLE_STRIDES, TABLES, add_v_anchor, await_kernel_before
 from sage_paged import PageLayout
 
@@ -52,7 +52,6 @@ def _decode_kernel(
     share, left, request, kv_head, first, seen, page = find_share(
         seq_lens, query_start_loc, num_reqs, kv_heads, program, tl.num_programs(0), tl.arange(0, LANES), WINDOW, PAGE
     )
-    begin = program * share
     rows = tl.arange(0, BLOCK_M)
     local = rows // GROUP
     channels = tl.arange(0, BLOCK_D)
@@ -97,8 +96,7 @@ def _decode_kernel(
             tl.store(partial_total + slot, total, mask=valid)
             if page == 0:
                 cut_segment = request * kv_heads + kv_head
-                cut_parts = (begin + seen - 1) // share - program + 1
-        begin += part
+                cut_parts = count_parts(part, seen, share)
         left -= part
         page = 0
         request, kv_head, first, seen = next_segment(

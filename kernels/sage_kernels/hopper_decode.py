@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sage_kernels.device import dependent_launch
 from sage_kernels.hopper import descriptors
 from sage_kernels.prefill import table_strides
-from sage_kernels.shares import LANES, find_share, next_segment, place_of_part
+from sage_kernels.shares import LANES, count_parts, find_share, next_segment, place_of_part
 from sage_kernels.tiles import (
     GROUP_BYTES,
     LOG2E,
@@ -179,7 +179,6 @@ def _decode_kernel(
         seq_lens, query_start_loc, num_reqs, kv_heads, program, gl.num_programs(0),
         gl.arange(0, LANES, gl.BlockedLayout([LANES // 32], [32], [4], [0])), WINDOW, PAGE,  # all of them in each warp
     )  # fmt: skip
-    begin = program * share
     # Pages are fetched ahead of the one that is attended to, also those of parts to come.
     ahead = request, kv_head, first, seen, page, left
     for stage in gl.static_range(STAGES):
@@ -314,8 +313,7 @@ def _decode_kernel(
             gl.store(partial_total + slot_row, sums, mask=valid)
             if page == 0:
                 cut_segment = request * kv_heads + kv_head
-                cut_parts = (begin + seen - 1) // share - program + 1
-        begin += part
+                cut_parts = count_parts(part, seen, share)
         left -= part
         page = 0
         request, kv_head, first, seen = next_segment(

@@ -84,3 +84,9 @@ def next_segment(
 def place_of_part(program, goes_on):
     """Where the results of a cut part stand. goes_on: whether the share before has some of the same segment."""
     return 2 * program + 1 - goes_on.to(tl.int32)
+
+
+@triton.jit
+def count_parts(part, seen, share):
+    """Of a segment that sees so many pages and whose first part is cut: that part, and those in the shares behind."""
+    return 1 + (seen - part + share - 1) // share
