@@ -69,10 +69,12 @@ def random_plugins(folder: str) -> str:
 
 def execution(arguments: argparse.Namespace) -> dict[str, Any]:
     """How the engine is to run its model."""
-    if not arguments.graphs:
-        return {"enforce_eager": arguments.eager}
-    sizes = sorted({batch for batch, _ in arguments.decode} | {1})
-    return {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}}
+    if arguments.eager:
+        return {"enforce_eager": True}
+    compilation: dict[str, Any] = {"cudagraph_capture_sizes": sorted({batch for batch, _ in arguments.decode} | {1})}
+    if arguments.graphs:
+        compilation |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    return {"compilation_config": compilation}
 
 
 def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -215,9 +215,8 @@ def _choice(device: Any) -> Finding:
 
     own, fallback = choose_kernel(device, PageLayout(128), 4)  # devices that have one for prefill have one for decode
     products = "FP8 products" if fp8_path(device) == "native" else "FP16 products from FP8 values"
-    prefill = "Triton" if own is None else "Gluon for head sizes 64 and 128, otherwise Triton"
-    decode = "Triton" if own is None else "Gluon for head sizes 64, 128 and 256, otherwise Triton"
-    text = f"prefill {prefill}; decode {decode}; store Triton; {products}"
+    attention = "Triton" if own is None else "Gluon for head sizes 64, 128 and 256, otherwise Triton"
+    text = f"prefill and decode {attention}; store Triton; {products}"
     if fallback is not None:
         return Finding(WARN, "kernels", f"{text}; Triton's Gluon cannot be imported", "install the Triton that torch asks for")
     return Finding(OK, "kernels", text)

@@ -115,9 +115,9 @@ def test_a_gpu_that_torch_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("choice", "fp8", "state", "words"),
     [
-        ((object(), None), "native", OK, "prefill Gluon"),
+        ((object(), None), "native", OK, "prefill and decode Gluon"),
         ((None, "gluon_missing"), "native", WARN, "Gluon cannot be imported"),
-        ((None, None), "half", OK, "prefill Triton; decode Triton; store Triton; FP16"),
+        ((None, None), "half", OK, "prefill and decode Triton; store Triton; FP16"),
     ],
 )
 def test_which_kernels(choice: Any, fp8: str, state: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,10 @@ each with 64 query rows, share what they bring: while one is busy with numbers, 
 A softmax has two parts that use different units: logits and their maximum (arithmetic) and exponentials (special functions),
 and the second waits for the first. Within a warpgroup the exponentials of one page are therefore computed beside the logits of
 the next, in one straight run of instructions. By a profile that is not kept, an H100 is at its limit of power in this kernel,
-and issues an instruction in every other cycle, so what counts is how many there are. What was slower:
+and issues an instruction in every other cycle, so what counts is how many there are. Heads of 256 channels leave no registers
+for that: a page is finished before the logits of the next, and P V is added up a quarter of the channels at a time.
+
+What was slower:
 
 - P V left running during the softmax, as in FlashAttention-3 (section 3.2), for which registers suffice only with longer sums
   in the 22-bit accumulators; warpgroups that take turns; three warpgroups, which spill registers; pages of 64 tokens;
@@ -18,6 +21,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -38,9 +42,27 @@ ROWS = gl.constexpr(64)
 """Query rows of a warpgroup."""
 BLOCK_M = 128
 """Query rows of a program: two warpgroups."""
-STAGES = gl.constexpr(4)
-"""Slots of shared memory. Slot i % STAGES holds what is free again at the same time: V of page i with its scales, and K of page
-i + 1. K of page 0 has a buffer of its own, behind the slots."""
+
+
+@triton.constexpr_function
+def _is_wide(head_dim):
+    """Whether registers have no room for the logits of a page beside P V of the page before: pages are finished one after the
+    other then, and channels are added up in parts."""
+    return head_dim > 128
+
+
+@triton.constexpr_function
+def _channels_at_once(head_dim):
+    """Channels of P V that are added up at a time."""
+    return 64 if _is_wide(head_dim) else head_dim
+
+
+@triton.constexpr_function
+def _stages(head_dim):
+    """Slots of shared memory. Slot i % stages holds what is free again at the same time: V of page i with its scales, and K of
+    page i + 1. K of page 0 has a buffer of its own, behind the slots."""
+    return 2 if _is_wide(head_dim) else 4
+
 
 LOGIT_BIAS = gl.constexpr(1024.0)
 """Added to all base-2 logits, to make the largest of a row positive. In a page where a row has none above -LOGIT_BIAS, which is
@@ -55,6 +77,7 @@ def _stream_pages(
     HEAD_DIM: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """The producer of K and V. Pages are counted in rows of PAGE bytes, of which a page has bytes_per_token."""
+    STAGES: gl.constexpr = _stages(HEAD_DIM)
     k_buffers, v_buffers, _, _ = buffers
     k_full, v_full, _, empty = barriers
     row = gl.load(table + first_page) * block_rows + head_rows
@@ -91,6 +114,7 @@ def _prepare_scales(
     that the product with P leaves the sum of a row in every thread that holds a part of it. Tokens behind the last one count
     nothing, whatever their scales may be.
     """
+    STAGES: gl.constexpr = _stages(HEAD_DIM)
     LAYOUT: gl.constexpr = gl.BlockedLayout([8, PAGE // 32], [1, 32], [1, 1], [1, 0])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     PAIRS: gl.constexpr = gl.BlockedLayout([PAGE // 16], [32], [1], [0])
@@ -119,8 +143,9 @@ def _prepare_scales(
 
 
 @gluon.jit
-def _start_product(q, buffers, barriers, i, last, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
+def _start_product(q, buffers, barriers, i, last, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
     """Start Q K^T of page i, int32 [ROWS, PAGE]; behind the last page, that of the last once more, which nobody looks at."""
+    STAGES: gl.constexpr = _stages(HEAD_DIM)
     k_buffers, _, _, _ = buffers
     k_full, _, _, _ = barriers
     slot_page = gl.minimum(i, last) - 1
@@ -156,10 +181,11 @@ def _row_max(logits, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
 @gluon.jit
 def _logits(
     codes, q_scale, q_bias, top, buffers, i, first_visible, last_visible, soft_cap,
-    PAGE: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr, S_LAYOUT: gl.constexpr,
+    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr, S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """From Q K^T of page i, whose scales are there, to base-2 logits plus LOGIT_BIAS and the exponent of V's scale, and the new
     top."""
+    STAGES: gl.constexpr = _stages(HEAD_DIM)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     # Of 16 numbers, which are 8 columns, each of four threads has the four of its two columns.
     OWN: gl.constexpr = [[1], [2], [16], [32], [64], [128]] if PAGE == 128 else [[1], [2], [16], [32], [64]]
@@ -215,20 +241,29 @@ def _add_page(
     p, acc, total, decay, buffers, barriers, i,
     HEAD_DIM: gl.constexpr, O_LAYOUT: gl.constexpr, T_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Add P V of page i, whose V is there, and its sums of P to those of the pages before it, times decay."""
+    """Add P V of page i, whose V is there, and its sums of P to those of the pages before it, times decay. acc: a tuple, a
+    tensor for each part of the channels. Frees the slot, if the head is not wide: else K in it is still to be read."""
+    STAGES: gl.constexpr = _stages(HEAD_DIM)
+    PART: gl.constexpr = _channels_at_once(HEAD_DIM)
     _, v_buffers, _, inverse_buffers = buffers
     _, _, _, empty = barriers
     slot = i % STAGES
-    # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator (SageAttention2, section 3.4).
-    pv = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
-    pv = warpgroup_mma(p, v_buffers.index(slot).permute((1, 0)), pv, use_acc=False, is_async=True)
+    v = v_buffers.index(slot)
+    of_acc = gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None]
     row_sum = gl.zeros([ROWS, 8], gl.float32, T_LAYOUT)
-    row_sum = warpgroup_mma(p, inverse_buffers.index(slot).permute((1, 0)), row_sum, use_acc=False, is_async=True)
-    pv, row_sum = warpgroup_mma_wait(0, deps=[pv, row_sum])
-    mbarrier.arrive(empty.index(slot))
-    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None] + pv
+    added = ()
+    for part in gl.static_range(HEAD_DIM // PART):
+        # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator (SageAttention2, section 3.4).
+        pv = gl.zeros([ROWS, PART], gl.float32, O_LAYOUT)
+        pv = warpgroup_mma(p, v.slice(part * PART, PART).permute((1, 0)), pv, use_acc=False, is_async=True)
+        if part == 0:
+            row_sum = warpgroup_mma(p, inverse_buffers.index(slot).permute((1, 0)), row_sum, use_acc=False, is_async=True)
+        pv, row_sum = warpgroup_mma_wait(0, deps=[pv, row_sum])
+        if not _is_wide(HEAD_DIM):
+            mbarrier.arrive(empty.index(slot))
+        added += (acc[part] * of_acc + pv,)  # type: ignore[assignment]
     total = total * gl.convert_layout(decay, gl.SliceLayout(1, T_LAYOUT))[:, None] + row_sum
-    return acc, total
+    return added, total
 
 
 @gluon.jit
@@ -239,23 +274,38 @@ def _attend(
 ):  # fmt: skip
     """Finish page i and begin page i + 1, of which first_visible and last_visible are.
 
-    state: started codes of page i + 1; logits of page i and their top; decay, which takes acc and total, the sums over the
-    pages before page i, to that top. Returns the state of page i + 1.
+    state: the started codes of page i + 1, unless the head is wide; logits of page i and their top; decay, which takes acc and
+    total, the sums over the pages before page i, to that top. Returns the state of page i + 1.
     """
-    codes, logits, top, decay, acc, total = state
-    _, v_full, scales_full, _ = barriers
-    mbarrier.wait(scales_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
-    # From here to the wait for V there is no branch, so that the compiler can mix the two.
-    p = _weights(logits, top, PAGE, MASKED, P_LAYOUT)
-    codes = warpgroup_mma_wait(0, deps=[codes])
-    logits, new_top = _logits(
-        codes, q_scale, q_bias, top, buffers, i + 1, first_visible, last_visible, soft_cap, PAGE, MASKED, SOFT_CAP, S_LAYOUT
-    )
-    mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
-    acc, total = _add_page(p, acc, total, decay, buffers, barriers, i, HEAD_DIM, O_LAYOUT, T_LAYOUT)
+    STAGES: gl.constexpr = _stages(HEAD_DIM)
+    started, logits, top, decay, acc, total = state
+    _, v_full, scales_full, empty = barriers
+    if _is_wide(HEAD_DIM):
+        p = _weights(logits, top, PAGE, MASKED, P_LAYOUT)
+        mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
+        acc, total = _add_page(p, acc, total, decay, buffers, barriers, i, HEAD_DIM, O_LAYOUT, T_LAYOUT)
+        codes = _start_product(q, buffers, barriers, i + 1, last, HEAD_DIM, PAGE, S_LAYOUT)
+        mbarrier.wait(scales_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
+        codes = warpgroup_mma_wait(0, deps=[codes])
+        mbarrier.arrive(empty.index(i % STAGES))
+        logits, new_top = _logits(
+            codes, q_scale, q_bias, top, buffers, i + 1, first_visible, last_visible, soft_cap,
+            HEAD_DIM, PAGE, MASKED, SOFT_CAP, S_LAYOUT,
+        )  # fmt: skip
+    else:
+        mbarrier.wait(scales_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
+        # From here to the wait for V there is no branch, so that the compiler can mix the two.
+        p = _weights(logits, top, PAGE, MASKED, P_LAYOUT)
+        codes = warpgroup_mma_wait(0, deps=[started[0]])
+        logits, new_top = _logits(
+            codes, q_scale, q_bias, top, buffers, i + 1, first_visible, last_visible, soft_cap,
+            HEAD_DIM, PAGE, MASKED, SOFT_CAP, S_LAYOUT,
+        )  # fmt: skip
+        mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
+        acc, total = _add_page(p, acc, total, decay, buffers, barriers, i, HEAD_DIM, O_LAYOUT, T_LAYOUT)
+        started = (_start_product(q, buffers, barriers, i + 2, last, HEAD_DIM, PAGE, S_LAYOUT),)
     decay = gl.exp2(top - _reference(new_top, MASKED))
-    codes = _start_product(q, buffers, barriers, i + 2, last, PAGE, S_LAYOUT)
-    return codes, logits, new_top, decay, acc, total
+    return started, logits, new_top, decay, acc, total
 
 
 @gluon.jit
@@ -266,7 +316,9 @@ def _consume_pages(
 ):  # fmt: skip
     """A warpgroup: quantize its query rows, take them through all pages, and write them out."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAGE, 32])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 32])
+    STAGES: gl.constexpr = _stages(HEAD_DIM)
+    PART: gl.constexpr = _channels_at_once(HEAD_DIM)
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, k_width=4)
     T_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
@@ -300,17 +352,23 @@ def _consume_pages(
     position -= first_page * PAGE
     last = pages - 1
     first_visible = position - WINDOW + 1 if WINDOW > 0 else gl.zeros_like(position)
-    codes = _start_product(q_codes, buffers, barriers, 0, last, PAGE, S_LAYOUT)
+    codes = _start_product(q_codes, buffers, barriers, 0, last, HEAD_DIM, PAGE, S_LAYOUT)
     mbarrier.wait(scales_full.index(0), 0)
     codes = warpgroup_mma_wait(0, deps=[codes])
     top = gl.full([ROWS], float("-inf"), gl.float32, S_ROWS)
     logits, top = _logits(
-        codes, q_scale, q_bias, top, buffers, 0, first_visible, position, soft_cap, PAGE, True, SOFT_CAP, S_LAYOUT
-    )
-    codes = _start_product(q_codes, buffers, barriers, 1, last, PAGE, S_LAYOUT)
-    acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
+        codes, q_scale, q_bias, top, buffers, 0, first_visible, position, soft_cap,
+        HEAD_DIM, PAGE, True, SOFT_CAP, S_LAYOUT,
+    )  # fmt: skip
+    started = ()
+    if not _is_wide(HEAD_DIM):
+        codes = _start_product(q_codes, buffers, barriers, 1, last, HEAD_DIM, PAGE, S_LAYOUT)
+        started = (codes,)  # type: ignore[assignment]
+    acc = ()
+    for _ in gl.static_range(HEAD_DIM // PART):
+        acc += (gl.zeros([ROWS, PART], gl.float32, O_LAYOUT),)  # type: ignore[assignment]
     total = gl.zeros([ROWS, 8], gl.float32, T_LAYOUT)  # eight equal columns, 2**-8 times the sum of P
-    state = (codes, logits, top, gl.zeros_like(top), acc, total)
+    state = (started, logits, top, gl.zeros_like(top), acc, total)
     unmasked = gl.minimum(gl.maximum(full_pages - 1, 0), last)
     for i in range(unmasked):
         state = _attend(
@@ -324,8 +382,9 @@ def _consume_pages(
             q_codes, q_scale, q_bias, state, buffers, barriers, i, last, first_visible, last_visible, soft_cap,
             HEAD_DIM, PAGE, True, SOFT_CAP, S_LAYOUT, O_LAYOUT, P_LAYOUT, T_LAYOUT,
         )  # fmt: skip
-    codes, logits, top, decay, acc, total = state
-    warpgroup_mma_wait(0, deps=[codes])
+    started, logits, top, decay, acc, total = state
+    if not _is_wide(HEAD_DIM):
+        warpgroup_mma_wait(0, deps=[started[0]])  # type: ignore[misc]
     p = _weights(logits, top, PAGE, True, P_LAYOUT)
     mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
     length = seq_len - (first_page + last) * PAGE
@@ -339,9 +398,7 @@ def _consume_pages(
     acc, total = _add_page(p, acc, total, decay, buffers, barriers, last, HEAD_DIM, O_LAYOUT, T_LAYOUT)
 
     total = gl.convert_layout(gl.max(total, 1), S_ROWS) * 256.0
-    if V_ANCHOR:
-        values = gl.load(v_anchor + kv_head * HEAD_DIM + gl.arange(0, HEAD_DIM, gl.SliceLayout(0, O_LAYOUT)))
-        acc += gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None] * values[None, :]
+    weight = gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]  # of what all values lack: a sink has no value
     if SINKS:
         top -= LOGIT_BIAS
         if not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
@@ -349,10 +406,21 @@ def _consume_pages(
         head = kv_head * GROUP + (WARPGROUP * ROWS + gl.arange(0, ROWS, S_ROWS)) % GROUP
         total += gl.exp2(gl.load(sinks + head).to(gl.float32) * LOG2E - top)
     total = gl.where(total > 0.0, total, 1.0)  # 0 where all logits are below -LOGIT_BIAS
-    acc = acc / gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]
-    result = gl.convert_layout(acc.to(out.dtype.element_ty), Q_LAYOUT)
+    total = gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    OUT_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PART, PART // 8], [4, 1], [1, 0])
+    rows = WARPGROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OUT_LAYOUT))
+    local = q_block * BLOCK_Q + rows // GROUP
+    valid = (rows < BLOCK_Q * GROUP) & (local < q_len)
+    heads = kv_head * GROUP + rows % GROUP
     offsets = (q_start + local).to(gl.int64) * out_token_stride + heads * out_head_stride
-    gl.store(out + offsets[:, None] + channels[None, :], result, mask=valid[:, None])
+    for part in gl.static_range(HEAD_DIM // PART):
+        result = acc[part]
+        if V_ANCHOR:
+            lacking = v_anchor + kv_head * HEAD_DIM + part * PART + gl.arange(0, PART, gl.SliceLayout(0, O_LAYOUT))
+            result += weight * gl.load(lacking)[None, :]
+        result = gl.convert_layout((result / total).to(out.dtype.element_ty), OUT_LAYOUT)
+        channels = part * PART + gl.arange(0, PART, gl.SliceLayout(0, OUT_LAYOUT))
+        gl.store(out + offsets[:, None] + channels[None, :], result, mask=valid[:, None])
 
 
 @gluon.jit(do_not_specialize=["num_reqs", "q_blocks", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
@@ -381,6 +449,7 @@ def _prefill_kernel(
     full_pages = gl.where(used, (first_position + 1) // PAGE, 0) if WINDOW == 0 else 0
     first_page = gl.where(used, first_page, 0)
 
+    STAGES: gl.constexpr = _stages(HEAD_DIM)
     k_buffers = gl.allocate_shared_memory(gl.int8, [STAGES + 1, PAGE, HEAD_DIM], k_pages.layout)
     v_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, HEAD_DIM, PAGE], v_pages.layout)
     scale_buffers = gl.allocate_shared_memory(
@@ -432,7 +501,7 @@ def _prefill_kernel(
 
 def supports(layout: PageLayout, group: int) -> bool:
     """Whether there is a kernel for pages of this layout and `group` query heads a KV head."""
-    return layout.head_dim in (64, 128) and group <= BLOCK_M
+    return layout.head_dim in (64, 128, 256) and group <= BLOCK_M
 
 
 @functools.lru_cache(maxsize=1024)

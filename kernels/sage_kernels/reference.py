@@ -76,7 +76,7 @@ def narrow(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for step in (whole, (whole - 1).clamp(min=1)):
         for base in (least, largest - 15 * step, (least + largest - 15 * step) >> 1):
             base = torch.minimum(base.clamp(min=-128), 127 - 15 * step)
-            nibbles = ((both - base) * (1 / step)).round().clamp(0, 15).int()
+            nibbles = ((2 * (both - base) + step) // (2 * step)).clamp(0, 15)  # rounded, what is in the middle up
             found = (base + step * nibbles - both).square().sum(-1, keepdim=True), step, base, nibbles
             if not best:
                 best = found

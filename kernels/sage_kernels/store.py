@@ -22,20 +22,14 @@ from sage_kernels.tiles import (
 )
 from sage_paged import PageLayout
 
-BLOCK_TOKENS = 32
+BLOCK_TOKENS = 16
+NO_FRACTION = tl.constexpr(12582912.0)
+"""1.5 * 2**23: what is added to a float32 to round it to a whole number, which its last bits then are."""
 
 
 @triton.jit
-def _quantize_v(
-    value, v_anchor, tokens, used, token_stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FP8: tl.constexpr, V_ANCHOR: tl.constexpr,
-):  # fmt: skip
-    """e4m3 codes (as int8 [tokens, channels]) and scales (float32 [tokens]) of the values of some tokens."""
-    channels = tl.arange(0, BLOCK_D)
-    pointers = value + tokens[:, None].to(tl.int64) * token_stride + channels[None, :]
-    v = tl.load(pointers, mask=used[:, None] & (channels < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
-    if V_ANCHOR:
-        v -= tl.load(v_anchor + channels, mask=channels < HEAD_DIM, other=0.0)[None, :]
+def _quantize_v(v, FP8: tl.constexpr):
+    """v: float32 [tokens, channels]. Returns e4m3 codes (as int8 of that shape) and scales (float32 [tokens])."""
     scale = next_power_of_two(tl.math.div_rn(tl.max(tl.abs(v), 1), 448.0))
     scale = tl.minimum(tl.maximum(scale, V_SCALE_MIN), V_SCALE_MAX)
     v *= (1.0 / scale)[:, None]  # exact: scale is a power of two
@@ -48,29 +42,66 @@ def _quantize_v(
 
 
 @triton.jit
-def _store_v_scale(cache_i8, cache_f32, k_word, scale, used, PAGE: tl.constexpr, K_BITS: tl.constexpr):
-    """Write scales of V where they belong to tokens whose scales of K are the words `k_word` of the cache."""
+def _write_rows(
+    page_i8, page_f32, row, used, k, k_scale, v_scale,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write what stands in rows of pages, which is all but the codes of V.
+
+    page_i8, page_f32: pointers to the page of all tokens, or to those of each. used: which tokens are to be written. k: the
+    halves of INT8 codes, or packed INT4 codes with the steps and bases of their groups.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
+    half = tl.arange(0, BLOCK_D // 2)
+    half_mask = used[:, None] & (half < HALF)[None, :]
+    target = (page_i8 + row * (HEAD_DIM * K_BITS // 8))[:, None] + half[None, :]
+    scales = page_f32 + SCALES + row
     if K_BITS == 8:
-        tl.store(cache_f32 + k_word + PAGE, scale, mask=used)
+        low, high = k
+        tl.store(target, low, mask=half_mask)
+        tl.store(target + HALF, high, mask=half_mask)
+        tl.store(scales, k_scale, mask=used)
+        tl.store(scales + PAGE, v_scale, mask=used)
     else:
-        tl.store(cache_i8 + 4 * k_word, (scale.to(tl.int32, bitcast=True) >> 23).to(tl.int8), mask=used)
+        packed, step, base = k
+        tl.store(target, packed, mask=half_mask)
+        GROUPS: tl.constexpr = HALF // GROUP_BYTES
+        group = tl.arange(0, BLOCK_D // 2 // GROUP_BYTES)
+        group_mask = used[:, None] & (group < GROUPS)[None, :]
+        first_group = page_i8 + section_offset("k_groups", HEAD_DIM, K_BITS, PAGE) + row * (2 * GROUPS)
+        groups = first_group[:, None] + group[None, :]
+        tl.store(groups, step, mask=group_mask)
+        tl.store(groups + GROUPS, base, mask=group_mask)
+        # One byte of four is V's, which needs no more than an exponent.
+        both = (k_scale.to(tl.int32, bitcast=True) & -256) | (v_scale.to(tl.int32, bitcast=True) >> 23)
+        tl.store(scales, both.to(tl.float32, bitcast=True), mask=used)
 
 
 @triton.jit
-def _nibbles(both, step, base):
-    """Where the codes of groups, [groups, channels], stand between levels that begin at `base`, `step` apart."""
-    return to_whole((both - base[:, None]) * tl.math.div_rn(1.0, step)[:, None])
+def _levels(both, step, base, AT_LEAST: tl.constexpr, AT_MOST: tl.constexpr):
+    """The levels next to the codes of groups `both`, [groups, channels], `step` apart from `base` on, as whole numbers plus
+    NO_FRACTION. AT_LEAST, AT_MOST: whether codes below the first, above the last level are possible.
+
+    A code in the middle of two belongs to the upper one. The inverse of the step is a little too large for that, so that it is
+    so whether product and sum are fused or not.
+    """
+    inverse = ((1.0 + 2.0**-20) / step)[:, None]
+    levels = (both - base[:, None]) * inverse + NO_FRACTION
+    if AT_LEAST:
+        levels = tl.maximum(levels, NO_FRACTION)
+    if AT_MOST:
+        levels = tl.minimum(levels, NO_FRACTION + 15.0)
+    return levels
 
 
 @triton.jit
-def _better(best, both, step, base, REACH: tl.constexpr):
+def _better(best, both, step, base, AT_LEAST: tl.constexpr, AT_MOST: tl.constexpr):
     """The better of `best` (errors, steps, bases), if there is one, and these steps and bases for the codes of groups `both`,
-    [groups, channels]. All are float32. REACH: whether the 16 levels reach all codes."""
+    [groups, channels]. All are float32. AT_LEAST, AT_MOST: see `_levels`."""
     base = tl.minimum(tl.maximum(base, -128.0), 127.0 - 15.0 * step)
-    nibbles = _nibbles(both, step, base)
-    if not REACH:
-        nibbles = tl.minimum(tl.maximum(nibbles, 0.0), 15.0)
-    miss = step[:, None] * nibbles - (both - base[:, None])
+    levels = _levels(both, step, base, AT_LEAST, AT_MOST) - NO_FRACTION
+    miss = step[:, None] * levels - (both - base[:, None])
     error = tl.sum(miss * miss, 1)
     if best is not None:
         better = error < best[0]
@@ -82,20 +113,20 @@ def _better(best, both, step, base, REACH: tl.constexpr):
 
 @triton.jit
 def _narrow(low, high, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
-    """`reference.narrow` of the codes of the halves of a head, [BLOCK_T, GROUPS * GROUP] each: bytes of that shape, and steps
-    and bases [BLOCK_T, GROUPS]. All are whole numbers, which float32 holds exactly."""
-    both = tl.join(low.to(tl.float32), high.to(tl.float32)).reshape([BLOCK_T * GROUPS, 2 * GROUP])
+    """`reference.narrow` of the codes of the halves of a head, float32 [BLOCK_T, GROUPS * GROUP] each: bytes of that shape, and
+    steps and bases [BLOCK_T, GROUPS]. All are whole numbers, which float32 holds exactly."""
+    both = tl.join(low, high).reshape([BLOCK_T * GROUPS, 2 * GROUP])
     least, largest = tl.min(both, 1), tl.max(both, 1)
     whole = tl.maximum((largest - least + 14.0).to(tl.int32) // 15, 1).to(tl.float32)
     best = None
     for less in tl.static_range(2):
         step = tl.maximum(whole - less, 1.0)
-        best = _better(best, both, step, least, less == 0)
-        best = _better(best, both, step, largest - 15.0 * step, less == 0)
-        best = _better(best, both, step, tl.floor((least + largest - 15.0 * step) * 0.5), less == 0)
+        best = _better(best, both, step, least, False, less == 1)
+        best = _better(best, both, step, largest - 15.0 * step, less == 1, False)
+        best = _better(best, both, step, tl.floor((least + largest - 15.0 * step) * 0.5), less == 1, less == 1)
     _, step, base = best  # type: ignore[misc]  # it is not None any more
-    nibbles = tl.minimum(tl.maximum(_nibbles(both, step, base), 0.0), 15.0)
-    low, high = tl.split(nibbles.to(tl.int32).reshape([BLOCK_T, GROUPS * GROUP, 2]))
+    levels = _levels(both, step, base, True, True).to(tl.int32, bitcast=True)
+    low, high = tl.split((levels & 0xF).reshape([BLOCK_T, GROUPS * GROUP, 2]))
     packed = (low | (high << 4)).to(tl.int8)
     return packed, step.reshape([BLOCK_T, GROUPS]).to(tl.int8), base.reshape([BLOCK_T, GROUPS]).to(tl.int8)
 
@@ -149,82 +180,66 @@ def _store_kernel(
     """Grid: (token blocks, KV heads). ANCHOR_TOKENS: 0 for keys as they are."""
     await_kernel_before(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
-    K_ROW: tl.constexpr = HEAD_DIM * K_BITS // 8
     V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE)
-    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
 
+    # Tokens are taken in the order of V, so that those which fill slots one after another, as most of a prompt do, leave bytes
+    # of V side by side.
     head = tl.program_id(1)
-    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1)
-    used = slot >= 0
-    page = (slot // PAGE).to(tl.int64) * block_stride + head.to(tl.int64) * head_stride
-    row = slot % PAGE
-
+    begin = tl.program_id(0) * BLOCK_T
+    lanes = tl.arange(0, BLOCK_T)
+    tokens = begin + v_token(lanes)
+    there = tokens < num_tokens
     # Keys come in two halves, which is what a packed byte pairs up; INT8 takes the same way.
     half = tl.arange(0, BLOCK_D // 2)
-    half_mask = used[:, None] & (half < HALF)[None, :]
+    half_mask = there[:, None] & (half < HALF)[None, :]
     head_key = key + head * key_head_stride
     source = head_key + tokens[:, None].to(tl.int64) * key_token_stride + half[None, :]
-    low = tl.load(source, mask=half_mask, other=0.0).to(tl.float32)
-    high = tl.load(source + HALF, mask=half_mask, other=0.0).to(tl.float32)
+    low = tl.load(source, mask=half_mask, other=0.0)
+    high = tl.load(source + HALF, mask=half_mask, other=0.0)
+    channels = tl.arange(0, BLOCK_D)
+    source = value + head * value_head_stride + tokens[:, None].to(tl.int64) * value_token_stride + channels[None, :]
+    v = tl.load(source, mask=there[:, None] & (channels < HEAD_DIM)[None, :], other=0.0)
+    slot = tl.load(slots + tokens, mask=there, other=-1)
+    first = tl.load(slots + begin)
+    low, high, v = low.to(tl.float32), high.to(tl.float32), v.to(tl.float32)
+
+    used = slot >= 0
     if ANCHOR_TOKENS > 0:
         anchor_low, anchor_high = _load_or_fix_anchor(
             anchor + head * HEAD_DIM, head_key, slots, num_tokens, used, key_token_stride, half, HALF, ANCHOR_TOKENS
         )
         low -= anchor_low[None, :]
         high -= anchor_high[None, :]
-    target = cache_i8 + page[:, None] + row[:, None] * K_ROW + half[None, :]
     amax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
     inverse = inverse_or_zero(amax, 127.0)[:, None]
-    low_codes = to_int(low * inverse).to(tl.int8)
-    high_codes = to_int(high * inverse).to(tl.int8)
     k_scale = tl.math.div_rn(amax, 127.0)
     if K_BITS == 8:
-        tl.store(target, low_codes, mask=half_mask)
-        tl.store(target + HALF, high_codes, mask=half_mask)
-        tl.store(cache_f32 + page // 4 + SCALES + row, k_scale, mask=used)
+        k = to_int(low * inverse).to(tl.int8), to_int(high * inverse).to(tl.int8)
     else:
-        packed, step, base = _narrow(low_codes, high_codes, BLOCK_T, BLOCK_D // 2 // GROUP_BYTES, GROUP_BYTES)
-        tl.store(target, packed, mask=half_mask)
-        GROUPS: tl.constexpr = HALF // GROUP_BYTES
-        group = tl.arange(0, BLOCK_D // 2 // GROUP_BYTES)
-        group_mask = used[:, None] & (group < GROUPS)[None, :]
-        first_group = page + section_offset("k_groups", HEAD_DIM, K_BITS, PAGE) + row * 2 * GROUPS
-        groups = cache_i8 + first_group[:, None] + group[None, :]
-        tl.store(groups, step, mask=group_mask)
-        tl.store(groups + GROUPS, base, mask=group_mask)
-        # The first of a scale's four bytes belongs to V.
-        word = cache_i8 + page + 4 * (SCALES + row)
-        for byte in tl.static_range(1, 4):
-            tl.store(word + byte, (k_scale.to(tl.int32, bitcast=True) >> (8 * byte)).to(tl.int8), mask=used)
+        k = _narrow(to_whole(low * inverse), to_whole(high * inverse), BLOCK_T, BLOCK_D // 2 // GROUP_BYTES, GROUP_BYTES)
+    if V_ANCHOR:
+        v -= tl.load(v_anchor + head * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)[None, :]
+    v, v_scale = _quantize_v(v, FP8)
 
-    # Tokens of a prompt mostly fill whole groups of slots, one after another. Then values are taken in the order of V, so that
-    # bytes that leave together stand together.
-    first = tl.load(slots + tl.program_id(0) * BLOCK_T)
-    lanes = tl.arange(0, BLOCK_T)
-    in_a_row = (first % BLOCK_T == 0) & (tl.min((slot == first + lanes).to(tl.int32), 0) == 1)
-    head_page = head.to(tl.int64) * head_stride
-    channels = tl.arange(0, BLOCK_D)
-    head_value = value + head * value_head_stride
-    v_anchor += head * HEAD_DIM
-    if in_a_row:
-        codes, scale = _quantize_v(
-            head_value, v_anchor, tl.program_id(0) * BLOCK_T + v_token(lanes), lanes >= 0, value_token_stride,
-            HEAD_DIM, BLOCK_D, FP8, V_ANCHOR,
+    head_offset = head.to(tl.int64) * head_stride
+    if (first % BLOCK_T == 0) & (tl.min((slot == first + v_token(lanes)).to(tl.int32), 0) == 1):
+        same_page = (first // PAGE).to(tl.int64) * block_stride + head_offset
+        first_row = tl.multiple_of((first % PAGE).to(tl.int32), BLOCK_T)
+        _write_rows(
+            cache_i8 + same_page, cache_f32 + same_page // 4, first_row + v_token(lanes), lanes >= 0, k, k_scale, v_scale,
+            HEAD_DIM, K_BITS, PAGE, BLOCK_D,
         )  # fmt: skip
-        page_offset = (first // PAGE).to(tl.int64) * block_stride + head_page
-        v_offset = tl.multiple_of(page_offset + V_OFFSET + first % PAGE, 16)
-        pointers = cache_i8 + v_offset + channels[:, None] * PAGE + lanes[None, :]
-        tl.store(pointers, tl.trans(codes), mask=(channels < HEAD_DIM)[:, None])
-        k_word = page_offset // 4 + SCALES + first % PAGE + v_token(lanes)
-        _store_v_scale(cache_i8, cache_f32, k_word, scale, lanes >= 0, PAGE, K_BITS)
+        pointers = cache_i8 + same_page + V_OFFSET + first_row + channels[:, None] * PAGE + lanes[None, :]
+        tl.store(pointers, tl.trans(v), mask=(channels < HEAD_DIM)[:, None])
     else:
-        codes, scale = _quantize_v(
-            head_value, v_anchor, tokens, used, value_token_stride, HEAD_DIM, BLOCK_D, FP8, V_ANCHOR
-        )
-        pointers = cache_i8 + (page + V_OFFSET + v_position(row))[None, :] + channels[:, None] * PAGE
-        tl.store(pointers, tl.trans(codes), mask=used[None, :] & (channels < HEAD_DIM)[:, None])
-        _store_v_scale(cache_i8, cache_f32, page // 4 + SCALES + row, scale, used, PAGE, K_BITS)
+        page = (slot // PAGE).to(tl.int64) * block_stride + head_offset
+        row = (slot % PAGE).to(tl.int32)
+        _write_rows(
+            cache_i8 + page, cache_f32 + page // 4, row, used, k, k_scale, v_scale,
+            HEAD_DIM, K_BITS, PAGE, BLOCK_D,
+        )  # fmt: skip
+        positions = cache_i8 + page + V_OFFSET + v_position(row)
+        tl.store(positions[:, None] + channels[None, :] * PAGE, v, mask=used[:, None] & (channels < HEAD_DIM)[None, :])
 
 
 def store(
@@ -236,7 +251,8 @@ def store(
     anchor: torch.Tensor | None = None,
     v_anchor: torch.Tensor | None = None,
 ) -> None:
-    """`reference.store` on a GPU, with the same arguments. key and value need unit stride in head_dim only."""
+    """`reference.store` on a GPU, with the same arguments. key and value need unit stride in head_dim only, and a
+    row for every slot, also for those that are -1."""
     num_tokens = slots.numel()
     if num_tokens == 0:
         return
@@ -247,5 +263,5 @@ def store(
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
         BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, FP8=fp8_path(key.device),
         ANCHOR_TOKENS=0 if anchor is None else ANCHOR_TOKENS, V_ANCHOR=v_anchor is not None,
-        num_warps=4 if layout.k_bits == 8 else 8, **dependent_launch(key.device),
+        num_warps=4, **dependent_launch(key.device),
     )  # fmt: skip
