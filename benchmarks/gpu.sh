@@ -56,7 +56,7 @@ step_attention() {
 }
 step_recall() { benchmark 60 recall --lengths 65536 262144 1000000 --out "$results/recall-$name.json"; }
 step_engine() {
-    engines 600 engine SAGE SAGE:k_bits=4 FLASH_ATTN FLASH_ATTN/fp8 --graphs --prefill 8192 32768 131072 \
+    engines 900 engine SAGE SAGE:k_bits=4 FLASH_ATTN FLASH_ATTN/fp8 --prefill 8192 32768 131072 \
         --decode 128x1024 32x8192 --repeat 2 --warm-up 8192
     engines 120 engine-triton-int8 TRITON_ATTN/int8_per_token_head --graphs --prefill 32768 --repeat 1 --warm-up 8192
 }

@@ -385,7 +385,7 @@ def recall(
     _score_kernel[(triton.cdiv(candidates, _PART_PAGES), kv_heads, rows)](
         query, folded, scores, row_starts, row_lens, pages.view(torch.float16), block_table, seq_lens, query_start_loc,
         turned_by, requests, candidates, query.stride(0), query.stride(1), block_table.stride(0), pages.stride(0),
-        pages.stride(1), SUMMARY=layout.summary_offset // 2, PART=_PART_PAGES, num_warps=4, **of_queries, **policy,
+        pages.stride(1), SUMMARY=layout.summary_offset // 2, PART=_PART_PAGES, num_warps=8, **of_queries, **policy,
     )  # fmt: skip
     scored_pages, chunk = lists, 0
     if candidates > _CHUNK_PAGES:
