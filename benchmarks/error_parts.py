@@ -4,9 +4,10 @@
     python3 benchmarks/error_parts.py --out benchmarks/results/error-parts.json
 
 The embedded model in float32 reads windows of held-out text, with the arithmetic of `sage_kernels.reference` in its attention
-for the parts that are named, and exact arithmetic for the others. INT8 values are what they could be in place of e4m3, with one
-scale a token; no FP8 tensor core would multiply them. Keys are smoothed by the mean of the first tokens of each window. Plain
-torch on a CPU; takes a minute or two.
+for the parts that are named, and exact arithmetic for the others. Keys are smoothed by the mean of the first tokens of each
+window. Three parts are what the engine has not: INT8 values in place of e4m3, with one scale a token, which no FP8 tensor core
+would multiply; e4m3 values with the best of four scales a token, of which three are no powers of two; and P relative to the
+largest logit of its row, rounded up to an integer. Plain torch on a CPU; takes a minute or two.
 """
 
 import math
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from sage_backend.demo import HELDOUT
 from sage_backend.demo.llama import Attention
-from sage_kernels.reference import LOG2E, P_BITS, products, quantize_k, quantize_q, quantize_v
+from sage_kernels.reference import LOG2E, P_BITS, products, quantize_k, quantize_p, quantize_q, quantize_v
+from sage_paged import PAGE_TOKENS
 
 WINDOWS = 8
 CASES: tuple[tuple[str, ...], ...] = (
@@ -28,7 +30,11 @@ CASES: tuple[tuple[str, ...], ...] = (
     ("V e4m3",),
     ("P e4m3",),
     ("V e4m3", "P e4m3"),
+    ("P e4m3 rounded up",),
+    ("V e4m3 best of 4",),
     ("Q", "K INT8", "V e4m3", "P e4m3"),
+    ("Q", "K INT8", "V e4m3", "P e4m3 rounded up"),
+    ("Q", "K INT8", "V e4m3 best of 4", "P e4m3"),
     ("Q", "K INT8", "V INT8"),
     ("Q", "K INT8", "V INT8", "P e4m3"),
     ("Q", "K INT4"),
@@ -50,14 +56,22 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, parts: Set[str]) -> Ten
     if "V e4m3" in parts:
         codes, v_scale = quantize_v(v)
         v = codes.float()
+    elif "V e4m3 best of 4" in parts:
+        power = quantize_v(v)[1][..., None]
+        tries = [(v * (less / power)).to(torch.float8_e4m3fn).float() * (power / less) for less in (1.0, 0.875, 0.75, 0.625)]
+        errors = torch.stack([(each - v).square().sum(-1) for each in tries])
+        v = torch.stack(tries).take_along_dim(errors.argmin(0)[None, ..., None], 0)[0]
     elif "V INT8" in parts:
         v_scale = v.abs().amax(-1) / 127
         v = (v / v_scale[..., None]).round()
     logits = products(q, k, torch.ones(k.shape[:2])) * (LOG2E / math.sqrt(HEAD_DIM)) + v_scale.log2()[:, None]
     logits.masked_fill_(torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1), float("-inf"))
-    p = torch.exp2(logits - (logits.amax(-1, keepdim=True).ceil() - P_BITS))
     if "P e4m3" in parts:
-        p = p.to(torch.float8_e4m3fn).float()
+        p, _ = quantize_p(logits, max(PAGE_TOKENS))
+    elif "P e4m3 rounded up" in parts:
+        p = torch.exp2(logits - (logits.amax(-1, keepdim=True).ceil() - P_BITS)).to(torch.float8_e4m3fn).float()
+    else:
+        p = torch.exp2(logits - logits.amax(-1, keepdim=True))
     return p @ v / (p / v_scale[:, None]).sum(-1, keepdim=True)
 
 
@@ -100,9 +114,9 @@ def costs() -> list[dict[str, object]]:
 
 
 def table(results: list[dict[str, object]]) -> str:
-    lines = [f"{'quantized':<30} {'loss':>9} {'|d logp|':>9} {'top-1':>7}"]
+    lines = [f"{'quantized':<42} {'loss':>9} {'|d logp|':>9} {'top-1':>7}"]
     lines += [
-        f"{r['quantized']:<30} {r['loss_change']:>+9.5f} {r['mean_abs_logprob_change']:>9.4f} {r['top1_agreement']:>7.2%}"
+        f"{r['quantized']:<42} {r['loss_change']:>+9.5f} {r['mean_abs_logprob_change']:>9.4f} {r['top1_agreement']:>7.2%}"
         for r in results
     ]
     return "\n".join(lines)

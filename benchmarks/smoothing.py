@@ -23,8 +23,8 @@ import torch
 from key_codes import ANCHORS, HEAD_DIM, TOKENS, Heads, attention, model_activations, random_activations, study
 from torch import Tensor
 
-from sage_kernels.reference import LOG2E, P_BITS, products, quantize_k, quantize_q, quantize_v
-from sage_paged import K_BITS
+from sage_kernels.reference import LOG2E, products, quantize_k, quantize_p, quantize_q, quantize_v
+from sage_paged import K_BITS, PAGE_TOKENS
 
 BLOCK = 64
 SMOOTHED = ("none", "whole text")
@@ -58,7 +58,7 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, k_bits: int, k_anchor: 
         logits += products(mean, k_codes, k_scale)
     logits.masked_fill_(torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1), float("-inf"))
     weighted = logits * (LOG2E / math.sqrt(HEAD_DIM)) + v_scale.log2()[:, None]
-    p8 = torch.exp2(weighted - (weighted.amax(-1, keepdim=True).ceil() - P_BITS)).to(torch.float8_e4m3fn).float()
+    p8, _ = quantize_p(weighted, max(PAGE_TOKENS))
     return p8 @ v_codes / (p8 / v_scale[:, None]).sum(-1, keepdim=True) + common
 
 

@@ -15,9 +15,10 @@ a rounding boundary of e4m3, which in a row of few keys is up to 3%. `test_long_
 
 ON_GPU = torch.cuda.is_available()
 
-SCHEDULE_ERROR = 5e-4 if ON_GPU else 1e-4
-"""The same between two schedules of one kernel: float32 summation order, e4m3 subnormals of negligible weights and, on a GPU,
-that tensor cores sum a page's FP8 products in 22 bits, the kinds of instructions for many and for few rows each in its way."""
+SCHEDULE_ERROR = 1e-3 if ON_GPU else 1e-4
+"""The same between two schedules: float32 summation order and, on a GPU, that prompts and decodes have kernels of their own.
+Those of sm_90 round logits differently, to 2**-13 for prompts, which a whole page's weights feel, and sum a page's FP8 products
+in 22 bits, the kinds of instructions for many and for few rows each in its way."""
 
 
 @st.composite
@@ -216,6 +217,36 @@ def test_result_does_not_depend_on_the_schedule(kernels) -> None:
             assert relative_error(decoded, prompt[-n:]) < SCHEDULE_ERROR
 
 
+@pytest.mark.parametrize("steps", [(0.0, 90.0, -60.0, 180.0), (200.0, 0.0, -200.0, 199.0), (-300.0, -250.0, -350.0, -300.0)])
+@pytest.mark.parametrize("k_bits", K_BITS)
+def test_pages_whose_logits_lie_far_apart(kernels, k_bits: int, steps: tuple[float, ...]) -> None:
+    """From page to page, the largest logit rises and falls by more than a float32 has exponents for."""
+    batch = make_batch(PageLayout(128, k_bits), [(500, 8)], heads=8, kv_heads=2)
+    batch.key[:, :, 0] = torch.tensor(steps).repeat_interleave(128)[: len(batch.key), None]
+    batch.query[:, :, 0] = 128**0.5
+    reference.store(batch.key, batch.value, batch.pages, batch.slots, batch.layout)
+    expected = reference.attention(*batch.attention_args())
+    args = [x.to(kernels.device) if isinstance(x, torch.Tensor) else x for x in batch.attention_args()]
+    for run, options in ((kernels.prefill, {}), (kernels.decode, {"max_query_len": 8, "programs": 3})):
+        out = poisoned(args[0])
+        run(*args, out, **options)
+        assert relative_error(out, expected) < KERNEL_ERROR
+
+
+def test_the_largest_weight_of_a_page_is_exact() -> None:
+    logits = torch.randn(3, 5, 300, generator=torch.Generator().manual_seed(0)) * 40
+    logits[0, 0, 128:] = float("-inf")
+    weights, top = reference.quantize_p(logits, 128)
+    exact = torch.exp2(logits - top)
+    for page in (slice(0, 128), slice(128, 256), slice(256, 300)):
+        best = logits[..., page].argmax(-1, keepdim=True)
+        near = (logits[..., page].amax(-1, keepdim=True) - logits.amax(-1, keepdim=True)) > -reference.FALL_BITS
+        found, wanted = (x[..., page].gather(-1, best)[near] for x in (weights, exact))
+        assert len(wanted) > 5
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0.0)  # what exp2 makes of logits in float32
+        assert (weights[..., page][..., :1][~near] <= 2.0**-20).all()
+
+
 def test_requests_without_queries_and_padding_are_left_alone(kernels) -> None:
     """A captured graph runs with padding requests: no query tokens, no length, and rows that belong to nobody."""
     batch = make_batch(PageLayout(64), [(90, 1), (70, 1)], heads=4, kv_heads=2, device=kernels.device)
@@ -374,7 +405,7 @@ def test_a_workspace_is_used_again(kernels) -> None:
     from sage_kernels.decode import Workspace
 
     workspace = Workspace.allocate(40, 6, 64, kernels.device)
-    for left in (workspace.out, workspace.top, workspace.total):
+    for left in (workspace.out, workspace.base, workspace.total):
         left.fill_(float("nan"))
     for requests in ([(2600, 3), (70, 1), (0, 0), (0, 0)], [(64, 1), (130, 2)], [(2600, 3), (70, 1), (0, 0), (0, 0)]):
         shape = {"layout": PageLayout(64, 8, 64), "requests": requests, "heads": 2, "kv_heads": 1, "smooth": True}

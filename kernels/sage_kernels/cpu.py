@@ -6,7 +6,7 @@ the fast way to do them. The store needs no version of its own: `reference.store
 
 import torch
 
-from sage_kernels.reference import LOG2E, P_BITS, Turns, load, products, quantize_q, turned
+from sage_kernels.reference import LOG2E, Turns, load, products, quantize_p, quantize_q, turned
 from sage_paged import PageLayout
 
 MAX_LOGITS = 1 << 24
@@ -82,8 +82,7 @@ def attention(
                 logits.masked_fill_(hidden, float("-inf"))
 
             logits += v_scale.log2()[:, None, None, :]
-            top = logits.amax(-1, keepdim=True).ceil_() - P_BITS
-            p8 = logits.sub_(top).exp2_().to(torch.float8_e4m3fn).float()
+            p8, top = quantize_p(logits, layout.tokens)
             total = torch.matmul(p8.flatten(1, 2), (1 / v_scale)[..., None]).unflatten(1, p8.shape[1:3])
             result = torch.matmul(p8.flatten(1, 2), v).unflatten(1, p8.shape[1:3])
             if v_anchor is not None:

@@ -37,7 +37,7 @@ the prefill kernel."""
 
 @triton.jit(do_not_specialize=["num_reqs", "kv_heads", "slot_rows", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _decode_kernel(
-    query, out, partial, partial_top, partial_total, cut, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc,
+    query, out, partial, partial_base, partial_total, cut, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc,
     sinks, anchor, v_anchor, scale, soft_cap, turns, turn_table, num_reqs, kv_heads, slot_rows,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_stride,
     head_stride,
@@ -70,7 +70,7 @@ def _decode_kernel(
         full_pages = tl.minimum((seq_len - q_len + 1) // PAGE, end_page) if WINDOW == 0 else first_page
 
         table_offset = request.to(tl.int64) * table_stride + kv_head * table_head_stride
-        acc, total, top, q_bias = attend_pages(
+        acc, total, base, q_bias = attend_pages(
             query, cache_i8, cache_v, cache_f32, anchor + kv_head * HEAD_DIM, turn_table, block_table + table_offset,
             turns + table_offset, first_page, full_pages, end_page, q_start + local, head, valid, seq_len - q_len + local,
             seq_len, kv_head.to(tl.int64) * head_stride, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
@@ -79,20 +79,20 @@ def _decode_kernel(
         # What all values lack, every part gives back itself: the merge takes a mean of parts, less the share that a sink has.
         acc = add_v_anchor(acc, total, v_anchor + kv_head * HEAD_DIM, HEAD_DIM, V_ANCHOR)
         if ANCHOR and not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
-            top += q_bias
+            base += q_bias
         mask = valid[:, None] & (channels < HEAD_DIM)[None, :]
         if part == seen:
             if SINKS:
-                total += tl.exp2(tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2E - top)
+                total += tl.exp2(tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * LOG2E - base)
             target = out + (q_start + local).to(tl.int64)[:, None] * out_token_stride + head[:, None] * out_head_stride
             acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
             tl.store(target + channels[None, :], acc.to(out.dtype.element_ty), mask=mask)
         else:
             slot = place_of_part(program, page > 0) * slot_rows + rows
-            # A row that saw nothing has total 0; the merge skips it by its top of -inf.
+            # A row that saw nothing has total 0; the merge skips it by its base of -inf.
             acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
             tl.store(partial + slot[:, None] * HEAD_DIM + channels[None, :], acc, mask=mask)
-            tl.store(partial_top + slot, top, mask=valid)
+            tl.store(partial_base + slot, base, mask=valid)
             tl.store(partial_total + slot, total, mask=valid)
             if page == 0:
                 cut_segment = request * kv_heads + kv_head
@@ -108,7 +108,7 @@ def _decode_kernel(
 
 @triton.jit(do_not_specialize=["kv_heads", "slot_rows"], do_not_specialize_on_alignment=TABLES)
 def _merge_kernel(
-    out, partial, partial_top, partial_total, cut, query_start_loc, sinks, kv_heads, slot_rows,
+    out, partial, partial_base, partial_total, cut, query_start_loc, sinks, kv_heads, slot_rows,
     out_token_stride, out_head_stride,
     GROUP: tl.constexpr, SINKS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
@@ -131,18 +131,18 @@ def _merge_kernel(
         acc = tl.zeros([BLOCK_D], tl.float32)
         total = 0.0
         largest = float("-inf")
-        for base in range(0, parts, BLOCK_S):
-            part = base + tl.arange(0, BLOCK_S)
+        for first in range(0, parts, BLOCK_S):
+            part = first + tl.arange(0, BLOCK_S)
             there = part < parts
             place = place_of_part(program + part, part > 0) * slot_rows + row
             source = partial + place[:, None] * HEAD_DIM + channels[None, :]
             values = tl.load(source, mask=there[:, None] & (channels < HEAD_DIM)[None, :], other=0.0)
-            top = tl.load(partial_top + place, mask=there, other=float("-inf"))
+            base = tl.load(partial_base + place, mask=there, other=float("-inf"))
             weight = tl.load(partial_total + place, mask=there, other=0.0)
-            new_largest = tl.maximum(largest, tl.max(top, 0))
+            new_largest = tl.maximum(largest, tl.max(base, 0))
             shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
             decay = tl.exp2(largest - shift)
-            weight *= tl.exp2(top - shift)
+            weight *= tl.exp2(base - shift)
             total = total * decay + tl.sum(weight, 0)
             acc = acc * decay + tl.sum(values * weight[:, None], 0)
             largest = new_largest
@@ -159,7 +159,7 @@ class Workspace:
     """Results of cut parts, float32 [places, head_dim], [places] and [places]; and what is cut, int32 [programs, 2]."""
 
     out: torch.Tensor
-    top: torch.Tensor
+    base: torch.Tensor
     total: torch.Tensor
     cut: torch.Tensor
 
@@ -237,7 +237,7 @@ def decode(
                 f"{2 * programs * rows} and {head_dim}"
             )
     block_d = triton.next_power_of_2(head_dim)
-    partial = workspace.out, workspace.top, workspace.total, workspace.cut
+    partial = workspace.out, workspace.base, workspace.total, workspace.cut
     sinks_or_any = query if sinks is None else sinks
     if own is not None:
         where = block_table, seq_lens, query_start_loc

@@ -34,7 +34,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sage_kernels.prefill import table_strides
-from sage_kernels.tiles import LOG2E, P_BITS, TABLE_STRIDES, TABLES, find_request, inverse_or_zero, section_offset, to_int
+from sage_kernels.tiles import (
+    LOG2E,
+    TABLE_STRIDES,
+    TABLES,
+    find_request,
+    inverse_or_zero,
+    page_reference,
+    section_offset,
+    to_int,
+)
 from sage_kernels.widen import widened
 from sage_paged import PageLayout, v_token
 
@@ -180,11 +189,11 @@ def _row_max(logits, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _logits(
-    codes, q_scale, q_bias, top, buffers, i, first_visible, last_visible, soft_cap,
+    codes, q_scale, q_bias, buffers, i, first_visible, last_visible, soft_cap,
     HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr, S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """From Q K^T of page i, whose scales are there, to base-2 logits plus LOGIT_BIAS and the exponent of V's scale, and the new
-    top."""
+    """From Q K^T of page i, whose scales are there, to base-2 logits plus LOGIT_BIAS and the exponent of V's scale, and the
+    largest of each row."""
     STAGES: gl.constexpr = _stages(HEAD_DIM)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     # Of 16 numbers, which are 8 columns, each of four threads has the four of its two columns.
@@ -205,24 +214,24 @@ def _logits(
         tokens = gl.arange(0, PAGE, COLUMNS)
         visible = (tokens[None, :] <= last_visible[:, None]) & (tokens[None, :] >= first_visible[:, None])
         logits = gl.where(visible, logits, float("-inf"))
-    return logits, gl.maximum(top, gl.ceil(_row_max(logits, PAGE, S_LAYOUT)) - P_BITS)
+    return logits, _row_max(logits, PAGE, S_LAYOUT)
 
 
 @gluon.jit
-def _reference(top, MASKED: gl.constexpr):
+def _finite(base, MASKED: gl.constexpr):
     """What logits are compared with. A masked row that has seen nothing yet has none; any finite one keeps inf - inf out."""
     if MASKED:
-        top = gl.where(top == float("-inf"), 0.0, top)
-    return top
+        base = gl.where(base == float("-inf"), 0.0, base)
+    return base
 
 
 @gluon.jit
-def _weights(logits, top, PAGE: gl.constexpr, MASKED: gl.constexpr, P_LAYOUT: gl.constexpr):
+def _weights(logits, base, PAGE: gl.constexpr, MASKED: gl.constexpr, P_LAYOUT: gl.constexpr):
     """P as the first operand of P V, in V's order, which leaves every number in its thread.
 
     Conversions are written out, for the compiler's come before the change of order and cost it another instruction for four.
     """
-    p = gl.exp2(logits - _reference(top, MASKED)[:, None])
+    p = gl.exp2(logits - _finite(base, MASKED)[:, None])
     p = p.reshape([ROWS, PAGE // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, PAGE])
     codes = gl.inline_asm_elementwise(
         """{
@@ -274,38 +283,39 @@ def _attend(
 ):  # fmt: skip
     """Finish page i and begin page i + 1, of which first_visible and last_visible are.
 
-    state: the started codes of page i + 1, unless the head is wide; logits of page i and their top; decay, which takes acc and
-    total, the sums over the pages before page i, to that top. Returns the state of page i + 1.
+    state: the started codes of page i + 1, unless the head is wide; logits of page i; base and top, see `page_reference`; and
+    decay, which takes acc and total, sums over the pages before page i, to that base. Returns the state of page i + 1.
     """
     STAGES: gl.constexpr = _stages(HEAD_DIM)
-    started, logits, top, decay, acc, total = state
+    started, logits, base, top, decay, acc, total = state
     _, v_full, scales_full, empty = barriers
     if _is_wide(HEAD_DIM):
-        p = _weights(logits, top, PAGE, MASKED, P_LAYOUT)
+        p = _weights(logits, base, PAGE, MASKED, P_LAYOUT)
         mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
         acc, total = _add_page(p, acc, total, decay, buffers, barriers, i, HEAD_DIM, O_LAYOUT, T_LAYOUT)
         codes = _start_product(q, buffers, barriers, i + 1, last, HEAD_DIM, PAGE, S_LAYOUT)
         mbarrier.wait(scales_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
         codes = warpgroup_mma_wait(0, deps=[codes])
         mbarrier.arrive(empty.index(i % STAGES))
-        logits, new_top = _logits(
-            codes, q_scale, q_bias, top, buffers, i + 1, first_visible, last_visible, soft_cap,
+        logits, highest = _logits(
+            codes, q_scale, q_bias, buffers, i + 1, first_visible, last_visible, soft_cap,
             HEAD_DIM, PAGE, MASKED, SOFT_CAP, S_LAYOUT,
         )  # fmt: skip
     else:
         mbarrier.wait(scales_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
         # From here to the wait for V there is no branch, so that the compiler can mix the two.
-        p = _weights(logits, top, PAGE, MASKED, P_LAYOUT)
+        p = _weights(logits, base, PAGE, MASKED, P_LAYOUT)
         codes = warpgroup_mma_wait(0, deps=[started[0]])
-        logits, new_top = _logits(
-            codes, q_scale, q_bias, top, buffers, i + 1, first_visible, last_visible, soft_cap,
+        logits, highest = _logits(
+            codes, q_scale, q_bias, buffers, i + 1, first_visible, last_visible, soft_cap,
             HEAD_DIM, PAGE, MASKED, SOFT_CAP, S_LAYOUT,
         )  # fmt: skip
         mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
         acc, total = _add_page(p, acc, total, decay, buffers, barriers, i, HEAD_DIM, O_LAYOUT, T_LAYOUT)
         started = (_start_product(q, buffers, barriers, i + 2, last, HEAD_DIM, PAGE, S_LAYOUT),)
-    decay = gl.exp2(top - _reference(new_top, MASKED))
-    return started, logits, new_top, decay, acc, total
+    new_base, top = page_reference(highest, top)
+    decay = gl.exp2(base - _finite(new_base, MASKED))
+    return started, logits, new_base, top, decay, acc, total
 
 
 @gluon.jit
@@ -355,9 +365,8 @@ def _consume_pages(
     codes = _start_product(q_codes, buffers, barriers, 0, last, HEAD_DIM, PAGE, S_LAYOUT)
     mbarrier.wait(scales_full.index(0), 0)
     codes = warpgroup_mma_wait(0, deps=[codes])
-    top = gl.full([ROWS], float("-inf"), gl.float32, S_ROWS)
-    logits, top = _logits(
-        codes, q_scale, q_bias, top, buffers, 0, first_visible, position, soft_cap,
+    logits, highest = _logits(
+        codes, q_scale, q_bias, buffers, 0, first_visible, position, soft_cap,
         HEAD_DIM, PAGE, True, SOFT_CAP, S_LAYOUT,
     )  # fmt: skip
     started = ()
@@ -368,7 +377,8 @@ def _consume_pages(
     for _ in gl.static_range(HEAD_DIM // PART):
         acc += (gl.zeros([ROWS, PART], gl.float32, O_LAYOUT),)  # type: ignore[assignment]
     total = gl.zeros([ROWS, 8], gl.float32, T_LAYOUT)  # eight equal columns, 2**-8 times the sum of P
-    state = (started, logits, top, gl.zeros_like(top), acc, total)
+    base, top = page_reference(highest, gl.full([ROWS], float("-inf"), gl.float32, S_ROWS))
+    state = (started, logits, base, top, gl.zeros_like(base), acc, total)
     unmasked = gl.minimum(gl.maximum(full_pages - 1, 0), last)
     for i in range(unmasked):
         state = _attend(
@@ -382,10 +392,10 @@ def _consume_pages(
             q_codes, q_scale, q_bias, state, buffers, barriers, i, last, first_visible, last_visible, soft_cap,
             HEAD_DIM, PAGE, True, SOFT_CAP, S_LAYOUT, O_LAYOUT, P_LAYOUT, T_LAYOUT,
         )  # fmt: skip
-    started, logits, top, decay, acc, total = state
+    started, logits, base, top, decay, acc, total = state
     if not _is_wide(HEAD_DIM):
         warpgroup_mma_wait(0, deps=[started[0]])  # type: ignore[misc]
-    p = _weights(logits, top, PAGE, True, P_LAYOUT)
+    p = _weights(logits, base, PAGE, True, P_LAYOUT)
     mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
     length = seq_len - (first_page + last) * PAGE
     if length < PAGE:  # codes behind the last token may be a NaN of an earlier owner's
@@ -400,11 +410,11 @@ def _consume_pages(
     total = gl.convert_layout(gl.max(total, 1), S_ROWS) * 256.0
     weight = gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]  # of what all values lack: a sink has no value
     if SINKS:
-        top -= LOGIT_BIAS
+        base -= LOGIT_BIAS
         if not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
-            top += q_bias
+            base += q_bias
         head = kv_head * GROUP + (WARPGROUP * ROWS + gl.arange(0, ROWS, S_ROWS)) % GROUP
-        total += gl.exp2(gl.load(sinks + head).to(gl.float32) * LOG2E - top)
+        total += gl.exp2(gl.load(sinks + head).to(gl.float32) * LOG2E - base)
     total = gl.where(total > 0.0, total, 1.0)  # 0 where all logits are below -LOGIT_BIAS
     total = gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]
     OUT_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PART, PART // 8], [4, 1], [1, 0])

@@ -25,11 +25,11 @@ from sage_kernels.shares import LANES, count_parts, find_share, next_segment, pl
 from sage_kernels.tiles import (
     GROUP_BYTES,
     LOG2E,
-    P_BITS,
     TABLE_STRIDES,
     TABLES,
     await_kernel_before,
     inverse_or_zero,
+    page_reference,
     section_offset,
     to_int,
     v_scale_bits_beside,
@@ -134,7 +134,7 @@ def _row_of_page(place, block_table, table_stride, table_head_stride, block_rows
 
 @gluon.jit(do_not_specialize=["num_reqs", "kv_heads", "slot_rows", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _decode_kernel(
-    query, out, partial, partial_top, partial_total, cut, k_pages, v_pages, group_rows, scale_rows, block_table, seq_lens,
+    query, out, partial, partial_base, partial_total, cut, k_pages, v_pages, group_rows, scale_rows, block_table, seq_lens,
     query_start_loc, sinks, anchor, v_anchor, scale, soft_cap, num_reqs, kv_heads, slot_rows,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_rows, head_rows,
     GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, ANCHOR: gl.constexpr,
@@ -226,7 +226,8 @@ def _decode_kernel(
         length = seq_len - first_page * PAGE
         acc = gl.zeros([HEAD_DIM, BLOCK_M], gl.float32, LAYOUT)
         total = gl.zeros([PAGE, BLOCK_M], gl.float32, LAYOUT)  # sums over pages; those over tokens come last
-        top = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
+        base = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
+        top = base
         for i in range(part):
             slot = nth % STAGES
             row = _row_of_page(ahead, block_table, table_stride, table_head_stride, block_rows, head_rows)
@@ -261,11 +262,11 @@ def _decode_kernel(
             if WINDOW > 0:
                 visible &= tokens[:, None] > last_visible[None, :] - WINDOW
             logits = gl.where(visible, logits, float("-inf"))
-            new_top = gl.maximum(top, gl.ceil(gl.max(logits, 0)) - P_BITS)
-            shift = gl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing: any number will do
+            new_base, top = page_reference(gl.max(logits, 0), top)
+            shift = gl.where(new_base == float("-inf"), 0.0, new_base)  # a row that has seen nothing: any number will do
             p = gl.exp2(logits - shift[None, :]).to(gl.float8e4nv)
-            decay = gl.exp2(top - shift)
-            top = new_top
+            decay = gl.exp2(base - shift)
+            base = new_base
             filled = length - i * PAGE
             weighted = p.to(gl.float32) * v_inverse
             total = total * decay[None, :] + gl.where((tokens < filled)[:, None], weighted, 0.0)
@@ -295,21 +296,21 @@ def _decode_kernel(
         if V_ANCHOR:
             acc += gl.load(v_anchor + kv_head * HEAD_DIM + channels)[:, None] * sums[None, :]
         if ANCHOR and not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
-            top += q_bias
+            base += q_bias
         head = kv_head * GROUP + rows % GROUP
         valid = rows // GROUP < q_len
         if part == seen:
             if SINKS:
-                sums += gl.exp2(gl.load(sinks + head, mask=valid, other=0.0).to(gl.float32) * LOG2E - top)
+                sums += gl.exp2(gl.load(sinks + head, mask=valid, other=0.0).to(gl.float32) * LOG2E - base)
             target = out + (q_start + rows // GROUP).to(gl.int64) * out_token_stride + head * out_head_stride
             acc = acc / gl.where(sums > 0.0, sums, 1.0)[None, :]
             gl.store(target[None, :] + channels[:, None], acc.to(out.dtype.element_ty), mask=valid[None, :])
         else:
             slot_row = place_of_part(program, page > 0) * slot_rows + rows
-            # A row that saw nothing has total 0; the merge skips it by its top of -inf.
+            # A row that saw nothing has total 0; the merge skips it by its base of -inf.
             acc = acc / gl.where(sums > 0.0, sums, 1.0)[None, :]
             gl.store(partial + slot_row[None, :] * HEAD_DIM + channels[:, None], acc, mask=valid[None, :])
-            gl.store(partial_top + slot_row, top, mask=valid)
+            gl.store(partial_base + slot_row, base, mask=valid)
             gl.store(partial_total + slot_row, sums, mask=valid)
             if page == 0:
                 cut_segment = request * kv_heads + kv_head

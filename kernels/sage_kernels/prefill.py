@@ -77,7 +77,7 @@ def attend_pages(
     PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """The rows of a query tile against pages first_page to end_page of a request, of which every row sees those before
-    full_pages whole. Returns acc, total and top as `attend_page` does, and q_bias.
+    full_pages whole. Returns acc, total and base as `attend_page` does, and q_bias.
 
     token, head, position: int [rows], of each row; valid: bool [rows]. anchor: pointer to that of the KV head, if ANCHOR.
     table, turns: pointers to the request's blocks and, if TURN, to the rows of turn_table that its pages take. head_offset:
@@ -90,7 +90,8 @@ def attend_pages(
     page_bias = q_bias
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    base = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    top = base
     for masked in tl.static_range(2):
         first = tl.maximum(first_page, full_pages) if masked else first_page
         for page in range(first, end_page if masked else full_pages):
@@ -104,12 +105,12 @@ def attend_pages(
                 )  # fmt: skip
                 if not SOFT_CAP:
                     page_bias -= q_bias
-            acc, total, top = attend_page(
-                q_low, q_high, q_scale, page_bias, acc, total, top, cache_i8, cache_v, cache_f32, offset,
+            acc, total, base, top = attend_page(
+                q_low, q_high, q_scale, page_bias, acc, total, base, top, cache_i8, cache_v, cache_f32, offset,
                 seq_len - page * PAGE, first_visible, last_visible, soft_cap,
                 HEAD_DIM, K_BITS, PAGE, masked == 1, SOFT_CAP, FP8, TURN,
             )  # fmt: skip
-    return acc, total, top, q_bias
+    return acc, total, base, q_bias
 
 
 @triton.jit(do_not_specialize=["num_reqs", "q_blocks", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
@@ -147,7 +148,7 @@ def _prefill_kernel(
     last_page = last_position // PAGE
 
     table_offset = request.to(tl.int64) * table_stride + kv_head * table_head_stride
-    acc, total, top, q_bias = attend_pages(
+    acc, total, base, q_bias = attend_pages(
         query, cache_i8, cache_v, cache_f32, anchor + kv_head * HEAD_DIM, turn_table, block_table + table_offset,
         turns + table_offset, first_page, full_pages, last_page + 1, q_start + local, head, valid, position, seq_len,
         kv_head.to(tl.int64) * head_stride, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
@@ -156,8 +157,8 @@ def _prefill_kernel(
     acc = add_v_anchor(acc, total, v_anchor + kv_head * HEAD_DIM, HEAD_DIM, V_ANCHOR)
     if SINKS:
         if not SOFT_CAP:  # sinks are compared with whole logits, which under a cap they are already
-            top += q_bias
-        total += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - top)
+            base += q_bias
+        total += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - base)
     acc = acc / total[:, None]
     channels = tl.arange(0, BLOCK_D)
     target = out + ((q_start + local).to(tl.int64) * out_token_stride + head * out_head_stride)[:, None] + channels[None, :]

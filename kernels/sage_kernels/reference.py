@@ -28,7 +28,10 @@ from sage_paged import GROUP_BYTES, Memory, PageLayout, v_position
 
 FP8_MAX = 448.0
 P_BITS = 8
-"""The largest P of a row is at most 2**P_BITS, which uses the range of e4m3 (largest number 448)."""
+"""The largest P of a row in a page is 2**P_BITS, which uses the range of e4m3 (largest number 448) and is exact."""
+FALL_BITS = 32
+"""How far below the largest logit of a row, in base 2, a page is still given a reference of its own: sums in float32 have room
+for that, and what is smaller is nothing beside them."""
 LOG2E = 1.4426950408889634
 ANCHOR_TOKENS = 32
 """Tokens at a batch's start whose mean key an anchor becomes. Few enough that a first prompt fixes the same anchor, whatever
@@ -107,6 +110,22 @@ def quantize_v(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = ((ratio.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # up to the next power of two
     scale = scale.clamp(*V_SCALES)
     return (value / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
+def quantize_p(logits: torch.Tensor, page_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights 2**(logits - top) as e4m3 codes give them, float32 of the logits' shape [..., queries, tokens], and top, float32
+    [..., queries, 1], 2**P_BITS below the largest logit of a row. The first token is the first of a page.
+
+    The codes of a page are relative to the largest logit that the row has in it, so that its largest weight is exact, and codes
+    depend on nothing outside the page.
+    """
+    tokens = logits.shape[-1]
+    paged = torch.nn.functional.pad(logits, (0, -tokens % page_tokens), value=float("-inf")).unflatten(-1, (-1, page_tokens))
+    of_page = paged.amax(-1, keepdim=True)
+    top = of_page.amax(-2, keepdim=True)
+    of_page = torch.maximum(of_page, top - FALL_BITS)
+    codes = (paged - (of_page - P_BITS)).exp2_().to(torch.float8_e4m3fn).float()
+    return (codes * (of_page - top).exp2()).flatten(-2)[..., :tokens], top.squeeze(-1) - P_BITS
 
 
 def fix_anchor(anchor: torch.Tensor, key: torch.Tensor, used: torch.Tensor) -> None:
@@ -292,9 +311,7 @@ def attention(
             if soft_cap:
                 logits, bias = soft_cap * torch.tanh((logits + bias) / soft_cap), 0.0
             logits = (logits * LOG2E).masked_fill(~visible, float("-inf"))
-            weighted = logits + v_scale[kv].log2()
-            top = weighted.amax(-1, keepdim=True).ceil() - P_BITS
-            p8 = torch.exp2(weighted - top).to(torch.float8_e4m3fn).float()
+            p8, top = quantize_p(logits + v_scale[kv].log2(), layout.tokens)
             total = (p8 / v_scale[kv]).sum(-1, keepdim=True)
             result = p8 @ v[kv]
             if v_anchor is not None:  # weighted as values are, and a sink has none

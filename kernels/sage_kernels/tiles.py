@@ -8,9 +8,11 @@ import triton.language as tl
 from triton import knobs
 
 import sage_paged
+from sage_kernels import reference
 
 LOG2E = tl.constexpr(1.4426950408889634)
-P_BITS = tl.constexpr(8.0)
+P_BITS = tl.constexpr(float(reference.P_BITS))
+FALL_BITS = tl.constexpr(float(reference.FALL_BITS))
 V_SCALE_MIN = tl.constexpr(2.0**-16)
 V_SCALE_MAX = tl.constexpr(2.0)
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
@@ -199,13 +201,24 @@ def add_v_anchor(acc, total, v_anchor, HEAD_DIM: tl.constexpr, V_ANCHOR: tl.cons
 
 
 @triton.jit
+def page_reference(highest, top):
+    """What the exponents of P are relative to in a page, from the largest logits `highest` that rows have there and the largest
+    before it, `top`; and the largest so far. All are float32 [rows], -inf where a row has seen nothing.
+
+    The reference is 2**P_BITS below the page's own largest logit, so that what a page's codes are depends on nothing else; but
+    it does not fall by more than acc and total have room for (see `reference.FALL_BITS`).
+    """
+    return tl.maximum(highest, top - FALL_BITS) - P_BITS, tl.maximum(highest, top)
+
+
+@triton.jit
 def tanh(x):
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
 
 
 @triton.jit
 def attend_page(
-    q_low, q_high, q_scale, q_bias, acc, total, top,
+    q_low, q_high, q_scale, q_bias, acc, total, base, top,
     cache_i8, cache_v, cache_f32, page_offset, length, first_visible, last_visible, soft_cap,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
     SOFT_CAP: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr,
@@ -214,11 +227,11 @@ def attend_page(
 
     q_low, q_high: int8 [rows, channels], for INT4 the halves of the head, for INT8 the whole head in q_low.
     q_scale: float32 [rows]. q_bias: float32 [rows], what base-2 logits lack by the keys' anchor.
-    acc: float32 [rows, channels]. total: float32 [rows]. top: float32 [rows], the integer reference of the exponentials.
+    acc: float32 [rows, channels], total: float32 [rows]: sums so far, times 2**-base. base, top: see `page_reference`.
     page_offset: int64, bytes from the cache's start.
     length: tokens of the page that are filled. first_visible, last_visible: int [rows], tokens of the page that a row may
     see. FP8: see `device.fp8_path`. TURN: whether queries are turned for this page, so that pages have biases of their own.
-    Returns acc, total, top.
+    Returns acc, total, base, top.
     """
     tokens = v_token(tl.arange(0, PAGE))  # every column of this tile is in the order of V
     SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
@@ -250,10 +263,10 @@ def attend_page(
         # The scale of a token that is not there may be anything: keep 0 * inf out of the sum.
         v_inverse = tl.where(tokens < length, v_inverse, 0.0)
 
-    new_top = tl.maximum(top, tl.ceil(tl.max(logits, 1)) - P_BITS)
-    shift = new_top
+    new_base, top = page_reference(tl.max(logits, 1), top)
+    shift = new_base
     if MASKED:  # a row that has seen nothing yet has no reference; any finite one keeps inf - inf out
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shift = tl.where(new_base == float("-inf"), 0.0, new_base)
     p = tl.exp2(logits - shift[:, None])
 
     channels = tl.arange(0, acc.shape[1])
@@ -272,5 +285,5 @@ def attend_page(
 
     # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator, and pages add up in float32
     # (SageAttention2, section 3.4). Rescaling acc to the new reference costs nothing more, it is the same FMA.
-    decay = tl.exp2(top - shift)
-    return acc * decay[:, None] + pv, total * decay + row_sum, new_top
+    decay = tl.exp2(base - shift)
+    return acc * decay[:, None] + pv, total * decay + row_sum, new_base, top
