@@ -85,7 +85,8 @@ step_quality() {
 step_heldout() {  # the same for a model that is not in the repository
     run 300 "$python" -m sage_backend.demo.train --large --seed 1 --seconds 60 --out heldout.tmp
     calibrate heldout.tmp heldout-anchors.tmp
-    evaluate 600 quality-heldout SAGE SAGE:k_bits=4 SAGE:calibration=heldout-anchors.tmp \
+    calibrate heldout.tmp heldout-mixed.tmp --k-bits auto --budget 0.065
+    evaluate 700 quality-heldout SAGE SAGE:k_bits=4 SAGE:calibration=heldout-{anchors,mixed}.tmp \
         SAGE:k_bits=4,calibration=heldout-anchors.tmp "${peers[@]}" --model heldout.tmp --text heldout.tmp/heldout.txt
 }
 step_servers() {

@@ -15,10 +15,13 @@ a rounding boundary of e4m3, which in a row of few keys is up to 3%. `test_long_
 
 ON_GPU = torch.cuda.is_available()
 
-SCHEDULE_ERROR = 1e-3 if ON_GPU else 1e-4
-"""The same between two schedules: float32 summation order and, on a GPU, that prompts and decodes have kernels of their own.
-Those of sm_90 round logits differently, to 2**-13 for prompts, which a whole page's weights feel, and sum a page's FP8 products
-in 22 bits, the kinds of instructions for many and for few rows each in its way."""
+SCHEDULE_ERROR = 5e-4 if ON_GPU else 1e-4
+"""The same between two schedules of one kernel: float32 summation order and, on a GPU, that tensor cores sum a page's FP8
+products in 22 bits."""
+
+DECODE_ERROR = 5e-3 if ON_GPU else SCHEDULE_ERROR
+"""The same between prompts and decodes. On sm_90 they have kernels of their own: that for prompts rounds logits to 2**-13, so
+that in some rows a weight falls on the other side of a rounding boundary."""
 
 
 @st.composite
@@ -199,7 +202,7 @@ def test_long_rows(kernels, head_dim: int, k_bits: int) -> None:
 
 
 def test_result_does_not_depend_on_the_schedule(kernels) -> None:
-    """A query's output is the same in a whole prompt, in a chunk, and as a decode by any number of programs."""
+    """A query's output is the same in a whole prompt and in a chunk, and as a decode by any number of programs."""
     layout = PageLayout(128)
     whole = make_batch(layout, [(500, 500)], heads=8, kv_heads=2, device=kernels.device, smooth_v=True)
     sums = {"sinks": torch.linspace(-3, 6, 8, device=kernels.device), "v_anchor": whole.v_anchor}
@@ -211,10 +214,12 @@ def test_result_does_not_depend_on_the_schedule(kernels) -> None:
         chunk = poisoned(whole.query[-n:])
         kernels.prefill(*tail, starts, whole.scale, chunk, **sums)
         assert relative_error(chunk, prompt[-n:]) < SCHEDULE_ERROR
+        decoded = []
         for programs in (1, 3, 8) if n <= 8 else ():
-            decoded = poisoned(whole.query[-n:])
-            kernels.decode(*tail, starts, whole.scale, decoded, **sums, max_query_len=n, programs=programs)
-            assert relative_error(decoded, prompt[-n:]) < SCHEDULE_ERROR
+            decoded.append(poisoned(whole.query[-n:]))
+            kernels.decode(*tail, starts, whole.scale, decoded[-1], **sums, max_query_len=n, programs=programs)
+            assert relative_error(decoded[-1], decoded[0]) < SCHEDULE_ERROR
+            assert relative_error(decoded[-1], prompt[-n:]) < DECODE_ERROR
 
 
 @pytest.mark.parametrize("steps", [(0.0, 90.0, -60.0, 180.0), (200.0, 0.0, -200.0, 199.0), (-300.0, -250.0, -350.0, -300.0)])
@@ -259,7 +264,7 @@ def test_requests_without_queries_and_padding_are_left_alone(kernels) -> None:
     for run in (kernels.decode, kernels.prefill):
         out = poisoned(query)
         run(query, batch.pages, batch.layout, table, seq_lens, starts, batch.scale, out)
-        assert torch.equal(out[:2], expected) or relative_error(out[:2], expected) < SCHEDULE_ERROR
+        assert torch.equal(out[:2], expected) or relative_error(out[:2], expected) < DECODE_ERROR
 
 
 @pytest.mark.parametrize(("k_bits", "smooth", "bound"), [(8, False, 0.05), (8, True, 0.045), (4, False, 0.2), (4, True, 0.11)])
