@@ -6,8 +6,8 @@
 The embedded model in float32 reads windows of held-out text, with the arithmetic of `sage_kernels.reference` in its attention
 for the parts that are named, and exact arithmetic for the others. Keys are smoothed by the mean of the first tokens of each
 window. Three parts are what the engine has not: INT8 values in place of e4m3, with one scale a token, which no FP8 tensor core
-would multiply; e4m3 values with the best of four scales a token, of which three are no powers of two; and P relative to the
-largest logit of its row, rounded up to an integer. Plain torch on a CPU; takes a minute or two.
+would multiply; e4m3 values with powers of two as scales, which only pages of INT4 keys have; and P relative to the largest
+logit of its row, rounded up to an integer. Plain torch on a CPU; takes a minute or two.
 """
 
 import math
@@ -31,14 +31,14 @@ CASES: tuple[tuple[str, ...], ...] = (
     ("P e4m3",),
     ("V e4m3", "P e4m3"),
     ("P e4m3 rounded up",),
-    ("V e4m3 best of 4",),
+    ("V e4m3 by powers of 2",),
     ("Q", "K INT8", "V e4m3", "P e4m3"),
     ("Q", "K INT8", "V e4m3", "P e4m3 rounded up"),
-    ("Q", "K INT8", "V e4m3 best of 4", "P e4m3"),
+    ("Q", "K INT8", "V e4m3 by powers of 2", "P e4m3"),
     ("Q", "K INT8", "V INT8"),
     ("Q", "K INT8", "V INT8", "P e4m3"),
     ("Q", "K INT4"),
-    ("Q", "K INT4", "V e4m3", "P e4m3"),
+    ("Q", "K INT4", "V e4m3 by powers of 2", "P e4m3"),
 )
 
 
@@ -52,19 +52,14 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, parts: Set[str]) -> Ten
     if "Q" in parts:
         codes, scale = quantize_q(q)
         q = codes.float() * scale[..., None]
-    v_scale = torch.ones(v.shape[:2])
-    if "V e4m3" in parts:
-        codes, v_scale = quantize_v(v)
+    v_exponent = torch.zeros(v.shape[:2])
+    if parts & {"V e4m3", "V e4m3 by powers of 2"}:
+        codes, v_exponent = quantize_v(v, "V e4m3" in parts)
         v = codes.float()
-    elif "V e4m3 best of 4" in parts:
-        power = quantize_v(v)[1][..., None]
-        tries = [(v * (less / power)).to(torch.float8_e4m3fn).float() * (power / less) for less in (1.0, 0.875, 0.75, 0.625)]
-        errors = torch.stack([(each - v).square().sum(-1) for each in tries])
-        v = torch.stack(tries).take_along_dim(errors.argmin(0)[None, ..., None], 0)[0]
     elif "V INT8" in parts:
-        v_scale = v.abs().amax(-1) / 127
-        v = (v / v_scale[..., None]).round()
-    logits = products(q, k, torch.ones(k.shape[:2])) * (LOG2E / math.sqrt(HEAD_DIM)) + v_scale.log2()[:, None]
+        v_exponent = (v.abs().amax(-1) / 127).log2()
+        v = (v * (-v_exponent).exp2()[..., None]).round()
+    logits = products(q, k, torch.ones(k.shape[:2])) * (LOG2E / math.sqrt(HEAD_DIM)) + v_exponent[:, None]
     logits.masked_fill_(torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1), float("-inf"))
     if "P e4m3" in parts:
         p, _ = quantize_p(logits, max(PAGE_TOKENS))
@@ -72,7 +67,7 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, parts: Set[str]) -> Ten
         p = torch.exp2(logits - (logits.amax(-1, keepdim=True).ceil() - P_BITS)).to(torch.float8_e4m3fn).float()
     else:
         p = torch.exp2(logits - logits.amax(-1, keepdim=True))
-    return p @ v / (p / v_scale[:, None]).sum(-1, keepdim=True)
+    return p @ v / (p * (-v_exponent).exp2()[:, None]).sum(-1, keepdim=True)
 
 
 def forward(module: Attention, parts: Set[str], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

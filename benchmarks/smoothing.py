@@ -47,9 +47,9 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, k_bits: int, k_anchor: 
     group = len(q) // len(k)
     common = ANCHORS[v_anchor](v)
     k_codes, k_scale = quantize_k(k - ANCHORS[k_anchor](k), k_bits)
-    v_codes, v_scale = quantize_v(v - common)
-    k_codes, k_scale, v_codes, v_scale, common = (
-        x.repeat_interleave(group, 0) for x in (k_codes, k_scale, v_codes.float(), v_scale, common)
+    v_codes, v_exponent = quantize_v(v - common, k_bits == 8)
+    k_codes, k_scale, v_codes, v_exponent, common = (
+        x.repeat_interleave(group, 0) for x in (k_codes, k_scale, v_codes.float(), v_exponent, common)
     )
     mean = block_means(q) if smooth_q else torch.zeros_like(q)
     q_codes, q_scale = quantize_q(q - mean)
@@ -57,9 +57,9 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, k_bits: int, k_anchor: 
     if smooth_q:
         logits += products(mean, k_codes, k_scale)
     logits.masked_fill_(torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1), float("-inf"))
-    weighted = logits * (LOG2E / math.sqrt(HEAD_DIM)) + v_scale.log2()[:, None]
+    weighted = logits * (LOG2E / math.sqrt(HEAD_DIM)) + v_exponent[:, None]
     p8, _ = quantize_p(weighted, max(PAGE_TOKENS))
-    return p8 @ v_codes / (p8 / v_scale[:, None]).sum(-1, keepdim=True) + common
+    return p8 @ v_codes / (p8 * (-v_exponent).exp2()[:, None]).sum(-1, keepdim=True) + common
 
 
 def errors(layers: list[Heads]) -> list[dict[str, object]]:

@@ -15,7 +15,7 @@ LAYOUTS = [PageLayout(*combination) for combination in itertools.product(HEAD_DI
 def test_sections_cover_the_page_without_overlap(layout: PageLayout) -> None:
     pages = layout.empty(3, 2)
     views = layout.views(pages)
-    sections = [s for s in (views.k, views.v, views.k_groups, views.k_scale, views.v_scale) if s is not None]
+    sections = [s for s in (views.k, views.v, views.k_groups, views.k_scale, views.v_exponent) if s is not None]
     assert len(sections) == 4
     unused = layout.page_bytes - sum(s[0, 0].numel() * s.element_size() for s in sections)
     assert unused == (2 * layout.tokens if (layout.head_dim, layout.k_bits) == (80, 4) else 0)
@@ -45,8 +45,8 @@ def test_round_trip(layout: PageLayout) -> None:
     before = pages.clone()
     reference.store(key, value, pages, slots, layout)
 
-    k, k_scale, v, v_scale = reference.load(pages, torch.arange(5), layout)
-    k, v = decoded(k, k_scale)[:, slots], (v * v_scale[..., None])[:, slots]
+    k, k_scale, v, v_exponent = reference.load(pages, torch.arange(5), layout)
+    k, v = decoded(k, k_scale)[:, slots], (v * v_exponent.exp2()[..., None])[:, slots]
     key, value = key.transpose(0, 1), value.transpose(0, 1)
     code = key.abs().amax(-1, keepdim=True) / 127
     if layout.k_bits == 8:
@@ -59,10 +59,10 @@ def test_round_trip(layout: PageLayout) -> None:
         assert (error.square().mean((-3, -1)).sqrt() <= 0.5 * step + 0.51 * code).all()
         assert (error / step[..., None, :, None]).square().mean().sqrt() < 0.3
     # e4m3 keeps 3 fraction bits: half a step is 1/16 of a number, and 2**-10 of the scale for its subnormals.
-    assert ((v - value).abs() <= torch.maximum(value.abs() / 16, v_scale[:, slots, None] * 2**-10)).all()
+    assert ((v - value).abs() <= torch.maximum(value.abs() / 16, v_exponent.exp2()[:, slots, None] * 2**-10)).all()
 
     untouched = torch.ones(5 * layout.tokens, dtype=torch.bool).index_fill_(0, slots, False)
-    for name in ("k", "k_groups", "k_scale", "v_scale"):
+    for name in ("k", "k_groups", "k_scale", "v_exponent"):
         if getattr(layout.views(pages), name) is None:
             continue
         old, new = (getattr(layout.views(x), name).contiguous().view(torch.uint8) for x in (before, pages))
@@ -80,8 +80,8 @@ def test_zero_nan_and_huge_tokens_stay_their_own(k_bits: int) -> None:
     key[3], value[3] = 3e38, -900
     pages = layout.empty(1, 1)
     reference.store(key, value, pages, torch.arange(4), layout)
-    k, k_scale, v, v_scale = reference.load(pages, torch.tensor([0]), layout)
-    k, v = decoded(k, k_scale)[0], (v * v_scale[..., None])[0]
+    k, k_scale, v, v_exponent = reference.load(pages, torch.tensor([0]), layout)
+    k, v = decoded(k, k_scale)[0], (v * v_exponent.exp2()[..., None])[0]
     assert (k[1] == 0).all()
     assert (v[1] == 0).all()
     assert k[2].isnan().any()

@@ -53,7 +53,7 @@ def attention(
             begin = first_page * layout.tokens
             used = slice(first_page, -(-last // layout.tokens))
             table = block_table[request, ..., used]
-            k, k_scale, v, v_scale = (x[:, : last - begin] for x in load(pages, table, layout))
+            k, k_scale, v, v_exponent = (x[:, : last - begin] for x in load(pages, table, layout))
 
             q = q_codes[low:high].permute(1, 2, 0, 3)  # [kv_heads, group, queries, head_dim]
             logits = products(q.flatten(1, 2), k, k_scale).unflatten(1, q.shape[1:3])
@@ -81,9 +81,9 @@ def attention(
                     hidden |= keys <= positions - window
                 logits.masked_fill_(hidden, float("-inf"))
 
-            logits += v_scale.log2()[:, None, None, :]
+            logits += v_exponent[:, None, None, :]
             p8, top = quantize_p(logits, layout.tokens)
-            total = torch.matmul(p8.flatten(1, 2), (1 / v_scale)[..., None]).unflatten(1, p8.shape[1:3])
+            total = torch.matmul(p8.flatten(1, 2), (-v_exponent).exp2()[..., None]).unflatten(1, p8.shape[1:3])
             result = torch.matmul(p8.flatten(1, 2), v).unflatten(1, p8.shape[1:3])
             if v_anchor is not None:
                 result += total * v_anchor[:, None, None]

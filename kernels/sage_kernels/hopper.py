@@ -118,10 +118,10 @@ def _prepare_scales(
 ):  # fmt: skip
     """The producer of what the softmax needs of the scales, worked out once for both warpgroups.
 
-    Of each pair of tokens, side by side: both scales of K, and both exponents of V's scales plus LOGIT_BIAS. As the B operand
-    of a matrix product: the inverse of V's scale times 2**-8, which fits e4m3, in V's order and in eight equal columns, so
-    that the product with P leaves the sum of a row in every thread that holds a part of it. Tokens behind the last one count
-    nothing, whatever their scales may be.
+    Of each pair of tokens, side by side: both scales of K, and both exponents of V plus LOGIT_BIAS. As the B
+    operand of a matrix product: 2**-exponent times 2**-8, which is an e4m3 number, in V's order and in eight equal
+    columns, so that the product with P leaves the sum of a row in every thread that holds a part of it. Tokens behind the last
+    one count nothing, whatever their scales may be.
     """
     STAGES: gl.constexpr = _stages(HEAD_DIM)
     LAYOUT: gl.constexpr = gl.BlockedLayout([8, PAGE // 32], [1, 32], [1, 1], [1, 0])
@@ -136,11 +136,9 @@ def _prepare_scales(
         row = gl.load(table + first_page + i) * block_rows + head_rows
         page_scales = scales + row.to(gl.int64) * (PAGE // 4) + section_offset("k_scale", HEAD_DIM, 8, PAGE) // 4
         k_scale = gl.load(page_scales + tokens)
-        v_scale_bits = gl.load(page_scales + PAGE + tokens).to(gl.int32, bitcast=True)
-        permuted_bits = gl.load(page_scales + PAGE + in_v_order).to(gl.int32, bitcast=True)
-        exponent = v_scale_bits.to(gl.float32) * (1.0 / (1 << 23)) + (LOGIT_BIAS - 127.0)
+        exponent = gl.load(page_scales + PAGE + tokens) + LOGIT_BIAS
         in_pairs = gl.join(k_scale, exponent).reshape([PAGE // 2, 2, 2]).permute([0, 2, 1]).reshape([2 * PAGE])
-        inverse = ((246 << 23) - permuted_bits).to(gl.float32, bitcast=True)
+        inverse = gl.exp2(-8.0 - gl.load(page_scales + PAGE + in_v_order))
         filled = in_v_order < seq_len - (first_page + i) * PAGE
         inverse = gl.where(filled, inverse, 0.0)
         inverses = gl.zeros([8, PAGE], gl.float32, LAYOUT) + inverse[None, :]

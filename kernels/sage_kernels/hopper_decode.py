@@ -32,7 +32,7 @@ from sage_kernels.tiles import (
     page_reference,
     section_offset,
     to_int,
-    v_scale_bits_beside,
+    v_exponent_beside,
 )
 from sage_paged import PageLayout, v_token
 
@@ -244,11 +244,10 @@ def _decode_kernel(
             scales = _plain(scale_buffers.index(slot), [SCALES, PAGE], gl.float32)
             k_scale = scales.slice(0, 1, dim=0).permute((1, 0)).load(LAYOUT)
             if K_BITS == 8:
-                v_scale_bits = scales.slice(1, 1, dim=0).permute((1, 0)).load(LAYOUT).to(gl.int32, bitcast=True)
+                v_exponent = scales.slice(1, 1, dim=0).permute((1, 0)).load(LAYOUT)
             else:
-                v_scale_bits = v_scale_bits_beside(k_scale)
-            v_exponent = v_scale_bits.to(gl.float32) * (1.0 / (1 << 23)) - 127.0
-            v_inverse = ((254 << 23) - v_scale_bits).to(gl.float32, bitcast=True)
+                v_exponent = v_exponent_beside(k_scale)
+            v_inverse = gl.exp2(-v_exponent)
             codes = warpgroup_mma_wait(0, deps=[codes])
 
             logits = codes.to(gl.float32) * k_scale

@@ -5,11 +5,11 @@ section 3): INT8 queries and keys for Q K^T, FP8 e4m3 probabilities and values f
 a page must never depend on which tokens happen to be neighbours. INT4 keys are kept in 4 bits and multiplied as the INT8 codes
 they stand for: for every 16 channels, 16 of these codes a step apart, those that lie nearest to the channels' own (`narrow`).
 
-Two scales are powers of two. That of a token's V, which P takes over before it is rounded: its exponent is simply added to
-the token's base-2 logit. And the reference point that is subtracted before the exponential: the maximum of those sums,
-rounded up to an integer. FP8 rounding commutes with powers of two, so the result does not depend on the order in which a
-kernel walks the pages, on how it splits them, or on how the prompt was cut into chunks; only float32 summation order is left.
-Rows are normalized by the sum of the rounded P, not of the exact one: a row that looks at one token gets exactly its value.
+P takes over the scale of a token's V before it is rounded: the scale's logarithm is added to the token's base-2 logit. What is
+subtracted before the exponential is the largest of these sums that a row has in a page. So the largest weight in a page is
+exact, and what P is rounded to does not depend on the order in which a kernel walks the pages, on how it splits them, or on how
+the prompt was cut into chunks; only float32 summation order is left. Rows are normalized by the sum of the rounded P, not of
+the exact one: a row that looks at one token gets exactly its value.
 
 Keys are smoothed, as SageAttention does it, by subtracting a vector that all keys of a head have in common: a row's logits
 then all change by the same number, and the softmax not at all. SageAttention takes the mean of the keys at hand; pages outlive
@@ -20,6 +20,7 @@ the normalized output. Their anchor comes from a calibration only, never from fi
 common, a mean over few of them would add more to the others than it takes away.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +42,16 @@ SCORE_BITS = 20
 REACH = 2.0
 """How far around a page's mean key its keys are taken to lie, in half ranges of the channels (see `recall`)."""
 V_SCALES = (2.0**-16, 2.0)
-"""The least and the largest scale of V, between which inverses fit e4m3 as well. V beyond +-896 saturates, and numbers below
-2**-26 become 0; in between, the scale that just holds a token's largest value is taken."""
+"""The least and the largest power of two that V is scaled by, between which inverses fit e4m3 as well. V beyond +-896
+saturates, and numbers below 2**-26 become 0."""
+V_EIGHTHS = (7, 6, 5)
+"""What inverses of finer scales of V are of those of powers of two. With three bits, they fit e4m3, too, up to V_SCALE_FINE."""
+V_SCALE_FINE = 0.25
+
+
+def finer(eighths):  # without annotations, which Triton would look up
+    """What such a scale adds to V's exponent."""
+    return 3 - math.log2(eighths)
 
 
 def _symmetric(x: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,13 +112,31 @@ def products(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor) -> torch.T
     return torch.matmul(q.float(), k.float().transpose(-1, -2)) * k_scale[..., None, :]
 
 
-def quantize_v(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """value [..., head_dim] -> float8_e4m3fn codes of the same shape, float32 scales [...], powers of two."""
+def quantize_v(value: torch.Tensor, fine: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """value [..., head_dim] -> float8_e4m3fn codes of the same shape, float32 exponents [...]: value = code * 2**exponent.
+
+    2**exponent is the least power of two that holds the largest value; if `fine`, it is 8/7, 8/6 or 8/5 of that where that
+    loses less, of equals the first.
+    """
     value = value.float()
     ratio = (value.abs().amax(-1) / FP8_MAX).contiguous()
-    scale = ((ratio.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # up to the next power of two
-    scale = scale.clamp(*V_SCALES)
-    return (value / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+    power = ((ratio.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # up to the next power of two
+    power = power.clamp(*V_SCALES)
+
+    def coded(inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scaled = value * inverse[..., None]
+        codes = scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        return codes, (codes.float() - scaled).square().sum(-1)
+
+    whole = (power.view(torch.int32) >> 23).float() - 127
+    exponent, inverse = whole, 1 / power
+    least = coded(inverse)[1]
+    for eighths in V_EIGHTHS if fine else ():
+        error = coded(eighths / 8 / power)[1] * (64 / eighths**2)
+        better = (error < least) & (power <= V_SCALE_FINE)
+        least, inverse = torch.where(better, error, least), torch.where(better, eighths / 8 / power, inverse)
+        exponent = torch.where(better, whole + finer(eighths), exponent)
+    return coded(inverse)[0], exponent
 
 
 def quantize_p(logits: torch.Tensor, page_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,13 +191,13 @@ def store(
     block, offset = slots // layout.tokens, slots % layout.tokens
     views = layout.views(pages)
     k_codes, k_scale = quantize_k(key[used] if anchor is None else key[used].float() - anchor)
-    v_codes, v_scale = quantize_v(value[used] if v_anchor is None else value[used].float() - v_anchor)
+    v_codes, v_exponent = quantize_v(value[used] if v_anchor is None else value[used].float() - v_anchor, layout.k_bits == 8)
     if views.k_groups is not None:
         k_codes, views.k_groups[block, :, offset] = narrow(k_codes)
-        exponent = v_scale.view(torch.int32) >> 23
-        k_scale = ((k_scale.contiguous().view(torch.int32) & ~0xFF) | exponent).view(torch.float32)
-    if views.v_scale is not None:
-        views.v_scale[block, :, offset] = v_scale
+        biased = v_exponent.int() + 127
+        k_scale = ((k_scale.contiguous().view(torch.int32) & ~0xFF) | biased).view(torch.float32)
+    if views.v_exponent is not None:
+        views.v_exponent[block, :, offset] = v_exponent
     views.k[block, :, offset] = k_codes
     # torch cannot index-assign float8, so the codes travel as bytes.
     views.v.view(torch.uint8)[block, :, :, v_position(offset)] = v_codes.view(torch.uint8)
@@ -189,18 +216,18 @@ def load(
     """Gather the pages of one request.
 
     block_table: int [n], or [kv_heads, n] where heads read different pages. Returns K as INT8 codes
-    [kv_heads, n * tokens, head_dim], V codes float32 of the same shape, and behind each its scales, float32
-    [kv_heads, n * tokens].
+    [kv_heads, n * tokens, head_dim], V codes float32 of the same shape, and behind each its scales or
+    exponents, float32 [kv_heads, n * tokens].
     """
     heads = torch.arange(pages.shape[1], device=pages.device)[:, None]
     pages = pages[block_table.long().expand(pages.shape[1], -1), heads]
     views = layout.views(pages)
     k_codes, k_scale = key_codes(pages, layout)
     v_codes = views.v.float()[..., v_position(torch.arange(layout.tokens, device=pages.device))].transpose(-1, -2)
-    v_scale = views.v_scale
-    if v_scale is None:
-        v_scale = ((k_scale.view(torch.int32) & 0xFF) << 23).view(torch.float32)
-    return k_codes.flatten(1, 2), k_scale.flatten(1), v_codes.flatten(1, 2), v_scale.flatten(1)
+    v_exponent = views.v_exponent
+    if v_exponent is None:
+        v_exponent = ((k_scale.view(torch.int32) & 0xFF) - 127).float()
+    return k_codes.flatten(1, 2), k_scale.flatten(1), v_codes.flatten(1, 2), v_exponent.flatten(1)
 
 
 def exact_attention(
@@ -289,7 +316,7 @@ def attention(
         if start == end:
             continue
         used_pages = -(-length // layout.tokens)
-        k, k_scale, v, v_scale = (x[:, :length] for x in load(pages, block_table[r, ..., :used_pages], layout))
+        k, k_scale, v, v_exponent = (x[:, :length] for x in load(pages, block_table[r, ..., :used_pages], layout))
         positions = torch.arange(length - (end - start), length)[:, None]
         keys = torch.arange(length)[None, :]
         visible = keys <= positions
@@ -311,8 +338,8 @@ def attention(
             if soft_cap:
                 logits, bias = soft_cap * torch.tanh((logits + bias) / soft_cap), 0.0
             logits = (logits * LOG2E).masked_fill(~visible, float("-inf"))
-            p8, top = quantize_p(logits + v_scale[kv].log2(), layout.tokens)
-            total = (p8 / v_scale[kv]).sum(-1, keepdim=True)
+            p8, top = quantize_p(logits + v_exponent[kv], layout.tokens)
+            total = (p8 * (-v_exponent[kv]).exp2()).sum(-1, keepdim=True)
             result = p8 @ v[kv]
             if v_anchor is not None:  # weighted as values are, and a sink has none
                 result += total * v_anchor[kv]

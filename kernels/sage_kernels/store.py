@@ -8,9 +8,12 @@ from sage_kernels.device import dependent_launch, fp8_path
 from sage_kernels.reference import ANCHOR_TOKENS
 from sage_kernels.tiles import (
     GROUP_BYTES,
+    V_SCALE_FINE,
     V_SCALE_MAX,
     V_SCALE_MIN,
     await_kernel_before,
+    e4m3_bits_to_half,
+    finer,
     inverse_or_zero,
     next_power_of_two,
     section_offset,
@@ -28,22 +31,49 @@ NO_FRACTION = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _quantize_v(v, FP8: tl.constexpr):
-    """v: float32 [tokens, channels]. Returns e4m3 codes (as int8 of that shape) and scales (float32 [tokens])."""
-    scale = next_power_of_two(tl.math.div_rn(tl.max(tl.abs(v), 1), 448.0))
-    scale = tl.minimum(tl.maximum(scale, V_SCALE_MIN), V_SCALE_MAX)
-    v *= (1.0 / scale)[:, None]  # exact: scale is a power of two
-    v = tl.where(v > 448.0, 448.0, tl.where(v < -448.0, -448.0, v))  # NaN stays
-    if FP8 == "native":
-        codes = v.to(tl.float8e4nv).to(tl.int8, bitcast=True)
+def _to_e4m3(x, FP8: tl.constexpr):
+    """float32 -> e4m3 codes as int8, at most 448; NaN stays."""
+    if FP8 == "native":  # where the conversion saturates
+        codes = x.to(tl.float8e4nv).to(tl.int8, bitcast=True)
     else:
-        codes = to_e4m3_bits(v).to(tl.int8, bitcast=True)
-    return codes, scale
+        codes = to_e4m3_bits(tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))).to(tl.int8, bitcast=True)
+    return codes
+
+
+@triton.jit
+def _e4m3_error(x, FP8: tl.constexpr):
+    """What rows of x, float32 [tokens, channels], lose in e4m3: sums of squares, float32 [tokens]."""
+    codes = _to_e4m3(x, FP8)
+    if FP8 == "native":
+        miss = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) - x
+    else:
+        miss = e4m3_bits_to_half(codes.to(tl.uint8, bitcast=True)).to(tl.float32) * 256.0 - x
+    return tl.sum(miss * miss, 1)
+
+
+@triton.jit
+def _quantize_v(v, FINE: tl.constexpr, FP8: tl.constexpr):
+    """`reference.quantize_v`. v: float32 [tokens, channels]. Returns e4m3 codes (as int8 of that shape) and exponents (float32
+    [tokens])."""
+    power = next_power_of_two(tl.math.div_rn(tl.max(tl.abs(v), 1), 448.0))
+    power = tl.minimum(tl.maximum(power, V_SCALE_MIN), V_SCALE_MAX)
+    whole = ((power.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
+    exponent, inverse = whole, 1.0 / power
+    if FINE:
+        coarse = inverse
+        least = _e4m3_error(v * inverse[:, None], FP8)
+        for eighths in tl.static_range(7, 4, -1):  # the reference's V_EIGHTHS
+            error = _e4m3_error(v * (coarse * (eighths / 8))[:, None], FP8) * (64 / (eighths * eighths))
+            better = (error < least) & (power <= V_SCALE_FINE)
+            least = tl.where(better, error, least)
+            exponent = tl.where(better, whole + finer(eighths), exponent)
+            inverse = tl.where(better, coarse * (eighths / 8), inverse)
+    return _to_e4m3(v * inverse[:, None], FP8), exponent
 
 
 @triton.jit
 def _write_rows(
-    page_i8, page_f32, row, used, k, k_scale, v_scale,
+    page_i8, page_f32, row, used, k, k_scale, v_exponent,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write what stands in rows of pages, which is all but the codes of V.
@@ -62,7 +92,7 @@ def _write_rows(
         tl.store(target, low, mask=half_mask)
         tl.store(target + HALF, high, mask=half_mask)
         tl.store(scales, k_scale, mask=used)
-        tl.store(scales + PAGE, v_scale, mask=used)
+        tl.store(scales + PAGE, v_exponent, mask=used)
     else:
         packed, step, base = k
         tl.store(target, packed, mask=half_mask)
@@ -73,8 +103,8 @@ def _write_rows(
         groups = first_group[:, None] + group[None, :]
         tl.store(groups, step, mask=group_mask)
         tl.store(groups + GROUPS, base, mask=group_mask)
-        # One byte of four is V's, which needs no more than an exponent.
-        both = (k_scale.to(tl.int32, bitcast=True) & -256) | (v_scale.to(tl.int32, bitcast=True) >> 23)
+        # The last of four bytes is V's.
+        both = (k_scale.to(tl.int32, bitcast=True) & -256) | (v_exponent.to(tl.int32) + 127)
         tl.store(scales, both.to(tl.float32, bitcast=True), mask=used)
 
 
@@ -219,14 +249,14 @@ def _store_kernel(
         k = _narrow(to_whole(low * inverse), to_whole(high * inverse), BLOCK_T, BLOCK_D // 2 // GROUP_BYTES, GROUP_BYTES)
     if V_ANCHOR:
         v -= tl.load(v_anchor + head * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)[None, :]
-    v, v_scale = _quantize_v(v, FP8)
+    v, v_exponent = _quantize_v(v, K_BITS == 8, FP8)
 
     head_offset = head.to(tl.int64) * head_stride
     if (first % BLOCK_T == 0) & (tl.min((slot == first + v_token(lanes)).to(tl.int32), 0) == 1):
         same_page = (first // PAGE).to(tl.int64) * block_stride + head_offset
         first_row = tl.multiple_of((first % PAGE).to(tl.int32), BLOCK_T)
         _write_rows(
-            cache_i8 + same_page, cache_f32 + same_page // 4, first_row + v_token(lanes), lanes >= 0, k, k_scale, v_scale,
+            cache_i8 + same_page, cache_f32 + same_page // 4, first_row + v_token(lanes), lanes >= 0, k, k_scale, v_exponent,
             HEAD_DIM, K_BITS, PAGE, BLOCK_D,
         )  # fmt: skip
         pointers = cache_i8 + same_page + V_OFFSET + first_row + channels[:, None] * PAGE + lanes[None, :]
@@ -235,7 +265,7 @@ def _store_kernel(
         page = (slot // PAGE).to(tl.int64) * block_stride + head_offset
         row = (slot % PAGE).to(tl.int32)
         _write_rows(
-            cache_i8 + page, cache_f32 + page // 4, row, used, k, k_scale, v_scale,
+            cache_i8 + page, cache_f32 + page // 4, row, used, k, k_scale, v_exponent,
             HEAD_DIM, K_BITS, PAGE, BLOCK_D,
         )  # fmt: skip
         positions = cache_i8 + page + V_OFFSET + v_position(row)

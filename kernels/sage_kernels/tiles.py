@@ -13,8 +13,8 @@ from sage_kernels import reference
 LOG2E = tl.constexpr(1.4426950408889634)
 P_BITS = tl.constexpr(float(reference.P_BITS))
 FALL_BITS = tl.constexpr(float(reference.FALL_BITS))
-V_SCALE_MIN = tl.constexpr(2.0**-16)
-V_SCALE_MAX = tl.constexpr(2.0)
+V_SCALE_MIN, V_SCALE_MAX = (tl.constexpr(scale) for scale in reference.V_SCALES)
+V_SCALE_FINE = tl.constexpr(reference.V_SCALE_FINE)
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 TABLES = ["block_table", "seq_lens", "query_start_loc"]
 """Arguments that are sliced where the decodes of a batch end: how a slice is aligned must not cost a compilation."""
@@ -26,6 +26,7 @@ GROUP_BYTES = tl.constexpr(sage_paged.GROUP_BYTES)
 # The interpreter takes functions as they are, and jit only where `tl` is in sight.
 v_position, v_token = (f if INTERPRETED else triton.jit(f) for f in (sage_paged.v_position, sage_paged.v_token))
 section_offset = triton.constexpr_function(sage_paged.section_offset)
+finer = triton.constexpr_function(reference.finer)
 
 
 @triton.jit
@@ -168,9 +169,9 @@ def load_wide_k(page, tokens, channels, PAGE: tl.constexpr, HEAD_DIM: tl.constex
 
 
 @triton.jit
-def v_scale_bits_beside(k_scale):
-    """The bits of V's scale, a power of two, from the scale of an INT4 key, whose last 8 bits are its exponent."""
-    return (k_scale.to(tl.int32, bitcast=True) & 0xFF) << 23
+def v_exponent_beside(k_scale):
+    """V's exponent, float32, from the scale of an INT4 key, whose last 8 bits it is, as a float32 would have it."""
+    return ((k_scale.to(tl.int32, bitcast=True) & 0xFF) - 127).to(tl.float32)
 
 
 @triton.jit
@@ -240,14 +241,12 @@ def attend_page(
     if K_BITS == 8:
         k = load_k(cache_i8 + page_offset, tokens, k_channels, HEAD_DIM, HEAD_DIM)
         codes = tl.dot(q_low, k, out_dtype=tl.int32)
-        v_scale_bits = tl.load(cache_f32 + page_offset // 4 + SCALES + PAGE + tokens).to(tl.int32, bitcast=True)
+        v_exponent = tl.load(cache_f32 + page_offset // 4 + SCALES + PAGE + tokens)
     else:
         k_low, k_high = load_wide_k(cache_i8 + page_offset, tokens, k_channels, PAGE, HEAD_DIM)
         codes = tl.dot(q_high, k_high, tl.dot(q_low, k_low, out_dtype=tl.int32), out_dtype=tl.int32)
-        v_scale_bits = v_scale_bits_beside(k_scale)
-    # V's scale is a power of two: its exponent and its inverse are a matter of moving bits.
-    v_exponent = v_scale_bits.to(tl.float32) * (1.0 / (1 << 23)) - 127.0
-    v_inverse = ((254 << 23) - v_scale_bits).to(tl.float32, bitcast=True)
+        v_exponent = v_exponent_beside(k_scale)
+    v_inverse = tl.exp2(-v_exponent)
 
     logits = codes.to(tl.float32) * k_scale[None, :]
     if SOFT_CAP:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sage_kernels.prefill import table_strides
-from sage_kernels.tiles import GROUP_BYTES, TABLE_STRIDES, TABLES, section_offset, v_scale_bits_beside
+from sage_kernels.tiles import GROUP_BYTES, TABLE_STRIDES, TABLES, section_offset, v_exponent_beside
 from sage_paged import PageLayout
 
 
@@ -51,8 +51,8 @@ def _widen_kernel(
     tl.store(wide_i32 + (target + section_offset("v", HEAD_DIM, 8, PAGE)) // 4 + words, v)
     k_scale = tl.load(narrow_i32 + (source + section_offset("k_scale", HEAD_DIM, 4, PAGE)) // 4 + tokens)
     tl.store(wide_i32 + (target + section_offset("k_scale", HEAD_DIM, 8, PAGE)) // 4 + tokens, k_scale)
-    v_scale = wide_i32 + (target + section_offset("v_scale", HEAD_DIM, 8, PAGE)) // 4 + tokens
-    tl.store(v_scale, v_scale_bits_beside(k_scale))
+    v_exponent = wide_i32 + (target + section_offset("v_exponent", HEAD_DIM, 8, PAGE)) // 4 + tokens
+    tl.store(v_exponent, v_exponent_beside(k_scale).to(tl.int32, bitcast=True))
 
 
 def widened(

@@ -2,15 +2,15 @@
 
 A page holds the keys and values of `tokens` consecutive tokens of one KV head, quantized, in one contiguous run:
 
-    section   shape                    type      content
-    -------   ----------------------   -------   ------------------------------------------------------------
-    k         [tokens, k_row_bytes]    int8      key codes, one row a token
-    v         [head_dim, tokens]       e4m3      value codes, transposed: one row a channel, tokens in `v_position` order
-    k_groups  [tokens, 2, k_groups]    int8      INT4 keys only: steps and bases that make INT8 codes of nibbles
-    k_scale   [tokens]                 float32   key = INT8 code * k_scale
-    v_scale   [tokens]                 float32   INT8 keys only, right behind k_scale: value = code * v_scale
-    summary   [2, head_dim]            float16   of each channel, the mean key and half the range of keys, in pages for
-                                                 `sage_paged.memory` only
+    section      shape                    type      content
+    ----------   ----------------------   -------   ---------------------------------------------------------
+    k            [tokens, k_row_bytes]    int8      key codes, one row a token
+    v            [head_dim, tokens]       e4m3      value codes, transposed: one row a channel, tokens in `v_position` order
+    k_groups     [tokens, 2, k_groups]    int8      INT4 keys only: steps and bases that make INT8 codes of nibbles
+    k_scale      [tokens]                 float32   key = INT8 code * k_scale
+    v_exponent   [tokens]                 float32   INT8 keys only, right behind k_scale: value = code * 2**v_exponent
+    summary      [2, head_dim]            float16   of each channel, the mean key and half the range of keys, in pages for
+                                                    `sage_paged.memory` only
 
 Every number of a token depends on that token alone, and a summary on the keys of a full page, so a page can be shared, moved,
 swapped or extended without touching its other tokens. Values are transposed because 8-bit tensor cores want the dimension
@@ -21,8 +21,8 @@ stored this way they do, and P never has to travel between threads.
 INT4 keys are INT8 codes kept in 4 bits: byte `i` of a row has channel `i` in its low nibble and channel `i + head_dim // 2` in
 its high one, numbers from 0 to 15, and the INT8 code is base + step * nibble. The channels of GROUP_BYTES bytes that stand side
 by side share a step and a base. A rotary embedding turns channels `i` and `i + head_dim // 2` into each other, so that they are
-of one size. What attends to keys needs to know INT8 codes only. Beside them, a scale of V has no room of its own: the last 8
-bits of k_scale are its exponent, as it stands in a float32, and change k_scale by less than 2**-15 of itself.
+of one size. What attends to keys needs to know INT8 codes only. Beside them, an exponent of V has no room of its own: it is a
+whole number, and the last 8 bits of k_scale are that plus 127, which changes k_scale by less than 2**-15 of itself.
 """
 
 import math
@@ -39,11 +39,11 @@ GROUP_BYTES = 8
 
 
 def section_offset(section, head_dim, k_bits, tokens):  # without annotations, which Triton would look up
-    """Bytes from a page's start to one of its sections, or to the "end" of those up to v_scale. Kernels ask this function too:
-    here stands all that they know of where sections are, and Triton compiles anew what depends on it when it changes."""
+    """Bytes from a page's start to one of its sections, or to the "end" of those up to v_exponent. Kernels ask this function,
+    too: here stands all that they know of where sections are, and Triton compiles anew what depends on it when it changes."""
     row = head_dim * k_bits // 8
     groups = 2 * (row // GROUP_BYTES) if k_bits == 4 else 0
-    of_token = {"k": row, "v": head_dim, "k_groups": groups, "k_scale": 4, "v_scale": 4 if k_bits == 8 else 0, "end": 0}
+    of_token = {"k": row, "v": head_dim, "k_groups": groups, "k_scale": 4, "v_exponent": 4 if k_bits == 8 else 0, "end": 0}
     offset = 0
     for name, size in of_token.items():
         if name == section:
@@ -70,7 +70,7 @@ class PageViews:
     """Typed views of a cache; leading dimensions are [blocks, kv_heads].
 
     k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens], tokens in `v_position` order; k_groups: int8
-    [..., tokens, step or base, k_groups]; k_scale, v_scale: float32 [..., tokens]; summary: float16 [..., 2, head_dim]. None
+    [..., tokens, step or base, k_groups]; k_scale, v_exponent: float32 [..., tokens]; summary: float16 [..., 2, head_dim]. None
     where the layout has none.
     """
 
@@ -78,7 +78,7 @@ class PageViews:
     v: torch.Tensor
     k_groups: torch.Tensor | None
     k_scale: torch.Tensor
-    v_scale: torch.Tensor | None
+    v_exponent: torch.Tensor | None
     summary: torch.Tensor | None
 
 
@@ -171,6 +171,6 @@ class PageLayout:
             v=section(self.offset("v"), (self.head_dim, self.tokens), torch.float8_e4m3fn),
             k_groups=section(self.offset("k_groups"), groups, torch.int8) if narrow else None,
             k_scale=section(self.offset("k_scale"), *scale),
-            v_scale=None if narrow else section(self.offset("v_scale"), *scale),
+            v_exponent=None if narrow else section(self.offset("v_exponent"), *scale),
             summary=section(self.summary_offset, (2, self.head_dim), torch.float16) if self.has_summary else None,
         )
