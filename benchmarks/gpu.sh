@@ -68,12 +68,14 @@ step_variator() {
 step_memory() {
     engines 300 engine-memory-prefill SAGE:memory.topk_pages=32 FLASH_ATTN --eager --repeat 1 --warm-up 32768 \
         --prefill 131072 524288
-    engines 300 engine-memory-decode SAGE:memory.topk_pages=32 SAGE --graphs --prefill --decode 1x65536 1x1000000 \
-        --skip-prefill-attention
+    engines 400 engine-memory-decode SAGE:memory.topk_pages=32 SAGE --layers 24 --prefill --decode 1x65536 1x1000000 \
+        --repeat 2 --skip-prefill-attention
 }
 step_needle() {
     run 300 "$python" -m sage_backend.cli needle SAGE SAGE:memory.local_tokens=1024,memory.topk_pages=64,memory.extrapolate=2048 \
         --lengths 2048,4096,8192,16384,65536,262144 --out "$results/needle-$name.json"
+    run 300 "$python" -m sage_backend.cli needle SAGE:memory.local_tokens=1024,memory.topk_pages=64,memory.extrapolate=2048 \
+        --lengths 256000,1000000 --out "$results/needle-1m-$name.json"
 }
 step_quality() {
     local model=sage_backend/demo/model

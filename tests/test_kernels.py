@@ -16,12 +16,12 @@ a rounding boundary of e4m3, which in a row of few keys is up to 3%. `test_long_
 ON_GPU = torch.cuda.is_available()
 
 SCHEDULE_ERROR = 5e-4 if ON_GPU else 1e-4
-"""The same between two schedules of one kernel: float32 summation order and, on a GPU, that tensor cores sum a page's FP8
+"""The same between two schedules of one kernel: the rounding of float32 sums and, on a GPU, that tensor cores sum a page's FP8
 products in 22 bits."""
 
-DECODE_ERROR = 5e-3 if ON_GPU else SCHEDULE_ERROR
+DECODE_ERROR = 5e-3 if ON_GPU and torch.cuda.get_device_capability() == (9, 0) else SCHEDULE_ERROR
 """The same between prompts and decodes. On sm_90 they have kernels of their own: that for prompts rounds logits to 2**-13, so
-that in some rows a weight falls on the other side of a rounding boundary."""
+that in some rows a weight falls on the other side of a rounding boundary. One of 64 rows did, by 2e-3 of all."""
 
 
 @st.composite
@@ -238,18 +238,47 @@ def test_pages_whose_logits_lie_far_apart(kernels, k_bits: int, steps: tuple[flo
         assert relative_error(out, expected) < KERNEL_ERROR
 
 
+@pytest.mark.parametrize("k_bits", K_BITS)
+def test_values_of_all_sizes(kernels, k_bits: int) -> None:
+    """Around the largest value that has finer scales, and up to what saturates."""
+    batch = make_batch(PageLayout(128, k_bits), [(300, 8)], heads=8, kv_heads=2)
+    sizes = torch.tensor([1e-5, 1e-2, 1.0, 100.0, 112.0, 113.0, 224.0, 225.0, 448.0, 800.0, 900.0])
+    sizes = sizes.repeat(28)[: len(batch.value), None, None]
+    batch.value *= (sizes / batch.value.abs().amax(-1, keepdim=True)).to(torch.bfloat16)
+    reference.store(batch.key, batch.value, batch.pages, batch.slots, batch.layout)
+    expected = reference.attention(*batch.attention_args())
+    args = [x.to(kernels.device) if isinstance(x, torch.Tensor) else x for x in batch.attention_args()]
+    key, value, slots, args[1] = (x.to(kernels.device) for x in (batch.key, batch.value, batch.slots, batch.garbage))
+    kernels.store(key, value, args[1], slots, batch.layout)
+    for run, options in ((kernels.prefill, {}), (kernels.decode, {"max_query_len": 8, "programs": 3})):
+        out = poisoned(args[0])
+        run(*args, out, **options)
+        assert relative_error(out, expected) < KERNEL_ERROR
+
+
+def test_many_pages(kernels) -> None:
+    """Sums are carried from one page's reference to the next, over and over."""
+    layout = PageLayout(64, 8, 64)
+    batch = make_batch(layout, [(12000 if ON_GPU else 4000, 1)], heads=4, kv_heads=1, device=kernels.device)
+    expected = reference.attention(*make_batch(layout, [(int(batch.seq_lens[0]), 1)], heads=4, kv_heads=1).attention_args())
+    for run, options in ((kernels.prefill, {}), (kernels.decode, {"programs": 1}), (kernels.decode, {"programs": 5})):
+        out = poisoned(batch.query)
+        run(*batch.attention_args(), out, **options)
+        assert relative_error(out, expected) < 1e-3
+
+
 def test_the_largest_weight_of_a_page_is_exact() -> None:
     logits = torch.randn(3, 5, 300, generator=torch.Generator().manual_seed(0)) * 40
     logits[0, 0, 128:] = float("-inf")
-    weights, top = reference.quantize_p(logits, 128)
-    exact = torch.exp2(logits - top)
+    weights, base = reference.quantize_p(logits, 128)
+    exact = torch.exp2(logits - base)
     for page in (slice(0, 128), slice(128, 256), slice(256, 300)):
         best = logits[..., page].argmax(-1, keepdim=True)
         near = (logits[..., page].amax(-1, keepdim=True) - logits.amax(-1, keepdim=True)) > -reference.FALL_BITS
         found, wanted = (x[..., page].gather(-1, best)[near] for x in (weights, exact))
         assert len(wanted) > 5
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0.0)  # what exp2 makes of logits in float32
-        assert (weights[..., page][..., :1][~near] <= 2.0**-20).all()
+        assert (weights[..., page].amax(-1, keepdim=True)[~near] <= 2.0 ** (reference.P_BITS - reference.FALL_BITS)).all()
 
 
 def test_requests_without_queries_and_padding_are_left_alone(kernels) -> None:

@@ -123,3 +123,15 @@ def test_an_engine_cache_is_seen_as_pages() -> None:
     assert cache.view(torch.uint8)[3, 1, -1, -1] == 7
     with pytest.raises(ValueError, match="does not hold pages"):
         layout.pages(cache.transpose(1, 2))
+
+
+def test_inverses_of_scales_of_v_are_e4m3_numbers() -> None:
+    """What the kernel for prompts on sm_90 multiplies P with, to sum it."""
+    largest = torch.cat([torch.logspace(-8, 3, 4000), torch.tensor([0.0, 111.9, 112.0, 112.1, 224.0, 448.0, 896.0, 1e30])])
+    value = torch.rand(len(largest), 64, generator=torch.Generator().manual_seed(0)) * largest[:, None]
+    value[:, 0] = largest
+    inverse = (-8 - reference.quantize_v(value)[1]).exp2()
+    rounded = inverse.to(torch.float8_e4m3fn).float()
+    assert (rounded > 0).all()
+    torch.testing.assert_close(inverse, rounded, rtol=1e-6, atol=0.0)
+    assert len((rounded.log2() % 1).mul(1000).round().remainder(1000).unique()) == 1 + len(reference.V_EIGHTHS)

@@ -82,12 +82,12 @@ def attention(
                 logits.masked_fill_(hidden, float("-inf"))
 
             logits += v_exponent[:, None, None, :]
-            p8, top = quantize_p(logits, layout.tokens)
+            p8, base = quantize_p(logits, layout.tokens)
             total = torch.matmul(p8.flatten(1, 2), (-v_exponent).exp2()[..., None]).unflatten(1, p8.shape[1:3])
             result = torch.matmul(p8.flatten(1, 2), v).unflatten(1, p8.shape[1:3])
             if v_anchor is not None:
                 result += total * v_anchor[:, None, None]
             if sink is not None:
-                total = total + torch.exp2((sink if soft_cap else sink - row_bias) - top)
+                total = total + torch.exp2((sink if soft_cap else sink - row_bias) - base)
             result /= total
             out[low:high] = result.permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)

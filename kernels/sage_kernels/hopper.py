@@ -75,7 +75,8 @@ def _stages(head_dim):
 
 LOGIT_BIAS = gl.constexpr(1024.0)
 """Added to all base-2 logits, to make the largest of a row positive. In a page where a row has none above -LOGIT_BIAS, which is
--710 as it stands in the exponent of e, its weights are wrong. More would cost the weights of all others some precision."""
+-710 as it stands in the exponent of e, its weights are wrong. It leaves logits, and what V's exponents add to them, 13 bits
+behind the point; more would leave fewer."""
 
 _v_token = gluon.jit(v_token)
 
@@ -190,8 +191,8 @@ def _logits(
     codes, q_scale, q_bias, buffers, i, first_visible, last_visible, soft_cap,
     HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr, S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """From Q K^T of page i, whose scales are there, to base-2 logits plus LOGIT_BIAS and the exponent of V's scale, and the
-    largest of each row."""
+    """From Q K^T of page i, whose scales are there, to base-2 logits plus LOGIT_BIAS and V's exponent, and the largest of each
+    row."""
     STAGES: gl.constexpr = _stages(HEAD_DIM)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     # Of 16 numbers, which are 8 columns, each of four threads has the four of its two columns.

@@ -132,27 +132,31 @@ def quantize_v(value: torch.Tensor, fine: bool = True) -> tuple[torch.Tensor, to
     exponent, inverse = whole, 1 / power
     least = coded(inverse)[1]
     for eighths in V_EIGHTHS if fine else ():
-        error = coded(eighths / 8 / power)[1] * (64 / eighths**2)
+        smaller = eighths / 8 / power
+        error = coded(smaller)[1] * (64 / eighths**2)
         better = (error < least) & (power <= V_SCALE_FINE)
-        least, inverse = torch.where(better, error, least), torch.where(better, eighths / 8 / power, inverse)
+        least, inverse = torch.where(better, error, least), torch.where(better, smaller, inverse)
         exponent = torch.where(better, whole + finer(eighths), exponent)
     return coded(inverse)[0], exponent
 
 
 def quantize_p(logits: torch.Tensor, page_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights 2**(logits - top) as e4m3 codes give them, float32 of the logits' shape [..., queries, tokens], and top, float32
-    [..., queries, 1], 2**P_BITS below the largest logit of a row. The first token is the first of a page.
+    """Weights 2**(logits - base) as e4m3 codes give them, float32 of the logits' shape [..., queries, tokens], and base,
+    float32 [..., queries, 1], P_BITS below the largest logit of a row. The first token is the first of a page.
 
-    The codes of a page are relative to the largest logit that the row has in it, so that its largest weight is exact, and codes
-    depend on nothing outside the page.
+    The codes of a page are relative to the largest logit that the row has in it, so that its largest weight is exact and codes
+    depend on nothing outside the page; or, where that is further down, to FALL_BITS below the largest of the row.
     """
     tokens = logits.shape[-1]
-    paged = torch.nn.functional.pad(logits, (0, -tokens % page_tokens), value=float("-inf")).unflatten(-1, (-1, page_tokens))
+    if tokens % page_tokens:
+        logits = torch.nn.functional.pad(logits, (0, -tokens % page_tokens), value=float("-inf"))
+    paged = logits.unflatten(-1, (-1, page_tokens))
     of_page = paged.amax(-1, keepdim=True)
     top = of_page.amax(-2, keepdim=True)
     of_page = torch.maximum(of_page, top - FALL_BITS)
-    codes = (paged - (of_page - P_BITS)).exp2_().to(torch.float8_e4m3fn).float()
-    return (codes * (of_page - top).exp2()).flatten(-2)[..., :tokens], top.squeeze(-1) - P_BITS
+    weights = (paged - (of_page - P_BITS)).exp2_().to(torch.float8_e4m3fn).float()
+    weights *= (of_page - top).exp2_()
+    return weights.flatten(-2)[..., :tokens], top.squeeze(-1) - P_BITS
 
 
 def fix_anchor(anchor: torch.Tensor, key: torch.Tensor, used: torch.Tensor) -> None:
@@ -338,13 +342,13 @@ def attention(
             if soft_cap:
                 logits, bias = soft_cap * torch.tanh((logits + bias) / soft_cap), 0.0
             logits = (logits * LOG2E).masked_fill(~visible, float("-inf"))
-            p8, top = quantize_p(logits + v_exponent[kv], layout.tokens)
+            p8, base = quantize_p(logits + v_exponent[kv], layout.tokens)
             total = (p8 * (-v_exponent[kv]).exp2()).sum(-1, keepdim=True)
             result = p8 @ v[kv]
             if v_anchor is not None:  # weighted as values are, and a sink has none
                 result += total * v_anchor[kv]
             if sinks is not None:
-                total = total + torch.exp2((sinks[head].float() - bias) * LOG2E - top)
+                total = total + torch.exp2((sinks[head].float() - bias) * LOG2E - base)
             out[start:end, head] = result / total
     return out
 

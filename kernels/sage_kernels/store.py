@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 
 from sage_kernels.device import dependent_launch, fp8_path
-from sage_kernels.reference import ANCHOR_TOKENS
+from sage_kernels.reference import ANCHOR_TOKENS, V_EIGHTHS
 from sage_kernels.tiles import (
     GROUP_BYTES,
+    NO_FRACTION,
     V_SCALE_FINE,
     V_SCALE_MAX,
     V_SCALE_MIN,
@@ -26,8 +27,7 @@ from sage_kernels.tiles import (
 from sage_paged import PageLayout
 
 BLOCK_TOKENS = 16
-NO_FRACTION = tl.constexpr(12582912.0)
-"""1.5 * 2**23: what is added to a float32 to round it to a whole number, which its last bits then are."""
+_MOST, _LEAST = (tl.constexpr(which(V_EIGHTHS)) for which in (max, min))
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _quantize_v(v, FINE: tl.constexpr, FP8: tl.constexpr):
     if FINE:
         coarse = inverse
         least = _e4m3_error(v * inverse[:, None], FP8)
-        for eighths in tl.static_range(7, 4, -1):  # the reference's V_EIGHTHS
+        for eighths in tl.static_range(_MOST, _LEAST - 1, -1):
             error = _e4m3_error(v * (coarse * (eighths / 8))[:, None], FP8) * (64 / (eighths * eighths))
             better = (error < least) & (power <= V_SCALE_FINE)
             least = tl.where(better, error, least)

@@ -15,6 +15,8 @@ P_BITS = tl.constexpr(float(reference.P_BITS))
 FALL_BITS = tl.constexpr(float(reference.FALL_BITS))
 V_SCALE_MIN, V_SCALE_MAX = (tl.constexpr(scale) for scale in reference.V_SCALES)
 V_SCALE_FINE = tl.constexpr(reference.V_SCALE_FINE)
+NO_FRACTION = tl.constexpr(12582912.0)
+"""1.5 * 2**23: what is added to a float32 to round it to a whole number, which its last bits then are."""
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 TABLES = ["block_table", "seq_lens", "query_start_loc"]
 """Arguments that are sliced where the decodes of a batch end: how a slice is aligned must not cost a compilation."""
@@ -49,7 +51,7 @@ def to_int(x):
     where the specification rounds twice, so there the conversion instruction is asked for by name.
     """
     if INTERPRETED:
-        rounded = (x + 12582912.0) - 12582912.0
+        rounded = (x + NO_FRACTION) - NO_FRACTION
     else:
         rounded = tl.inline_asm_elementwise("cvt.rni.s32.f32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
     return rounded
@@ -59,7 +61,7 @@ def to_int(x):
 def to_whole(x):
     """`to_int`, but float32 on a GPU as well, where two additions that nothing is fused with cost less than conversions."""
     if INTERPRETED:
-        rounded = (x + 12582912.0) - 12582912.0
+        rounded = (x + NO_FRACTION) - NO_FRACTION
     else:
         rounded = tl.inline_asm_elementwise(
             "{.reg .f32 t; add.rn.f32 t, $1, 0f4B400000; sub.rn.f32 $0, t, 0f4B400000;}",
@@ -206,8 +208,8 @@ def page_reference(highest, top):
     """What the exponents of P are relative to in a page, from the largest logits `highest` that rows have there and the largest
     before it, `top`; and the largest so far. All are float32 [rows], -inf where a row has seen nothing.
 
-    The reference is 2**P_BITS below the page's own largest logit, so that what a page's codes are depends on nothing else; but
-    it does not fall by more than acc and total have room for (see `reference.FALL_BITS`).
+    The reference is P_BITS below the page's own largest logit, so that what a page's codes are depends on nothing else; but it
+    does not fall further than acc and total have room for (see `reference.FALL_BITS`).
     """
     return tl.maximum(highest, top - FALL_BITS) - P_BITS, tl.maximum(highest, top)
 
