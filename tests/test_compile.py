@@ -129,7 +129,7 @@ def compilers() -> Iterator[dict[int, subprocess.Popen[str]]]:
 
 @pytest.fixture(scope="module", params=SHARED_KIB, ids=lambda capability: f"sm_{capability}")
 def compiled(request: pytest.FixtureRequest, compilers: dict[int, subprocess.Popen[str]]) -> tuple[int, list[dict[str, Any]]]:
-    output, errors = compilers[request.param].communicate(timeout=500)
+    output, errors = compilers[request.param].communicate(timeout=900)
     assert compilers[request.param].returncode == 0, errors[-3000:]
     return request.param, json.loads(output)
 

