@@ -72,10 +72,10 @@ step_memory() {
         --repeat 2 --skip-prefill-attention
 }
 step_needle() {
-    run 300 "$python" -m sage_backend.cli needle SAGE SAGE:memory.local_tokens=1024,memory.topk_pages=64,memory.extrapolate=2048 \
-        --lengths 2048,4096,8192,16384,65536,262144 --out "$results/needle-$name.json"
-    run 300 "$python" -m sage_backend.cli needle SAGE:memory.local_tokens=1024,memory.topk_pages=64,memory.extrapolate=2048 \
-        --lengths 256000,1000000 --out "$results/needle-1m-$name.json"
+    local remembering=SAGE:memory.local_tokens=1024,memory.topk_pages=64,memory.extrapolate=2048
+    run 300 "$python" -m sage_backend.cli needle SAGE $remembering --lengths 2048,4096,8192,16384,65536,262144 \
+        --out "$results/needle-$name.json"
+    run 300 "$python" -m sage_backend.cli needle $remembering --lengths 256000,1000000 --out "$results/needle-1m-$name.json"
 }
 step_quality() {
     local model=sage_backend/demo/model

@@ -1,6 +1,6 @@
 """Random batches for the kernel tests: ragged requests whose pages lie in random order in a cache full of garbage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,9 @@ class Batch:
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor
     scale: float
+
+    def to(self, device: str) -> "Batch":
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)})
 
     def attention_args(self) -> tuple:
         tables = self.block_table, self.seq_lens, self.query_start_loc
@@ -87,10 +90,7 @@ def make_batch(
         layout.head_dim**-0.5,
     )
     reference.store(batch.key, batch.value, batch.pages, batch.slots, layout, batch.anchor, batch.v_anchor)
-    for name, field in vars(batch).items():
-        if isinstance(field, torch.Tensor):
-            setattr(batch, name, field.to(device))
-    return batch
+    return batch.to(device)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -231,10 +231,10 @@ def test_pages_whose_logits_lie_far_apart(kernels, k_bits: int, steps: tuple[flo
     batch.query[:, :, 0] = 128**0.5
     reference.store(batch.key, batch.value, batch.pages, batch.slots, batch.layout)
     expected = reference.attention(*batch.attention_args())
-    args = [x.to(kernels.device) if isinstance(x, torch.Tensor) else x for x in batch.attention_args()]
+    batch = batch.to(kernels.device)
     for run, options in ((kernels.prefill, {}), (kernels.decode, {"max_query_len": 8, "programs": 3})):
-        out = poisoned(args[0])
-        run(*args, out, **options)
+        out = poisoned(batch.query)
+        run(*batch.attention_args(), out, **options)
         assert relative_error(out, expected) < KERNEL_ERROR
 
 
@@ -247,23 +247,22 @@ def test_values_of_all_sizes(kernels, k_bits: int) -> None:
     batch.value *= (sizes / batch.value.abs().amax(-1, keepdim=True)).to(torch.bfloat16)
     reference.store(batch.key, batch.value, batch.pages, batch.slots, batch.layout)
     expected = reference.attention(*batch.attention_args())
-    args = [x.to(kernels.device) if isinstance(x, torch.Tensor) else x for x in batch.attention_args()]
-    key, value, slots, args[1] = (x.to(kernels.device) for x in (batch.key, batch.value, batch.slots, batch.garbage))
-    kernels.store(key, value, args[1], slots, batch.layout)
+    batch.pages = batch.garbage
+    batch = batch.to(kernels.device)
+    kernels.store(batch.key, batch.value, batch.pages, batch.slots, batch.layout)
     for run, options in ((kernels.prefill, {}), (kernels.decode, {"max_query_len": 8, "programs": 3})):
-        out = poisoned(args[0])
-        run(*args, out, **options)
+        out = poisoned(batch.query)
+        run(*batch.attention_args(), out, **options)
         assert relative_error(out, expected) < KERNEL_ERROR
 
 
 def test_many_pages(kernels) -> None:
     """Sums are carried from one page's reference to the next, over and over."""
-    layout = PageLayout(64, 8, 64)
-    batch = make_batch(layout, [(12000 if ON_GPU else 4000, 1)], heads=4, kv_heads=1, device=kernels.device)
-    expected = reference.attention(*make_batch(layout, [(int(batch.seq_lens[0]), 1)], heads=4, kv_heads=1).attention_args())
+    shape = {"layout": PageLayout(64, 8, 64), "requests": [(12000 if ON_GPU else 4000, 1)], "heads": 4, "kv_heads": 1}
+    batch, mask, expected = build(shape, {"window": 0, "soft_cap": 0.0, "sinks": False}, kernels.device)
     for run, options in ((kernels.prefill, {}), (kernels.decode, {"programs": 1}), (kernels.decode, {"programs": 5})):
         out = poisoned(batch.query)
-        run(*batch.attention_args(), out, **options)
+        run(*batch.attention_args(), out, **mask, **options)
         assert relative_error(out, expected) < 1e-3
 
 

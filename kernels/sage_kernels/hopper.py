@@ -119,10 +119,10 @@ def _prepare_scales(
 ):  # fmt: skip
     """The producer of what the softmax needs of the scales, worked out once for both warpgroups.
 
-    Of each pair of tokens, side by side: both scales of K, and both exponents of V plus LOGIT_BIAS. As the B
-    operand of a matrix product: 2**-exponent times 2**-8, which is an e4m3 number, in V's order and in eight equal
-    columns, so that the product with P leaves the sum of a row in every thread that holds a part of it. Tokens behind the last
-    one count nothing, whatever their scales may be.
+    Of each pair of tokens, side by side: both scales of K, and both exponents of V plus LOGIT_BIAS. As the B operand of a
+    matrix product: 2**-exponent times 2**-8, which is an e4m3 number, in V's order and in eight equal columns, so that the
+    product with P leaves the sum of a row in every thread that holds a part of it. Tokens behind the last one count nothing,
+    whatever their scales may be.
     """
     STAGES: gl.constexpr = _stages(HEAD_DIM)
     LAYOUT: gl.constexpr = gl.BlockedLayout([8, PAGE // 32], [1, 32], [1, 1], [1, 0])
@@ -318,6 +318,16 @@ def _attend(
 
 
 @gluon.jit
+def _query_rows(work, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr, WARPGROUP: gl.constexpr, LAYOUT: gl.constexpr):
+    """Of a warpgroup's query rows: their tokens (int64), their heads, and whether there are such."""
+    q_start, q_len, _, q_block, kv_head, _, _, _ = work
+    rows = WARPGROUP * ROWS + gl.arange(0, ROWS, LAYOUT)
+    local = q_block * BLOCK_Q + rows // GROUP
+    valid = (rows < BLOCK_Q * GROUP) & (local < q_len)
+    return (q_start + local).to(gl.int64), kv_head * GROUP + rows % GROUP, valid
+
+
+@gluon.jit
 def _consume_pages(
     tensors, strides, work, buffers, barriers, q_buffers, scale, soft_cap,
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
@@ -336,16 +346,13 @@ def _consume_pages(
 
     query, out, sinks, anchor, v_anchor = tensors
     q_token_stride, q_head_stride, out_token_stride, out_head_stride = strides
-    q_start, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages = work
+    _, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages = work
     _, v_buffers, _, _ = buffers
     _, v_full, scales_full, _ = barriers
     q_codes = q_buffers.index(WARPGROUP)
-    rows = WARPGROUP * ROWS + gl.arange(0, ROWS, Q_ROWS)
-    local = q_block * BLOCK_Q + rows // GROUP
-    valid = (rows < BLOCK_Q * GROUP) & (local < q_len)
-    heads = kv_head * GROUP + rows % GROUP
+    tokens, heads, valid = _query_rows(work, GROUP, BLOCK_Q, WARPGROUP, Q_ROWS)
     channels = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, Q_LAYOUT))
-    offsets = (q_start + local).to(gl.int64) * q_token_stride + heads * q_head_stride
+    offsets = tokens * q_token_stride + heads * q_head_stride
     q = gl.load(query + offsets[:, None] + channels[None, :], mask=valid[:, None], other=0.0).to(gl.float32)
     amax = gl.max(gl.abs(q), 1)
     q_codes.store(to_int(q * inverse_or_zero(amax, 127.0)[:, None]).to(gl.int8))
@@ -417,11 +424,8 @@ def _consume_pages(
     total = gl.where(total > 0.0, total, 1.0)  # 0 where all logits are below -LOGIT_BIAS
     total = gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]
     OUT_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PART, PART // 8], [4, 1], [1, 0])
-    rows = WARPGROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, OUT_LAYOUT))
-    local = q_block * BLOCK_Q + rows // GROUP
-    valid = (rows < BLOCK_Q * GROUP) & (local < q_len)
-    heads = kv_head * GROUP + rows % GROUP
-    offsets = (q_start + local).to(gl.int64) * out_token_stride + heads * out_head_stride
+    tokens, heads, valid = _query_rows(work, GROUP, BLOCK_Q, WARPGROUP, gl.SliceLayout(1, OUT_LAYOUT))
+    offsets = tokens * out_token_stride + heads * out_head_stride
     for part in gl.static_range(HEAD_DIM // PART):
         result = acc[part]
         if V_ANCHOR:

@@ -44,7 +44,7 @@ REACH = 2.0
 V_SCALES = (2.0**-16, 2.0)
 """The least and the largest power of two that V is scaled by, between which inverses fit e4m3 as well. V beyond +-896
 saturates, and numbers below 2**-26 become 0."""
-V_EIGHTHS = (7, 6, 5)
+V_EIGHTHS = range(7, 4, -1)
 """What inverses of finer scales of V are of those of powers of two. With three bits, they fit e4m3, too, up to V_SCALE_FINE."""
 V_SCALE_FINE = 0.25
 
@@ -123,21 +123,23 @@ def quantize_v(value: torch.Tensor, fine: bool = True) -> tuple[torch.Tensor, to
     power = ((ratio.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # up to the next power of two
     power = power.clamp(*V_SCALES)
 
-    def coded(inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scaled = value * inverse[..., None]
-        codes = scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-        return codes, (codes.float() - scaled).square().sum(-1)
+    def codes(inverse: torch.Tensor) -> torch.Tensor:
+        return (value * inverse[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+    def error(inverse: torch.Tensor) -> torch.Tensor:
+        return (codes(inverse).float() - value * inverse[..., None]).square().sum(-1)
 
     whole = (power.view(torch.int32) >> 23).float() - 127
     exponent, inverse = whole, 1 / power
-    least = coded(inverse)[1]
-    for eighths in V_EIGHTHS if fine else ():
-        smaller = eighths / 8 / power
-        error = coded(smaller)[1] * (64 / eighths**2)
-        better = (error < least) & (power <= V_SCALE_FINE)
-        least, inverse = torch.where(better, error, least), torch.where(better, smaller, inverse)
-        exponent = torch.where(better, whole + finer(eighths), exponent)
-    return coded(inverse)[0], exponent
+    if fine:
+        least = error(inverse)
+        for eighths in V_EIGHTHS:
+            smaller = eighths / 8 / power
+            found = error(smaller) * (64 / eighths**2)
+            better = (found < least) & (power <= V_SCALE_FINE)
+            least, inverse = torch.where(better, found, least), torch.where(better, smaller, inverse)
+            exponent = torch.where(better, whole + finer(eighths), exponent)
+    return codes(inverse), exponent
 
 
 def quantize_p(logits: torch.Tensor, page_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

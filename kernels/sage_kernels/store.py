@@ -27,7 +27,7 @@ from sage_kernels.tiles import (
 from sage_paged import PageLayout
 
 BLOCK_TOKENS = 16
-_MOST, _LEAST = (tl.constexpr(which(V_EIGHTHS)) for which in (max, min))
+_EIGHTHS, _END = tl.constexpr(V_EIGHTHS.start), tl.constexpr(V_EIGHTHS.stop)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _quantize_v(v, FINE: tl.constexpr, FP8: tl.constexpr):
     if FINE:
         coarse = inverse
         least = _e4m3_error(v * inverse[:, None], FP8)
-        for eighths in tl.static_range(_MOST, _LEAST - 1, -1):
+        for eighths in tl.static_range(_EIGHTHS, _END, -1):
             error = _e4m3_error(v * (coarse * (eighths / 8))[:, None], FP8) * (64 / (eighths * eighths))
             better = (error < least) & (power <= V_SCALE_FINE)
             least = tl.where(better, error, least)
@@ -281,8 +281,8 @@ def store(
     anchor: torch.Tensor | None = None,
     v_anchor: torch.Tensor | None = None,
 ) -> None:
-    """`reference.store` on a GPU, with the same arguments. key and value need unit stride in head_dim only, and a
-    row for every slot, also for those that are -1."""
+    """`reference.store` on a GPU, with the same arguments. key and value need unit stride in head_dim only, and a row
+    for every slot, also for those that are -1."""
     num_tokens = slots.numel()
     if num_tokens == 0:
         return
