@@ -11,7 +11,8 @@ written once allow it:
 - Q: less the mean of a block of 64 queries, whose products with the keys are then added exactly.
 - V: less an anchor, like K, which is added to the output again, since the weights of a row sum up to 1.
 
-The engine smooths K, V where a calibration has an anchor for it, and not Q; docs/architecture.md says why.
+The engine smooths K, V where a calibration has an anchor for it, and Q with the option smooth_q. There, the mean is that of a
+tile of the prefill kernel, and in INT8 codes, the rounding of which stays in the queries; docs/architecture.md says more.
 
 Plain torch on a CPU; takes a minute or two.
 """

@@ -5,7 +5,7 @@ first, and prefills; then for each layer `do_kv_cache_update` writes the new tok
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -235,6 +235,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.layout = options.current().layout(head_size)
         self.smooth_k, self.smooth_v = options.current().smooth_k, options.current().smooth_v
+        self.smooth_q = options.current().smooth_q
         self.calibration = options.current().calibration
         self.watch: calibration.Watch | None = None
         """Is shown what this layer works on, if it is there."""
@@ -255,6 +256,14 @@ class SageImpl(AttentionImpl[SageMetadata]):
     @property
     def turns_pages(self) -> bool:
         return self.memory is not None and bool(self.memory.extrapolate)
+
+    def smoothing_of_prompts(self, device_: torch.device) -> dict[str, Any]:
+        """What attention of prompts on a device takes so that queries are smoothed, if they are."""
+        if not self.smooth_q:
+            return {}
+        if device_.type == "cpu":
+            return {"q_block": reference.tile_tokens(self.num_heads // self.num_kv_heads)}
+        return {"smooth_q": True}
 
     @torch.inference_mode()  # in which it was allocated
     def forget_anchor(self) -> None:
@@ -322,7 +331,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
                 from sage_kernels.prefill import scratch_bytes
 
                 # vLLM looks how much is in use at most, and leaves that free when it makes the cache.
-                scratch = scratch_bytes(query.device, self.layout, self.num_heads // self.num_kv_heads)
+                scratch = scratch_bytes(query.device, self.layout, self.num_heads // self.num_kv_heads, self.smooth_q)
                 torch.empty(scratch, dtype=torch.uint8, device=query.device)
             return output.zero_()
         m = attn_metadata
@@ -340,8 +349,10 @@ class SageImpl(AttentionImpl[SageMetadata]):
         }  # fmt: skip
         if self.soft_cap or self.sinks is not None or self.turns_pages:
             mask["anchor"] = anchor  # elsewhere, attention comes out the same with any
+        decode: Callable[..., None]
+        prefill: Callable[..., None]
         how: dict[str, Any] = {}
-        most: dict[str, Any] = {}
+        most = self.smoothing_of_prompts(query.device)  # decodes are blocks of a token or a few: there is nothing to smooth
         if query.device.type == "cpu":
             decode = prefill = cpu.attention
         else:
@@ -349,7 +360,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
             from sage_kernels.prefill import prefill
 
             how = {"max_query_len": m.max_decode_query_len, "workspace": m.workspace}
-            most = {"max_seq_len": m.max_prefill_len}
+            most["max_seq_len"] = m.max_prefill_len
         n = m.num_decodes
         decodes: Requests = m.block_table[:n], m.seq_lens[:n], m.query_start_loc[: n + 1]
         prefills: Requests = m.block_table[n:], m.seq_lens[n:], m.query_start_loc[n:]

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,7 @@ class PageErrors(Watch):
         tokens, impl, device = len(self.key), self.impl, query.device
         if len(query) != tokens:
             return
+        attention: Callable[..., None]
         if device.type == "cpu":
             store, attention = reference.store, cpu.attention
         else:
@@ -173,7 +175,7 @@ class PageErrors(Watch):
                 torch.tensor(x, dtype=torch.int32, device=device) for x in ([[*range(blocks)]], [tokens], [0, len(query)])
             )
             out = torch.empty_like(exact)
-            smoothed = {"anchor": impl.anchor, "v_anchor": impl.v_anchor}
+            smoothed = {"anchor": impl.anchor, "v_anchor": impl.v_anchor, **impl.smoothing_of_prompts(device)}
             attention(query, pages, layout, table, lengths, starts, impl.scale, out, **mask, **smoothed)
             self.squares[bits] += float((out - exact).square().sum())
 

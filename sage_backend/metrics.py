@@ -32,7 +32,7 @@ PHASES = ("prefill", "decode")
 SAMPLE_EVERY = {"prefill": 4, "decode": 16}
 """Steps of a phase from one whose attention is timed to the next. Prefills are fewer and longer."""
 
-FALLBACKS = ("gluon_missing", "page_format")
+FALLBACKS = ("gluon_missing", "page_format", "smooth_q")
 """Why `sage_kernels.prefill.choose_kernel` takes the portable kernel."""
 
 RATIOS = ("1", *map(str, plugin.RATIOS))
@@ -375,6 +375,7 @@ class Recorder:
         self.pending: list[tuple[str, Work, Any, Any]] = []
         """What was timed and whose CUDA events may not have passed yet: phase, work, begin, end."""
         self._values, self._calibration = values, options and options.calibration
+        self._smooth_q = options is not None and options.smooth_q
         self._group: list[str] = []
         self._fallback: str | None = None
         self._memory: tuple[Memory, int] | None = None
@@ -425,7 +426,7 @@ class Recorder:
         if device.type == "cuda":
             from sage_kernels import decode, prefill
 
-            own, self._fallback = prefill.choose_kernel(device, layout, group)
+            own, self._fallback = prefill.choose_kernel(device, layout, group, self._smooth_q)
             kernels = "triton" if own is None and decode.choose_kernel(device, layout) is None else "gluon+triton"
             architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         chosen = calibration.k_bits(self._calibration).values() if self._calibration else ()

@@ -136,22 +136,26 @@ class VariatorOptions:
 
 @dataclass(frozen=True)
 class SageOptions:
-    """k_bits: bits of a stored key channel. page_tokens: tokens of a KV page, which is vLLM's KV block. smooth_k, smooth_v:
-    whether an anchor is subtracted from keys, and one from values (see `sage_kernels.reference`). calibration: a file with the
-    anchors (see `sage_backend.calibration`); without one, the first tokens fix those of keys, and values have none. memory:
-    None to read all of every context. variator: compression plugins on the FFNs, if any. canary: of how many steps in which
-    prompts begin one is checked (see `sage_backend.canary`); None for no checks."""
+    """k_bits: bits of a stored key channel. page_tokens: tokens of a KV page, which is vLLM's KV block. smooth_k, smooth_v,
+    smooth_q: whether an anchor is subtracted from keys, one from values, and the mean of a block from the queries of prompts
+    (see `sage_kernels.reference`). calibration: a file with the anchors (see `sage_backend.calibration`); without one, the
+    first tokens fix those of keys, and values have none. memory: None to read all of every context. variator: compression
+    plugins on the FFNs, if any. canary: of how many steps in which prompts begin one is checked (see `sage_backend.canary`);
+    None for no checks."""
 
     k_bits: int = 8
     page_tokens: int = 128
     smooth_k: bool = True
     smooth_v: bool = True
+    smooth_q: bool = False
     calibration: str | None = None
     variator: VariatorOptions | None = None
     memory: MemoryOptions | None = None
     canary: int | None = None
 
-    ALLOWED: ClassVar = {"k_bits": K_BITS, "page_tokens": PAGE_TOKENS, "smooth_k": (False, True), "smooth_v": (False, True)}
+    ALLOWED: ClassVar = {
+        "k_bits": K_BITS, "page_tokens": PAGE_TOKENS, **dict.fromkeys(("smooth_k", "smooth_v", "smooth_q"), (False, True)),
+    }  # fmt: skip
 
     @classmethod
     def parse(cls, additional_config: object) -> "SageOptions":

@@ -46,11 +46,12 @@ def make_batch(
     device: str = "cpu",
     channel_bias: float = 4.0,
     value_bias: float = 0.0,
+    query_bias: float = 0.0,
     smooth: bool = False,
     smooth_v: bool = False,
 ) -> Batch:
-    """requests: (sequence length, query tokens) of each; channel_bias, value_bias: constants added to some channels of keys and
-    of values; smooth, smooth_v: whether keys and values are stored less an anchor."""
+    """requests: (sequence length, query tokens) of each; channel_bias, value_bias, query_bias: constants added to some channels
+    of keys, of values and of queries; smooth, smooth_v: whether keys and values are stored less an anchor."""
     g = torch.Generator().manual_seed(seed)
     tokens = layout.tokens
     counts = [-(-length // tokens) for length, _ in requests]
@@ -71,7 +72,8 @@ def make_batch(
     value = torch.randn(total, kv_heads, layout.head_dim, generator=g) * torch.rand(total, 1, 1, generator=g) * 4
     value[..., 3::17] += value_bias
     starts = torch.tensor([0] + [n for _, n in requests]).cumsum(0).int()
-    query = torch.randn(int(starts[-1]), heads, layout.head_dim, generator=g).to(dtype)
+    query = torch.randn(int(starts[-1]), heads, layout.head_dim, generator=g)
+    query[..., 5::17] += query_bias
     # Bytes of an earlier owner, NaN codes and NaN scales among them.
     garbage = torch.randint(0, 256, (blocks, kv_heads, layout.page_bytes), generator=g, dtype=torch.uint8)
     batch = Batch(
@@ -83,7 +85,7 @@ def make_batch(
         garbage,
         key[:8].mean(0) if smooth else None,
         value.mean(0) if smooth_v else None,
-        query,
+        query.to(dtype),
         table,
         torch.tensor([length for length, _ in requests], dtype=torch.int32),
         starts,

@@ -1,4 +1,5 @@
-"""The anchors of a layer, without an engine: whose they are, where they come from, and when they are fixed and forgotten."""
+"""The anchors of a layer, without an engine: whose they are, where they come from, and when they are fixed and forgotten; and
+whose queries are smoothed."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,6 +94,33 @@ def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
             assert torch.equal(attend(sharing, None), attend(layer.impl, None))
             setattr(sharing, name, None)
             assert not torch.equal(attend(sharing, None), attend(layer.impl, None)), "this test would not notice"
+
+
+def test_queries_of_prompts_are_smoothed(layer: Any) -> None:
+    """And not those of decodes."""
+    with environment():
+        from sage_backend.backend import SageMetadata
+
+    impl = layer.impl
+    key = torch.randn(120, KV_HEADS, HEAD_DIM)
+    store(layer, key)
+    starts, lengths = torch.tensor([0, 3, 93], dtype=torch.int32), torch.tensor([120, 100], dtype=torch.int32)
+    table = torch.zeros(2, 1, dtype=torch.int32)
+    metadata = SageMetadata(93, 1, 3, 3, None, starts, lengths, table, 120, 100)
+    query = torch.randn(93, HEADS, HEAD_DIM)
+    query[..., ::17] += 20
+    outputs = []
+    for impl.smooth_q in (False, True):
+        outputs.append(impl.forward(layer, query, key, key, layer.kv_cache, metadata, torch.empty_like(query)))
+    assert torch.equal(outputs[0][:3], outputs[1][:3])
+    pages = impl.layout.pages(layer.kv_cache)
+    mask = {"soft_cap": 5.0, "anchor": impl.anchor}
+    expected = [
+        reference.attention(query, pages, impl.layout, table, lengths, starts, 0.125, **mask, q_block=q_block)
+        for q_block in (0, reference.tile_tokens(HEADS // KV_HEADS))
+    ]
+    for output, one, other in zip(outputs, expected, reversed(expected), strict=True):
+        assert relative_error(output[3:], one[3:]) < 0.1 * relative_error(output[3:], other[3:])
 
 
 @pytest.mark.parametrize("smooth_k", [False, True])

@@ -116,26 +116,31 @@ def test_bits_are_the_least_within_the_budget(file: Path) -> None:
     assert calibration.k_bits(str(file)) == {"a": 8, "b": 4}
 
 
-@pytest.mark.parametrize("soft_cap", [0.0, 5.0])
-def test_errors_of_pages(soft_cap: float) -> None:
+@pytest.mark.parametrize(("soft_cap", "smooth_q"), [(0.0, False), (5.0, False), (0.0, True)])
+def test_errors_of_pages(soft_cap: float, smooth_q: bool) -> None:
     """What the watch sums up for the last queries of a prompt is what the reference makes of their pages."""
     g = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(300, heads, 64, generator=g) for heads in (4, 2, 2))
+    query[..., ::17] += 20 * smooth_q
     smoothed = {name: torch.randn(2, 64, generator=g) for name in ("anchor", "v_anchor")}
     shape = {"head_size": 64, "scale": 0.125, "window": 0, "soft_cap": soft_cap, "sinks": None}
-    watch = calibration.PageErrors(SimpleNamespace(**shape, layout=PageLayout(64), **smoothed))
+    of_prompts = {"q_block": 32 if smooth_q else 0}
+    impl = SimpleNamespace(**shape, layout=PageLayout(64), **smoothed, smoothing_of_prompts=lambda device: of_prompts)
+    watch = calibration.PageErrors(impl)
     watch.stored(torch.cat([key, key[:1]]), torch.cat([value, value[:1]]), torch.tensor([*range(300), -1]))
     watch.attended(query)
     watch.attended(query[:1])  # a decode
     exact = reference.exact_attention(query, key, value, 0.125, soft_cap=soft_cap)[-256:]
     assert watch.squares["exact"] == pytest.approx(float(exact.square().sum()), rel=1e-4)
-    starts, lengths, table = torch.tensor([0, 300]), torch.tensor([300]), torch.arange(3)[None]
+    starts, lengths, table = torch.tensor([0, 256]), torch.tensor([300]), torch.arange(3)[None]
+    query = query[-256:]
     for bits in (4, 8):
         layout = PageLayout(64, bits)
         pages = layout.empty(3, 2)
         reference.store(key, value, pages, torch.arange(300), layout, **smoothed)
-        out = reference.attention(query, pages, layout, table, lengths, starts, 0.125, soft_cap=soft_cap, **smoothed)
-        assert watch.squares[bits] == pytest.approx(float((out[-256:] - exact).square().sum()), rel=0.02)
+        where = layout, table, lengths, starts, 0.125
+        out = reference.attention(query, pages, *where, soft_cap=soft_cap, **smoothed, **of_prompts)
+        assert watch.squares[bits] == pytest.approx(float((out - exact).square().sum()), rel=0.02)
 
 
 def test_only_layers_of_one_kind_can_differ() -> None:

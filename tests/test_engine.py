@@ -121,6 +121,19 @@ def test_small_pages(eager: tuple[list[list[int]], list[Answer]]) -> None:
         assert_same_tokens(greedy(llm, prompts), answers, NEAR_TIE)
 
 
+def test_smoothed_queries() -> None:
+    """Decodes are as ever; prompts get nearly the same log-probabilities, from a little less of an error."""
+    with engine("SAGE:smooth_q=true", dtype="bfloat16", enable_prefix_caching=False) as llm:
+        prompts = heldout_prompts(llm, LENGTHS)
+        assert all(len(answer.tokens) == 8 for answer in greedy(llm, prompts, tokens=8))
+        smoothed = prompt_logprobs(llm, prompts)
+        for layer in llm.llm_engine.vllm_config.compilation_config.static_forward_context.values():
+            assert layer.impl.smooth_q
+            layer.impl.smooth_q = False
+        change = (prompt_logprobs(llm, prompts) - smoothed).abs()
+        assert 0 < change.mean() < 0.1
+
+
 def test_compiled_model(eager: tuple[list[list[int]], list[Answer]]) -> None:
     """Without enforce_eager: through torch.compile and, on a GPU, CUDA graphs."""
     prompts, answers = eager

@@ -41,6 +41,7 @@ def batches(draw: st.DrawFn, max_query: int | None = None) -> tuple[dict, dict]:
         "dtype": draw(st.sampled_from([torch.bfloat16, torch.float16])),
         "seed": draw(st.integers(0, 2**31)),
         "value_bias": draw(st.sampled_from([0.0, 4.0])),
+        "query_bias": draw(st.sampled_from([0.0, 4.0])),
         "smooth": draw(st.booleans()),
         "smooth_v": draw(st.booleans()),
     }
@@ -52,12 +53,12 @@ def batches(draw: st.DrawFn, max_query: int | None = None) -> tuple[dict, dict]:
     return shape, mask
 
 
-def build(shape: dict, mask: dict, device: str) -> tuple[Batch, dict, torch.Tensor]:
+def build(shape: dict, mask: dict, device: str, q_block: int = 0) -> tuple[Batch, dict, torch.Tensor]:
     """The batch, what attention takes beside it, and the reference's output."""
     sinks = torch.randn(shape["heads"]) if mask["sinks"] else None
     batch = make_batch(**shape)
     mask = {**mask, "sinks": sinks, "anchor": batch.anchor, "v_anchor": batch.v_anchor}
-    expected = reference.attention(*batch.attention_args(), **mask)
+    expected = reference.attention(*batch.attention_args(), **mask, q_block=q_block)
     on_device = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in mask.items()}
     return make_batch(**shape, device=device), on_device, expected
 
@@ -149,12 +150,20 @@ def test_anchors_are_finite(kernels, triton: bool) -> None:
         assert torch.equal(anchor, torch.zeros_like(anchor))
 
 
+def tile_tokens(shape: dict, device: str) -> int:
+    """The tokens whose queries have one mean in the kernel."""
+    from sage_kernels import prefill
+
+    group = shape["heads"] // shape["kv_heads"]
+    return prefill.tile(torch.device(device), shape["layout"], group, smooth_q=True)[0] // group
+
+
 @many
-@hypothesis.given(batches())
-def test_prefill(kernels, case) -> None:
-    batch, mask, expected = build(*case, kernels.device)
+@hypothesis.given(batches(), st.booleans())
+def test_prefill(kernels, case, smooth_q: bool) -> None:
+    batch, mask, expected = build(*case, kernels.device, q_block=tile_tokens(case[0], kernels.device) if smooth_q else 0)
     out = poisoned(batch.query)
-    kernels.prefill(*batch.attention_args(), out, **mask)
+    kernels.prefill(*batch.attention_args(), out, **mask, smooth_q=smooth_q)
     assert relative_error(out, expected) < KERNEL_ERROR
 
 
@@ -169,23 +178,58 @@ def test_decode(kernels, case, programs: int) -> None:
 
 
 @many
-@hypothesis.given(batches())
-def test_cpu(case) -> None:
-    batch, mask, expected = build(*case, "cpu")
+@hypothesis.given(batches(), st.sampled_from([0, 1, 16, 50]))
+def test_cpu(case, q_block: int) -> None:
+    batch, mask, expected = build(*case, "cpu", q_block=q_block)
     out = poisoned(batch.query)
-    cpu.attention(*batch.attention_args(), out, **mask)
+    cpu.attention(*batch.attention_args(), out, **mask, q_block=q_block)
     assert relative_error(out, expected) < KERNEL_ERROR
 
 
 @pytest.mark.parametrize("k_bits", K_BITS)
-def test_cpu_in_pieces(k_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt too long for one logits matrix gives the same result."""
-    batch = make_batch(PageLayout(64, k_bits, 64), [(500, 500), (300, 20)], heads=4, kv_heads=2)
+@pytest.mark.parametrize("q_block", [0, 32, 100])
+def test_cpu_in_pieces(k_bits: int, q_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt too long for one logits matrix gives the same result: blocks of queries are not cut."""
+    batch = make_batch(PageLayout(64, k_bits, 64), [(500, 500), (300, 20)], heads=4, kv_heads=2, query_bias=4.0)
     whole, pieces = poisoned(batch.query), poisoned(batch.query)
-    cpu.attention(*batch.attention_args(), whole, window=100)
+    cpu.attention(*batch.attention_args(), whole, window=100, q_block=q_block)
     monkeypatch.setattr(cpu, "MAX_LOGITS", 4 * 500 * 70)
-    cpu.attention(*batch.attention_args(), pieces, window=100)
+    cpu.attention(*batch.attention_args(), pieces, window=100, q_block=q_block)
     assert relative_error(pieces, whole) < SCHEDULE_ERROR
+
+
+@pytest.mark.parametrize("mask", [{}, {"soft_cap": 15.0}], ids=str)
+@pytest.mark.parametrize(("head_dim", "k_bits", "group"), [(80, 8, 4), (64, 4, 4), (64, 8, 7), (128, 4, 7)])
+def test_smoothed_queries(kernels, head_dim: int, k_bits: int, group: int, mask: dict) -> None:
+    """A prompt, a chunk of one and a single token behind a history; no tile is full of tokens at its end. Without smoothing, or
+    with means of other blocks, attention is further away than this."""
+    shape = {"layout": PageLayout(head_dim, k_bits), "requests": [(90, 90), (300, 37), (200, 1)], "query_bias": 8.0}
+    shape |= {"heads": 2 * group, "kv_heads": 2, "smooth": True, "smooth_v": True}
+    mask = {"window": 0, "soft_cap": 0.0, "sinks": True, **mask}
+    outputs = []
+    for q_block in (tile_tokens(shape, kernels.device), 0, 5):
+        torch.manual_seed(0)  # for sinks
+        batch, on_device, expected = build(shape, mask, kernels.device, q_block)
+        outputs.append(expected)
+    out = poisoned(batch.query)
+    kernels.prefill(*batch.attention_args(), out, **on_device, smooth_q=True)
+    errors = [relative_error(out, expected) for expected in outputs]
+    assert errors[0] < 2e-3
+    assert min(errors[1:]) > 2 * errors[0]
+
+
+def test_parts_of_queries_add_up() -> None:
+    """However the mean was rounded, no query is further from the sum of its parts than half a step of its own."""
+    query = torch.randn(3, 50, 64, generator=torch.Generator().manual_seed(0))
+    query[..., 5::17] += 30
+    (codes, scale), (mean_codes, mean_scale) = reference.query_parts(query, 1.0, 16)
+    assert torch.equal(mean_codes[:, 32:48], mean_codes[:, 32:33].expand(-1, 16, -1))
+    error = codes * scale[..., None] + mean_codes * mean_scale[..., None] - query
+    assert (error.abs() <= 0.5001 * scale[..., None] + 1e-5).all()
+    [(whole_codes, whole_scale)] = reference.query_parts(query, 1.0)
+    assert error.norm() < 0.2 * (whole_codes * whole_scale[..., None] - query).norm()
+    (_, last), _ = reference.query_parts(query, 1.0, 49)
+    assert last[:, -1].max() < 0.01, "a block of one token leaves nothing but what its mean was rounded by"
 
 
 @pytest.mark.parametrize("k_bits", K_BITS)
@@ -324,6 +368,57 @@ def test_accuracy_on_biased_values(k_bits: int, gain: float, mask: dict) -> None
         exact = reference.exact_attention(batch.query, batch.key[:-1], batch.value[:-1], batch.scale, **mask)
         errors.append(relative_error(actual, exact))
     assert errors[1] < (1 - gain) * errors[0]
+
+
+@pytest.mark.parametrize(("k_bits", "gain"), [(8, 0.07), (4, 0.006)])
+@pytest.mark.parametrize("mask", [{}, {"soft_cap": 10.0}, {"window": 50}, {"sinks": torch.linspace(-3, 6, 8)}], ids=str)
+def test_accuracy_on_biased_queries(k_bits: int, gain: float, mask: dict) -> None:
+    """Against exact attention, queries with strong channel bias: smoothing takes away more than this share of the error."""
+    shape = {"requests": [(384, 384)], "heads": 8, "kv_heads": 2, "query_bias": 8.0, "smooth": True}
+    batch = make_batch(PageLayout(128, k_bits), **shape)
+    exact = reference.exact_attention(batch.query, batch.key[:-1], batch.value[:-1], batch.scale, **mask)
+    plain, smoothed = (
+        relative_error(reference.attention(*batch.attention_args(), **mask, anchor=batch.anchor, q_block=q_block), exact)
+        for q_block in (0, reference.tile_tokens(4))
+    )
+    assert smoothed < (1 - gain) * plain
+
+
+@pytest.mark.parametrize(("fp8", "head_dim", "rows"), [("half", 256, 32), ("half", 128, 64), ("native", 256, 64)])
+def test_tiles_of_smoothed_queries_in_99_kib(fp8: str, head_dim: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sage_kernels import prefill
+
+    monkeypatch.setattr(prefill, "fp8_path", lambda _: fp8)
+    tile = prefill.tile.__wrapped__
+    for group in (1, 4, 7, 32):
+        assert tile(torch.device("cpu"), PageLayout(head_dim), group, True)[0] == rows
+        assert tile(torch.device("cpu"), PageLayout(head_dim), group)[0] == 64 == reference.tile_rows(group)
+    assert tile(torch.device("cpu"), PageLayout(head_dim), 64, True)[0] == 64
+
+
+@pytest.mark.parametrize(
+    ("own", "reads", "smooth_q", "reason"),
+    [
+        (False, True, True, None),
+        (None, True, True, "gluon_missing"),
+        (True, False, True, "page_format"),
+        (True, True, True, "smooth_q"),
+        (True, True, False, None),
+    ],
+)
+def test_which_kernel_prompts_get(
+    own: bool | None, reads: bool, smooth_q: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that the one which takes no memory takes none."""
+    from sage_kernels import hopper, prefill
+
+    monkeypatch.setattr(prefill, "has_own_kernels", lambda _: own)
+    monkeypatch.setattr(prefill, "choose_kernel", prefill.choose_kernel.__wrapped__)
+    monkeypatch.setattr(hopper, "supports", lambda *_: reads)
+    which = torch.device("cpu"), PageLayout(128, 4), 4, smooth_q
+    kernel = None if smooth_q else hopper
+    assert prefill.choose_kernel(*which) == (kernel, reason)
+    assert prefill.scratch_bytes(*which) == (hopper.SCRATCH if kernel else 0)
 
 
 @pytest.mark.parametrize("k_bits", K_BITS)

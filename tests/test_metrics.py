@@ -25,6 +25,7 @@ from server import Server
 
 from sage_backend import exporter, metrics, plugin
 from sage_backend.metrics import COMMON_LABELS, METRICS, SAMPLE_EVERY, FileValues, Metric, Recorder, Rows, Work
+from sage_backend.options import SageOptions
 from sage_kernels import reference
 from sage_paged import Memory, PageLayout
 
@@ -136,6 +137,24 @@ def test_steps(recorder: Recorder, tmp_path: Path) -> None:
     assert values["sage_attention_steps_total", "decode"] == 2
     assert values["sage_attention_steps_total", "prefill"] == 1
     assert values["sage_fallback_steps_total", "gluon_missing"] == 0
+
+
+def test_prompts_that_get_a_slower_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smoothed queries are the reason, which the recorder learns from the engine's options."""
+    from sage_kernels import decode, prefill
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(prefill, "choose_kernel", lambda *which: (None, "smooth_q") if which[-1] else (object(), None))
+    monkeypatch.setattr(decode, "choose_kernel", lambda *_: object())
+    for smooth_q in (True, False):
+        values = FileValues(tmp_path, f"sage-{int(smooth_q)}", ("a model", "0"))
+        recorder = Recorder(values, SageOptions(smooth_q=smooth_q))
+        recorder.add_layers(LAYERS, 1, PageLayout(64), 2, 4, torch.device("cuda"))
+        recorder.paused = False
+        recorder.step(LAYERS, batch((1, 10), (20, 20)), 1)
+        recorder.step(LAYERS, batch((1, 11)), 1)
+        found = {labels[0]: value for (name, *labels), value in scraped(tmp_path).items() if name.startswith("sage_fallback")}
+        assert found == {"gluon_missing": 0, "page_format": 0, "smooth_q": 1}
 
 
 def test_one_layer_is_timed_now_and_then(recorder: Recorder, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from sage_paged import PageLayout
 
 @pytest.mark.parametrize("config", [None, {}, {"sage": {}}, {"other": {"k_bits": 5}}, object()])
 def test_defaults(config: object) -> None:
-    assert SageOptions.parse(config) == SageOptions(k_bits=8, page_tokens=128, smooth_k=True, smooth_v=True)
+    assert SageOptions.parse(config) == SageOptions(k_bits=8, page_tokens=128, smooth_k=True, smooth_v=True, smooth_q=False)
 
 
 def test_all_options() -> None:
-    options = SageOptions.parse({"sage": {"k_bits": 4, "page_tokens": 64, "smooth_k": False, "smooth_v": False}, "other": 1})
-    assert options == SageOptions(k_bits=4, page_tokens=64, smooth_k=False, smooth_v=False)
+    smoothed = {"smooth_k": False, "smooth_v": False, "smooth_q": True}
+    options = SageOptions.parse({"sage": {"k_bits": 4, "page_tokens": 64, **smoothed}, "other": 1})
+    assert options == SageOptions(k_bits=4, page_tokens=64, **smoothed)
     assert options.layout(80) == PageLayout(80, k_bits=4, tokens=64)
 
 
@@ -34,11 +35,12 @@ def test_a_calibration_smooths_either(off: dict[str, bool]) -> None:
         ({"page_tokens": 32}, 'option "page_tokens" in --additional-config "sage" is 32; it can be 64 or 128'),
         ({"smooth_k": 1}, 'option "smooth_k" in --additional-config "sage" is 1; it can be false or true'),
         ({"smooth_k": "no"}, 'option "smooth_k" in --additional-config "sage" is \'no\'; it can be false or true'),
+        ({"smooth_q": "true"}, 'option "smooth_q" in --additional-config "sage" is \'true\'; it can be false or true'),
         ({"smooth_v": 0}, 'option "smooth_v" in --additional-config "sage" is 0; it can be false or true'),
         (
             {"kbits": 8},
             'unknown option "kbits" in --additional-config "sage"; '
-            "options are calibration, canary, k_bits, memory, page_tokens, smooth_k, smooth_v or variator",
+            "options are calibration, canary, k_bits, memory, page_tokens, smooth_k, smooth_q, smooth_v or variator",
         ),
         ({"calibration": 1}, 'option "calibration" in --additional-config "sage" is 1; it can be a file'),
         ({"calibration": ""}, 'option "calibration" in --additional-config "sage" is \'\'; it can be a file'),

@@ -6,11 +6,17 @@ the fast way to do them. The store needs no version of its own: `reference.store
 
 import torch
 
-from sage_kernels.reference import LOG2E, Turns, load, products, quantize_p, quantize_q, turned
+from sage_kernels.reference import LOG2E, Parts, Turns, load, quantize_p, query_parts, times_keys, turned
 from sage_paged import PageLayout
 
 MAX_LOGITS = 1 << 24
 """Elements of the logits matrix that is held at a time; longer prompts are taken in pieces."""
+
+
+def _logits(parts: Parts, k: torch.Tensor, k_scale: torch.Tensor) -> torch.Tensor:
+    """`times_keys` for parts of queries [kv_heads, group, queries, head_dim] and the keys of KV heads."""
+    flat = [(codes.flatten(1, 2), q_scale.flatten(1, 2)) for codes, q_scale in parts]
+    return times_keys(flat, k, k_scale).unflatten(1, parts[0][1].shape[1:])
 
 
 def attention(
@@ -28,24 +34,25 @@ def attention(
     anchor: torch.Tensor | None = None,
     v_anchor: torch.Tensor | None = None,
     turns: Turns | None = None,
+    q_block: int = 0,
 ) -> None:
     """`reference.attention` with the same arguments; writes `out`, which has query's shape."""
     kv_heads = pages.shape[1]
     group = query.shape[1] // kv_heads
-    q_codes, q_scale = quantize_q(query)
-    q_codes = q_codes.float().unflatten(1, (kv_heads, group))
-    q_scale = (q_scale * (scale * LOG2E)).unflatten(1, (kv_heads, group))
+    every = query.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)  # [kv_heads, group, queries, head_dim]
+    whole = None if q_block else query_parts(every, scale * LOG2E)  # of all requests at once, where there are no blocks
     sink = None if sinks is None else sinks.float().mul(LOG2E).view(kv_heads, group, 1, 1)
-    bias = torch.zeros_like(q_scale)
+    bias = torch.zeros(every.shape[:-1])
     if anchor is not None:
-        bias = (query.float().unflatten(1, (kv_heads, group)) @ anchor[..., None]).squeeze(-1) * (scale * LOG2E)
+        bias = (every.float() @ anchor[:, None, :, None]).squeeze(-1) * (scale * LOG2E)
 
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    block = q_block or 1
     for request, length in enumerate(lengths):
         start, end = starts[request], starts[request + 1]
         if start == end:
             continue
-        step = max(1, MAX_LOGITS // (query.shape[1] * length))
+        step = max(block, MAX_LOGITS // (query.shape[1] * length) // block * block)
         for low in range(start, end, step):
             high = min(low + step, end)
             last = length - (end - high)  # one past the position of the last query of this piece
@@ -55,20 +62,20 @@ def attention(
             table = block_table[request, ..., used]
             k, k_scale, v, v_exponent = (x[:, : last - begin] for x in load(pages, table, layout))
 
-            q = q_codes[low:high].permute(1, 2, 0, 3)  # [kv_heads, group, queries, head_dim]
-            logits = products(q.flatten(1, 2), k, k_scale).unflatten(1, q.shape[1:3])
-            logits *= q_scale[low:high].permute(1, 2, 0)[..., None]
-            row_bias = bias[low:high].permute(1, 2, 0)[..., None]
+            q = every[:, :, low:high]
+            if whole is None:
+                parts = query_parts(q, scale * LOG2E, q_block)
+            else:
+                parts = [(codes[:, :, low:high], q_scale[:, :, low:high]) for codes, q_scale in whole]
+            logits = _logits(parts, k, k_scale)
+            row_bias = bias[:, :, low:high, None]
             if turns is not None:
-                whole = query[low:high].float().unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)
                 for page, turn in enumerate(turns.pages[request, :, used].T):
                     if not turn.any():
                         continue
-                    nearer = turned(whole, turns.table[turn.long()][:, None, None])
-                    codes, code_scale = quantize_q(nearer)
+                    nearer = turned(q.float(), turns.table[turn.long()][:, None, None])
                     own = slice(page * layout.tokens, (page + 1) * layout.tokens)
-                    product = products(codes.flatten(1, 2), k[:, own], k_scale[:, own]).unflatten(1, codes.shape[1:3])
-                    logits[..., own] = product * (code_scale * (scale * LOG2E))[..., None]
+                    logits[..., own] = _logits(query_parts(nearer, scale * LOG2E, q_block), k[:, own], k_scale[:, own])
                     if anchor is not None:
                         logits[..., own] += torch.matmul(nearer, anchor[:, None, :, None]) * (scale * LOG2E) - row_bias
             if soft_cap:

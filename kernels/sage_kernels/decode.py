@@ -74,7 +74,7 @@ def _decode_kernel(
             query, cache_i8, cache_v, cache_f32, anchor + kv_head * HEAD_DIM, turn_table, block_table + table_offset,
             turns + table_offset, first_page, full_pages, end_page, q_start + local, head, valid, seq_len - q_len + local,
             seq_len, kv_head.to(tl.int64) * head_stride, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
-            WINDOW, SOFT_CAP, ANCHOR, HEAD_DIM, K_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, TURN,
+            WINDOW, SOFT_CAP, ANCHOR, HEAD_DIM, K_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, TURN, 0,
         )  # fmt: skip
         # What all values lack, every part gives back itself: the merge takes a mean of parts, less the share that a sink has.
         acc = add_v_anchor(acc, total, v_anchor + kv_head * HEAD_DIM, HEAD_DIM, V_ANCHOR)

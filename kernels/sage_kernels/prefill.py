@@ -11,9 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.device import fp8_path, has_own_kernels, pipeline_stages
-from sage_kernels.reference import Turns
-from sage_kernels.tiles import LOG2E, TABLE_STRIDES, TABLES, add_v_anchor, attend_page, find_request, quantize_q, turned
+from sage_kernels.device import fp8_path, has_own_kernels, pipeline_stages, shared_memory
+from sage_kernels.reference import Turns, tile_rows
+from sage_kernels.tiles import (
+    LOG2E,
+    TABLE_STRIDES,
+    TABLES,
+    add_v_anchor,
+    attend_page,
+    find_request,
+    quantize_parts,
+    turned,
+)
 from sage_paged import PageLayout
 
 
@@ -38,9 +47,11 @@ def _times_anchor(q, anchor, channels, limit, ANCHOR: tl.constexpr):
 def quantized_query(
     query, anchor, turn, token, head, valid, token_stride, head_stride, scale,
     ANCHOR: tl.constexpr, TURN: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    MEANS: tl.constexpr,
 ):  # fmt: skip
-    """The query tile as `attend_page` takes it: codes of the low and high half of the head (INT8 keys: all, all), q_scale and
-    q_bias. anchor: pointer to that of the KV head, if ANCHOR. turn: pointer to a row of a turn table, if TURN."""
+    """The query tile as `attend_page` takes it: codes of the low and high half of the head (INT8 keys: all, all) and q_scale,
+    the same of the means that were taken off if MEANS (see `tiles.quantize_parts`), and q_bias. anchor: pointer to that of the
+    KV head, if ANCHOR. turn: pointer to a row of a turn table, if TURN."""
     HALF: tl.constexpr = HEAD_DIM // 2
     if K_BITS == 8:
         channels = tl.arange(0, BLOCK_D)
@@ -53,8 +64,8 @@ def quantized_query(
             partner = tl.where(low_half, channels + HALF, channels - HALF)
             other = load_query(query, token, head, valid, token_stride, head_stride, partner, HEAD_DIM)
             q = q * cos[None, :] + other * tl.where(low_half, sin, -sin)[None, :]
-        low_codes, q_scale = quantize_q(q, scale)
-        high_codes = low_codes
+        low_codes, q_scale, mean_low, mean_scale = quantize_parts(q, valid, scale, MEANS)
+        high_codes, mean_high = low_codes, mean_low
         product = _times_anchor(q, anchor, channels, HEAD_DIM, ANCHOR)
     else:
         half = tl.arange(0, BLOCK_D // 2)
@@ -63,10 +74,12 @@ def quantized_query(
         if TURN:
             low, high = turned(low, high, (turn + half)[None, :], (half < HALF)[None, :], HALF)
         # Both halves have one scale, so they are quantized as one row.
-        codes, q_scale = quantize_q(tl.reshape(tl.join(low, high), [low.shape[0], BLOCK_D]), scale)
+        both = tl.reshape(tl.join(low, high), [low.shape[0], BLOCK_D])
+        codes, q_scale, mean_codes, mean_scale = quantize_parts(both, valid, scale, MEANS)
         low_codes, high_codes = tl.split(tl.reshape(codes, [low.shape[0], BLOCK_D // 2, 2]))
+        mean_low, mean_high = tl.split(tl.reshape(mean_codes, [low.shape[0], BLOCK_D // 2, 2]))
         product = _times_anchor(low, anchor, half, HALF, ANCHOR) + _times_anchor(high, anchor + HALF, half, HALF, ANCHOR)
-    return low_codes, high_codes, q_scale, product * (scale * LOG2E)
+    return low_codes, high_codes, q_scale, mean_low, mean_high, mean_scale, product * (scale * LOG2E)
 
 
 @triton.jit
@@ -75,17 +88,19 @@ def attend_pages(
     token, head, valid, position, seq_len, head_offset, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr,
+    MEANS: tl.constexpr,
 ):  # fmt: skip
     """The rows of a query tile against pages first_page to end_page of a request, of which every row sees those before
     full_pages whole. Returns acc, total and base as `attend_page` does, and q_bias.
 
     token, head, position: int [rows], of each row; valid: bool [rows]. anchor: pointer to that of the KV head, if ANCHOR.
     table, turns: pointers to the request's blocks and, if TURN, to the rows of turn_table that its pages take. head_offset:
-    int64, bytes from a block's start to the head's page.
+    int64, bytes from a block's start to the head's page. MEANS: of how many heads the means are taken off queries: those of a
+    group, or 0.
     """
-    q_low, q_high, q_scale, q_bias = quantized_query(
+    q_low, q_high, q_scale, mean_low, mean_high, mean_scale, q_bias = quantized_query(
         query, anchor, turn_table, token, head, valid, q_token_stride, q_head_stride, scale,
-        ANCHOR, False, HEAD_DIM, K_BITS, BLOCK_D,
+        ANCHOR, False, HEAD_DIM, K_BITS, BLOCK_D, MEANS,
     )  # fmt: skip
     page_bias = q_bias
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -99,16 +114,16 @@ def attend_pages(
             last_visible = position - page * PAGE
             first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else tl.zeros_like(last_visible)
             if TURN:
-                q_low, q_high, q_scale, page_bias = quantized_query(
+                q_low, q_high, q_scale, mean_low, mean_high, mean_scale, page_bias = quantized_query(
                     query, anchor, turn_table + tl.load(turns + page) * HEAD_DIM, token, head, valid,
-                    q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D,
+                    q_token_stride, q_head_stride, scale, ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D, MEANS,
                 )  # fmt: skip
                 if not SOFT_CAP:
                     page_bias -= q_bias
             acc, total, base, top = attend_page(
-                q_low, q_high, q_scale, page_bias, acc, total, base, top, cache_i8, cache_v, cache_f32, offset,
-                seq_len - page * PAGE, first_visible, last_visible, soft_cap,
-                HEAD_DIM, K_BITS, PAGE, masked == 1, SOFT_CAP, FP8, TURN,
+                q_low, q_high, q_scale, mean_low, mean_high, mean_scale, page_bias, acc, total, base, top,
+                cache_i8, cache_v, cache_f32, offset, seq_len - page * PAGE, first_visible, last_visible, soft_cap,
+                HEAD_DIM, K_BITS, PAGE, masked == 1, SOFT_CAP, FP8, TURN, MEANS,
             )  # fmt: skip
     return acc, total, base, q_bias
 
@@ -121,7 +136,7 @@ def _prefill_kernel(
     head_stride,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, ANCHOR: tl.constexpr,
     V_ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, KV heads). The last blocks have the most keys, so they are started first."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -152,7 +167,7 @@ def _prefill_kernel(
         query, cache_i8, cache_v, cache_f32, anchor + kv_head * HEAD_DIM, turn_table, block_table + table_offset,
         turns + table_offset, first_page, full_pages, last_page + 1, q_start + local, head, valid, position, seq_len,
         kv_head.to(tl.int64) * head_stride, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
-        WINDOW, SOFT_CAP, ANCHOR, HEAD_DIM, K_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, TURN,
+        WINDOW, SOFT_CAP, ANCHOR, HEAD_DIM, K_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, TURN, MEANS,
     )  # fmt: skip
     acc = add_v_anchor(acc, total, v_anchor + kv_head * HEAD_DIM, HEAD_DIM, V_ANCHOR)
     if SINKS:
@@ -175,30 +190,41 @@ def turn_arguments(turns: Turns | None, unused: torch.Tensor) -> tuple[torch.Ten
     return (unused, unused) if turns is None else (turns.pages, turns.table)
 
 
-def tile(head_dim: int, group: int) -> tuple[int, int]:
-    """Rows of a query tile, and warps."""
-    block_m = max(64, triton.next_power_of_2(group))
-    return block_m, 4 if block_m <= 64 and head_dim <= 128 else 8
+@functools.cache
+def tile(device: torch.device, layout: PageLayout, group: int, smooth_q: bool = False) -> tuple[int, int]:
+    """Rows of a query tile, and warps. If queries are smoothed, the rows have half of `reference.tile_rows` where these and
+    their means find no room beside P and V of a page: on sm_86, with heads of 256 channels."""
+    block_m, block_d = tile_rows(group), triton.next_power_of_2(layout.head_dim)
+    element = 2 if fp8_path(device) == "half" else 1
+    taken = 2 * block_m * block_d + element * layout.tokens * (block_m + block_d)
+    if smooth_q and taken > shared_memory(device) and 2 * group <= block_m:
+        block_m //= 2
+    return block_m, 4 if block_m <= 64 and layout.head_dim <= 128 else 8
 
 
 @functools.cache
-def choose_kernel(device: torch.device, layout: PageLayout, group: int) -> tuple[ModuleType | None, str | None]:
-    """The module with a kernel made for this device and these pages, or None for the portable one.
+def choose_kernel(
+    device: torch.device, layout: PageLayout, group: int, smooth_q: bool = False
+) -> tuple[ModuleType | None, str | None]:
+    """The module with a kernel made for this device, these pages and, if smooth_q, smoothed queries; None for the portable one.
 
     Where the device has such a kernel and the portable one is taken all the same, the second element says why:
-    "gluon_missing" if it cannot be imported, "page_format" if it does not read these pages.
+    "gluon_missing" if it cannot be imported, "page_format" if it does not read these pages, "smooth_q" if it is only that it
+    does not smooth queries.
     """
     own = has_own_kernels(device)
     if not own:
         return None, None if own is False else "gluon_missing"
     from sage_kernels import hopper
 
-    return (hopper, None) if hopper.supports(layout, group) else (None, "page_format")
+    if not hopper.supports(layout, group):
+        return None, "page_format"
+    return (None, "smooth_q") if smooth_q else (hopper, None)
 
 
-def scratch_bytes(device: torch.device, layout: PageLayout, group: int) -> int:
+def scratch_bytes(device: torch.device, layout: PageLayout, group: int, smooth_q: bool = False) -> int:
     """How much memory `prefill` takes for itself while it runs."""
-    hopper, _ = choose_kernel(device, layout, group)
+    hopper, _ = choose_kernel(device, layout, group, smooth_q)
     return 0 if hopper is None or layout.k_bits == 8 else hopper.SCRATCH
 
 
@@ -219,14 +245,16 @@ def prefill(
     turns: Turns | None = None,
     *,
     max_seq_len: int | None = None,
+    smooth_q: bool = False,
 ) -> None:
     """`reference.attention` on a GPU, with the same arguments; writes `out`, which has query's shape.
 
-    max_seq_len: the most tokens of a request, if known; it saves room where pages are widened (see `hopper`).
+    max_seq_len: the most tokens of a request, if known; it saves room where pages are widened (see `hopper`). smooth_q: whether
+    queries are smoothed, by means of the tokens of a `tile` (the reference's q_block).
 
     Only rows query_start_loc[0] to query_start_loc[-1] are read and written. query and out need unit stride in head_dim only.
     """
-    hopper, _ = choose_kernel(query.device, layout, query.shape[1] // pages.shape[1])
+    hopper, _ = choose_kernel(query.device, layout, query.shape[1] // pages.shape[1], smooth_q)
     if hopper is not None and turns is None:
         where = block_table, seq_lens, query_start_loc
         hopper.prefill(query, pages, layout, *where, scale, out, window, soft_cap, sinks, anchor, v_anchor, max_seq_len)
@@ -234,10 +262,11 @@ def prefill(
     num_reqs = seq_lens.numel()
     tokens, heads, head_dim = query.shape
     group = heads // pages.shape[1]
-    block_m, warps = tile(head_dim, group)
+    block_m, warps = tile(query.device, layout, group, smooth_q)
     block_d = triton.next_power_of_2(head_dim)
     q_blocks = tokens // (block_m // group) + num_reqs
     fp8 = fp8_path(query.device)
+    tiles = 2 if smooth_q else 1  # one of means lies beside that of queries
     _prefill_kernel[(q_blocks, pages.shape[1])](
         query, out, pages.view(torch.int8), pages.view(torch.uint8 if fp8 == "half" else torch.float8_e4m3fn),
         pages.view(torch.float32), block_table, seq_lens, query_start_loc, query if sinks is None else sinks,
@@ -247,6 +276,6 @@ def prefill(
         pages.stride(1),
         GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SINKS=sinks is not None, ANCHOR=anchor is not None,
         V_ANCHOR=v_anchor is not None, HEAD_DIM=head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
-        BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8, TURN=turns is not None,
-        num_warps=warps, num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens),
+        BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8, TURN=turns is not None, MEANS=group if smooth_q else 0,
+        num_warps=warps, num_stages=pipeline_stages(query.device, tiles * block_m, block_d, layout.tokens),
     )  # fmt: skip

@@ -18,6 +18,10 @@ those, so here it is an anchor, fixed once by the first tokens (`fix_anchor`).
 Values can be smoothed likewise (SageAttention2, on V): the weights of a row sum up to 1, so what all values lack is added to
 the normalized output. Their anchor comes from a calibration only, never from first tokens: where values have nothing in
 common, a mean over few of them would add more to the others than it takes away.
+
+Queries can be smoothed, too (SageAttention2, section 3.2): a block of them is quantized less its mean, whose products with the
+keys are added to the logits. The mean is itself in INT8 codes, and what is taken off is what these stand for: however it was
+rounded, the two parts add up to the query, and all products are those of integers (`query_parts`).
 """
 
 import math
@@ -37,6 +41,8 @@ LOG2E = 1.4426950408889634
 ANCHOR_TOKENS = 32
 """Tokens at a batch's start whose mean key an anchor becomes. Few enough that a first prompt fixes the same anchor, whatever
 the chunks are that it comes in."""
+TILE_ROWS = 64
+"""The least rows of a tile of a prompt's queries: tokens times heads of a group."""
 SCORE_BITS = 20
 """Leading bits of a float32 score that tell pages apart. Of pages that are equal in these, the earlier one is chosen."""
 REACH = 2.0
@@ -64,6 +70,31 @@ def _symmetric(x: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tenso
 def quantize_q(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """query [..., head_dim] -> int8 codes of the same shape, float32 scales [...]."""
     return _symmetric(query.float(), 127)
+
+
+def tile_rows(group: int) -> int:
+    """Rows of a tile of a prompt's queries, for `group` heads that share a KV head: a power of two."""
+    return max(TILE_ROWS, 1 << (group - 1).bit_length())
+
+
+def tile_tokens(group: int) -> int:
+    """Tokens of such a tile: the block whose mean is taken off where a prompt's queries are smoothed."""
+    return tile_rows(group) // group
+
+
+Parts = list[tuple[torch.Tensor, torch.Tensor]]
+"""Queries as a sum: of each part, int8 codes [..., queries, head_dim] and float32 scales [..., queries]."""
+
+
+def query_parts(query: torch.Tensor, scale: float, q_block: int = 0) -> Parts:
+    """query [..., queries, head_dim], times scale: one part (`quantize_q`), or, if q_block is not 0, two: what queries have
+    beside the mean of their block, and that mean. Blocks are of q_block queries, from the first on; the last may have fewer."""
+    query, mean = query.float(), None
+    if q_block:
+        mean = quantize_q(torch.cat([x.mean(-2, keepdim=True).expand_as(x) for x in query.split(q_block, -2)], -2))
+        query = query - mean[0] * mean[1][..., None]
+    parts = [quantize_q(query)] if mean is None else [quantize_q(query), mean]
+    return [(codes, q_scale * scale) for codes, q_scale in parts]
 
 
 def quantize_k(key: torch.Tensor, k_bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,6 +141,14 @@ def products(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor) -> torch.T
     """Q K^T of the codes q [..., queries, head_dim] with the keys that the codes k [..., tokens, head_dim] and their scales
     k_scale [..., tokens] stand for, float32 [..., queries, tokens]."""
     return torch.matmul(q.float(), k.float().transpose(-1, -2)) * k_scale[..., None, :]
+
+
+def times_keys(parts: Parts, k: torch.Tensor, k_scale: torch.Tensor) -> torch.Tensor:
+    """The sum of the `products` of all parts of queries, with their scales: float32 [..., queries, tokens]."""
+    logits, *others = (products(codes, k, k_scale).mul_(q_scale[..., None]) for codes, q_scale in parts)
+    for other in others:
+        logits += other
+    return logits
 
 
 def quantize_v(value: torch.Tensor, fine: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,6 +343,7 @@ def attention(
     anchor: torch.Tensor | None = None,
     v_anchor: torch.Tensor | None = None,
     turns: Turns | None = None,
+    q_block: int = 0,
 ) -> torch.Tensor:
     """Causal attention of every request's last tokens over its pages.
 
@@ -313,6 +353,7 @@ def attention(
     soft_cap: logits become cap * tanh(logits / cap), 0 for none. sinks: [heads], logits of an extra key without a value.
     anchor: that of the stored keys; only soft_cap, sinks and turns need it, for which it is not enough to know logits up to a
     number that a row's have in common. v_anchor: that of the stored values. turns: how queries are turned for each page.
+    q_block: tokens of a block, counted from a request's first query, whose queries are smoothed by their mean; 0 for none.
     Returns float32 of query's shape; rows of no request stay 0.
     """
     heads, kv_heads = query.shape[1], pages.shape[1]
@@ -330,15 +371,14 @@ def attention(
             visible &= keys > positions - window
         for head in range(heads):
             kv = head // (heads // kv_heads)
-            q, q_scale = quantize_q(query[start:end, head])
-            logits = products(q, k[kv], k_scale[kv]) * (q_scale * scale)[:, None]
+            logits = times_keys(query_parts(query[start:end, head], scale, q_block), k[kv], k_scale[kv])
             bias = 0.0 if anchor is None else (query[start:end, head].float() @ anchor[kv])[:, None] * scale
             if turns is not None:
                 for page, turn in enumerate(turns.pages[r, kv, :used_pages].tolist()):
                     turned_query = turned(query[start:end, head].float(), turns.table[turn])
-                    q, q_scale = quantize_q(turned_query)
                     own = slice(page * layout.tokens, (page + 1) * layout.tokens)
-                    logits[:, own] = products(q, k[kv, own], k_scale[kv, own]) * (q_scale * scale)[:, None]
+                    parts = query_parts(turned_query, scale, q_block)
+                    logits[:, own] = times_keys(parts, k[kv, own], k_scale[kv, own])
                     if anchor is not None:
                         logits[:, own] += (turned_query @ anchor[kv])[:, None] * scale - bias
             if soft_cap:

@@ -141,6 +141,30 @@ def quantize_q(q, scale):
 
 
 @triton.jit
+def quantize_parts(q, valid, scale, MEANS: tl.constexpr):
+    """`reference.query_parts` of a tile whose rows are a block of queries of MEANS heads in turn, or one part if MEANS is 0.
+
+    q: float32 [rows, channels], 0 in rows that are not valid. Returns codes and scales as `quantize_q` does, of what rows have
+    beside the mean of their head, and of that mean, which every row of the head has: so both parts are multiplied with a page
+    alike, and no product has to be brought from a row of means to the rows of its head. With one part, the second stands for
+    nothing.
+    """
+    if MEANS:
+        head = (tl.arange(0, q.shape[0]) % MEANS)[:, None]
+        tokens = tl.sum(valid.to(tl.float32), 0) / MEANS
+        mean = tl.zeros_like(q)
+        for each in tl.static_range(MEANS):
+            mean = tl.where(head == each, tl.sum(tl.where(head == each, q, 0.0), 0)[None, :] / tokens, mean)
+        mean_codes, mean_scale = quantize_q(mean, 1.0 / LOG2E)  # what codes are multiplied by to be the mean
+        codes, q_scale = quantize_q(q - mean_codes.to(tl.float32) * mean_scale[:, None], scale)
+        mean_scale *= scale * LOG2E
+    else:
+        codes, q_scale = quantize_q(q, scale)
+        mean_codes, mean_scale = codes, q_scale
+    return codes, q_scale, mean_codes, mean_scale
+
+
+@triton.jit
 def load_k(page, tokens, channels, K_ROW: tl.constexpr, CHANNELS: tl.constexpr):
     """page: int8 pointer to a page. Returns the K bytes transposed, [channels, tokens]."""
     pointers = page + tokens[None, :] * K_ROW + channels[:, None]
@@ -221,15 +245,16 @@ def tanh(x):
 
 @triton.jit
 def attend_page(
-    q_low, q_high, q_scale, q_bias, acc, total, base, top,
+    q_low, q_high, q_scale, mean_low, mean_high, mean_scale, q_bias, acc, total, base, top,
     cache_i8, cache_v, cache_f32, page_offset, length, first_visible, last_visible, soft_cap,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
-    SOFT_CAP: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr,
+    SOFT_CAP: tl.constexpr, FP8: tl.constexpr, TURN: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: the rows of a query tile against one page.
 
     q_low, q_high: int8 [rows, channels], for INT4 the halves of the head, for INT8 the whole head in q_low.
-    q_scale: float32 [rows]. q_bias: float32 [rows], what base-2 logits lack by the keys' anchor.
+    q_scale: float32 [rows]. mean_low, mean_high, mean_scale: the same of what was taken off the queries, if MEANS is not 0.
+    q_bias: float32 [rows], what base-2 logits lack by the keys' anchor.
     acc: float32 [rows, channels], total: float32 [rows]: sums so far, times 2**-base. base, top: see `page_reference`.
     page_offset: int64, bytes from the cache's start.
     length: tokens of the page that are filled. first_visible, last_visible: int [rows], tokens of the page that a row may
@@ -243,21 +268,25 @@ def attend_page(
     if K_BITS == 8:
         k = load_k(cache_i8 + page_offset, tokens, k_channels, HEAD_DIM, HEAD_DIM)
         codes = tl.dot(q_low, k, out_dtype=tl.int32)
+        if MEANS:
+            mean_codes = tl.dot(mean_low, k, out_dtype=tl.int32)
         v_exponent = tl.load(cache_f32 + page_offset // 4 + SCALES + PAGE + tokens)
     else:
         k_low, k_high = load_wide_k(cache_i8 + page_offset, tokens, k_channels, PAGE, HEAD_DIM)
         codes = tl.dot(q_high, k_high, tl.dot(q_low, k_low, out_dtype=tl.int32), out_dtype=tl.int32)
+        if MEANS:
+            mean_codes = tl.dot(mean_high, k_high, tl.dot(mean_low, k_low, out_dtype=tl.int32), out_dtype=tl.int32)
         v_exponent = v_exponent_beside(k_scale)
     v_inverse = tl.exp2(-v_exponent)
 
-    logits = codes.to(tl.float32) * k_scale[None, :]
+    logits = codes.to(tl.float32) * k_scale[None, :] * q_scale[:, None]
+    if MEANS:
+        logits += mean_codes.to(tl.float32) * k_scale[None, :] * mean_scale[:, None]
+    if SOFT_CAP or TURN:
+        logits += q_bias[:, None]
     if SOFT_CAP:
-        logits = logits * q_scale[:, None] + q_bias[:, None]
-        logits = (soft_cap * LOG2E) * tanh(logits / (soft_cap * LOG2E)) + v_exponent[None, :]
-    elif TURN:
-        logits = logits * q_scale[:, None] + q_bias[:, None] + v_exponent[None, :]
-    else:
-        logits = logits * q_scale[:, None] + v_exponent[None, :]
+        logits = (soft_cap * LOG2E) * tanh(logits / (soft_cap * LOG2E))
+    logits += v_exponent[None, :]
     if MASKED:
         visible = (tokens[None, :] <= last_visible[:, None]) & (tokens[None, :] >= first_visible[:, None])
         logits = tl.where(visible, logits, float("-inf"))
