@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ class Case:
         if self.others:
             return f"{self.kind} {self.length}+{self.batch - 1}x{self.others}"
         sizes = {
-            "prefill": f"{self.length}",
+            "prefill": f"{self.length}" if self.batch == 1 else f"{self.batch}x{self.length}",
             "chunk": f"{self.queries}x{self.length - self.queries}",
             "decode": f"{self.batch}x{self.length}",
         }
@@ -347,8 +347,8 @@ def vllm_triton_bytes(head_dim: int, cache_dtype: str) -> int:
 
 def whole_prompt(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value as [1, heads, tokens, head_dim], contiguous copies, for kernels without pages."""
-    if batch.case.kind != "prefill":
-        raise Unfit("takes whole prompts only")
+    if batch.case.kind != "prefill" or batch.case.batch > 1:
+        raise Unfit("takes one whole prompt only")
     query, key, value = (x.transpose(0, 1)[None].contiguous() for x in (batch.query, batch.key, batch.value))
     return query, key, value
 
@@ -755,7 +755,8 @@ def short(count: int) -> str:
 
 
 def plot_prefill(plt: Any, report: dict[str, Any]) -> Any | None:
-    prompts = sorted((case for case in report["cases"] if case["kind"] == "prefill"), key=lambda case: case["length"])
+    single = [case for case in report["cases"] if case["kind"] == "prefill" and case["batch"] == 1]
+    prompts = sorted(single, key=lambda case: case["length"])
     if not (found := by_contender(prompts, "tops")):
         return None
     figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
@@ -870,6 +871,11 @@ def pair(text: str, form: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def prompts(text: str) -> Case:
+    batch, length = pair(text, form="BxS") if "x" in text else (1, positive(text))
+    return Case("prefill", batch, length, length)
+
+
 def decode_case(text: str) -> Case:
     longest, plus, rest = text.rpartition("+")
     batch, length = pair(rest, form="BxS")
@@ -881,7 +887,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     of_run = commands.add_parser("run", help="measure on this machine's GPU")
     some: dict[str, Any] = {"nargs": "+", "default": []}
-    of_run.add_argument("--prefill", type=positive, **some, metavar="TOKENS", help="one prompt, causal")
+    of_run.add_argument("--prefill", type=prompts, **some, metavar="[Bx]S", help="one prompt of S tokens, or B of them")
     of_run.add_argument("--store", type=positive, **some, metavar="TOKENS", help="one prompt and writing its KV")
     of_run.add_argument("--chunk", type=partial(pair, form="QxH"), **some, metavar="QxH", help="Q tokens behind a history of H")
     of_run.add_argument(
@@ -911,9 +917,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
     """What the command line asks for; `--store N` implies `--prefill N`, the time that it is to be compared with."""
-    prompts = dict.fromkeys([*arguments.prefill, *arguments.store])
+    stored = [Case("prefill", 1, length, length) for length in arguments.store]
     return [
-        *(Case("prefill", 1, length, length, length in arguments.store) for length in prompts),
+        *(replace(case, store=case in stored) for case in dict.fromkeys([*arguments.prefill, *stored])),
         *(Case("chunk", 1, queries, queries + history) for queries, history in dict.fromkeys(arguments.chunk)),
         *dict.fromkeys(arguments.decode),
     ]

@@ -23,7 +23,7 @@ def attention() -> ModuleType:
     return module
 
 
-CASES = [("prefill", 1, 5, 5), ("chunk", 1, 3, 7), ("decode", 4, 1, 9)]
+CASES = [("prefill", 1, 5, 5), ("prefill", 3, 5, 5), ("chunk", 1, 3, 7), ("decode", 4, 1, 9)]
 
 
 def test_requests_of_two_lengths(attention: ModuleType) -> None:
@@ -203,11 +203,12 @@ def test_argument_errors(attention: ModuleType, words: str, message: str, capsys
 
 
 def test_command_line_to_cases(attention: ModuleType) -> None:
-    words = "run --prefill 4096 64 --store 64 128 --chunk 16x48 --decode 2x32"
+    words = "run --prefill 4096 64 16x1024 --store 64 128 --chunk 16x48 --decode 2x32"
     arguments = attention.parse(words.split())
     assert [(case.name, case.store) for case in attention.cases(arguments)] == [
         ("prefill 4096", False),
         ("prefill 64", True),
+        ("prefill 16x1024", False),
         ("prefill 128", True),
         ("chunk 16x48", False),
         ("decode 2x32", False),

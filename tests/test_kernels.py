@@ -307,7 +307,7 @@ def test_many_pages(kernels) -> None:
     for run, options in ((kernels.prefill, {}), (kernels.decode, {"programs": 1}), (kernels.decode, {"programs": 5})):
         out = poisoned(batch.query)
         run(*batch.attention_args(), out, **mask, **options)
-        assert relative_error(out, expected) < 1e-3
+        assert relative_error(out, expected) < max(1e-3, DECODE_ERROR)
 
 
 def test_the_largest_weight_of_a_page_is_exact() -> None:
@@ -464,18 +464,18 @@ def test_int4_prompts_in_parts(
     taken = []
 
     class Kernel:
-        def __getitem__(self, grid: tuple[int, int]):
+        def __getitem__(self, grid: tuple[int]):
             return self.launch
 
         def launch(self, query, out, k, v, pages, table, lengths, starts, *masks, **sizes):
-            sinks, anchor, v_anchor, scale, soft_cap, *_ = masks
+            sinks, anchor, v_anchor, _, scale, soft_cap, *_ = masks
             layout = PageLayout(sizes["HEAD_DIM"], 8, sizes["PAGE"])
-            where = pages.view(torch.uint8), layout, table, lengths, starts, scale
+            where = pages, layout, table, lengths, starts, scale
             cpu.attention(query, *where, out, sizes["WINDOW"], soft_cap, sinks, anchor, v_anchor)
             taken.append(lengths)
 
     monkeypatch.setattr(hopper, "_prefill_kernel", Kernel())
-    monkeypatch.setattr(hopper, "descriptors", lambda *_: (None, None))
+    monkeypatch.setattr(hopper, "descriptors", lambda pages, layout: (None, None, None, pages))
     monkeypatch.setattr(hopper, "SCRATCH", scratch)
     shape = {"requests": [(300, 8), (70, 70), (200, 1)], "heads": 12, "kv_heads": 3, "smooth": True, "smooth_v": True}
     batch = make_batch(PageLayout(128, 4, 64), **shape)
@@ -486,6 +486,16 @@ def test_int4_prompts_in_parts(
     hopper.prefill(*batch.attention_args(), out, **mask, max_seq_len=300)
     assert len(taken) == parts
     assert relative_error(out, reference.attention(*batch.attention_args(), **mask)) < 1e-3
+
+
+def test_pages_that_cannot_be_copied_are_refused() -> None:
+    from sage_kernels import hopper
+
+    layout = PageLayout(128)
+    cache = torch.zeros(3 * (2 * layout.page_bytes + layout.tokens), dtype=torch.uint8)
+    pages = cache.as_strided((3, 2, layout.page_bytes), (2 * layout.page_bytes + layout.tokens, layout.page_bytes, 1))
+    with pytest.raises(ValueError, match=r"pages are 67712 and 33792 bytes apart.*must be multiples of 512"):
+        hopper.descriptors(pages, layout)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,8 @@
 """`prefill` for sm_90, in Gluon: the same arithmetic as `tiles.attend_page`, with the hardware's pieces placed by hand.
 
 One warp streams pages into shared memory with the tensor memory accelerator, one prepares their scales, and two warpgroups,
-each with 64 query rows, share what they bring: while one is busy with numbers, the other has the tensor cores.
+each with 64 query rows, share what they bring: while one is busy with numbers, the other has the tensor cores. A program takes
+one tile, of a query block and a KV head, after the other, so that pages of the next are there when one ends.
 
 A softmax has two parts that use different units: logits and their maximum (arithmetic) and exponentials (special functions),
 and the second waits for the first. Within a warpgroup the exponentials of one page are therefore computed beside the logits of
@@ -14,7 +15,12 @@ What was slower:
 - P V left running during the softmax, as in FlashAttention-3 (section 3.2), for which registers suffice only with longer sums
   in the 22-bit accumulators; warpgroups that take turns; three warpgroups, which spill registers; pages of 64 tokens;
 - accumulators of Q K^T that start as 1.5 * 2**23 and are floating-point numbers without a conversion, but have to be filled;
-- a quarter of the exponentials as a polynomial, as in FlashAttention-4: special functions are not what it waits for.
+- a quarter of the exponentials as a polynomial, as in FlashAttention-4: special functions are not what it waits for;
+- five slots; half of the exponentials ahead of the wait for the logits they are computed beside, which spills registers.
+
+A tile costs as much as four pages more than it has: by the clock, 4,700 cycles from its queries to Q K^T of the first page,
+2,100 to its logits, 2,000 for P V of the last page and 1,900 to write out, where a page between takes 2,500. Nor did it help to
+bring the next tile's queries ahead of time, into the L2 cache (no gain) or into shared memory (spills).
 """
 
 import functools
@@ -33,6 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sage_kernels.device import multiprocessors
 from sage_kernels.prefill import table_strides
 from sage_kernels.tiles import (
     LOG2E,
@@ -42,7 +49,6 @@ from sage_kernels.tiles import (
     inverse_or_zero,
     page_reference,
     section_offset,
-    to_int,
 )
 from sage_kernels.widen import widened
 from sage_paged import PageLayout, v_token
@@ -67,10 +73,11 @@ def _channels_at_once(head_dim):
 
 
 @triton.constexpr_function
-def _stages(head_dim):
-    """Slots of shared memory. Slot i % stages holds what is free again at the same time: V of page i with its scales, and K of
-    page i + 1. K of page 0 has a buffer of its own, behind the slots."""
-    return 2 if _is_wide(head_dim) else 4
+def _stages(head_dim, page):
+    """Slots of shared memory. Slot n % stages holds what is free again at the same time: V of page n with its scales, and K of
+    page n + 1. K of a tile's first page has a buffer of its own, behind the slots."""
+    room = 207 * 1024 - (BLOCK_M + page) * head_dim  # 20 KiB are what layouts are converted with
+    return min(1 << (room // (page * (2 * head_dim + 24))).bit_length() - 1, 8)  # a power of two divides fastest
 
 
 LOGIT_BIAS = gl.constexpr(1024.0)
@@ -78,31 +85,149 @@ LOGIT_BIAS = gl.constexpr(1024.0)
 -710 as it stands in the exponent of e, its weights are wrong. It leaves logits, and what V's exponents add to them, 13 bits
 behind the point; more would leave fewer."""
 
+_FIELDS = gl.constexpr(9)
+"""Numbers that say what a tile is."""
+_PAGES = gl.constexpr(8)
+"""Where among them is that of its pages."""
 _v_token = gluon.jit(v_token)
 
 
 @gluon.jit
-def _stream_pages(
-    k_pages, v_pages, buffers, barriers, table, first_page, pages, block_rows, head_rows,
-    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr,
+def _find_tile(
+    number, seq_lens, query_start_loc, num_reqs, q_blocks, kv_heads,
+    WINDOW: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
-    """The producer of K and V. Pages are counted in rows of PAGE bytes, of which a page has bytes_per_token."""
-    STAGES: gl.constexpr = _stages(HEAD_DIM)
-    k_buffers, v_buffers, _, _ = buffers
+    """What a tile is: its request, the request's first query row, query tokens and length, the query block, the KV head, the
+    first page, how many pages every row sees whole, and how many there are: 0 for a block behind the last query.
+
+    Requests follow one another, and in a request KV heads, of which as many are taken at a time as have room in the L2 cache:
+    their queries lie side by side in memory. Among these, the longest tiles come first.
+    """
+    CACHED: gl.constexpr = (10 << 20) // (2 * HEAD_DIM + 8)  # tokens of a KV head
+    last = q_blocks - 1 - number // kv_heads
+    request, block = find_request(query_start_loc, last, num_reqs, BLOCK_Q)
+    q_start = gl.load(query_start_loc + request)
+    q_len = gl.load(query_start_loc + request + 1) - q_start
+    seq_len = gl.load(seq_lens + request)
+    # Blocks of this request, and tiles before its first.
+    end = (q_start + q_len - gl.load(query_start_loc)) // BLOCK_Q + request + 1
+    end = gl.where(request + 1 < num_reqs, end, q_blocks)
+    blocks = end - (last - block)
+    place = number - (q_blocks - end) * kv_heads
+    at_once = gl.minimum(gl.maximum(CACHED // seq_len, 1), kv_heads)
+    first_head = place // (at_once * blocks) * at_once
+    heads = gl.minimum(kv_heads - first_head, at_once)
+    place -= first_head * blocks
+    kv_head = first_head + place % heads
+    q_block = blocks - 1 - place // heads
+    first_position = seq_len - q_len + q_block * BLOCK_Q
+    first_page = 0
+    if WINDOW > 0:
+        first_page = gl.maximum(first_position - WINDOW + 1, 0) // PAGE
+    last_page = (gl.minimum(first_position + BLOCK_Q, seq_len) - 1) // PAGE
+    pages = gl.where(q_block * BLOCK_Q < q_len, last_page - first_page + 1, 0)
+    full_pages = (first_position + 1) // PAGE if WINDOW == 0 else 0
+    return request, q_start, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages
+
+
+@gluon.jit
+def _hand_out(tile, tiles, turn):
+    """Give a tile, the turn-th of this program, to the other partitions."""
+    places, full, empty = tiles
+    fields = gl.arange(0, 16, gl.BlockedLayout([1], [32], [1], [0]))
+    packed = gl.zeros_like(fields)
+    for k in gl.static_range(_FIELDS):
+        packed = gl.where(fields == k, tile[k], packed)
+    mbarrier.wait(empty.index(turn % 2), ((turn // 2) & 1) ^ 1)
+    places.index(turn % 2).store(packed)
+    fence_async_shared()
+    mbarrier.arrive(full.index(turn % 2))
+
+
+@gluon.jit
+def _take(tiles, turn, WARPS: gl.constexpr):
+    """The turn-th tile of this program, as `_find_tile` has it."""
+    EVERYWHERE: gl.constexpr = gl.BlockedLayout([16], [32], [WARPS], [0])
+    places, full, _ = tiles
+    mbarrier.wait(full.index(turn % 2), (turn // 2) & 1)
+    packed = places.index(turn % 2).load(EVERYWHERE)
+    fields = gl.arange(0, 16, EVERYWHERE)
+    tile = ()
+    for k in gl.static_range(_FIELDS):
+        tile += (gl.sum(gl.where(fields == k, packed, 0), 0),)  # type: ignore[assignment]
+    return tile
+
+
+@gluon.jit
+def _forget(tiles, turn):
+    """After this, the turn-th tile cannot be taken again."""
+    _, _, empty = tiles
+    mbarrier.arrive(empty.index(turn % 2))
+
+
+@gluon.jit
+def _table(tables, tile):
+    """Where the request and the KV head of a tile have their list of blocks."""
+    block_table, _, _, table_stride, table_head_stride = tables
+    request, _, _, _, _, kv_head, _, _, _ = tile
+    return block_table + request.to(gl.int64) * table_stride + kv_head * table_head_stride
+
+
+@gluon.jit
+def _stream_tile(
+    pages_in, tile, turn, n, buffers, barriers, table, block_rows, head_rows, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr
+):
+    """Copy the pages of a tile. table: where the tile's request and KV head have their blocks. n: pages before the tile's."""
+    STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
+    _, _, _, _, _, kv_head, first_page, _, pages = tile
+    k_pages, v_pages, scale_rows = pages_in
+    k_buffers, v_buffers, raw_buffers, _, _ = buffers
     k_full, v_full, _, empty = barriers
-    row = gl.load(table + first_page) * block_rows + head_rows
+    row = gl.load(table + first_page) * block_rows + kv_head * head_rows
+    mbarrier.wait(empty.index(STAGES), (turn & 1) ^ 1)
     _copy_k(k_pages, row, k_buffers.index(STAGES), k_full.index(STAGES), HEAD_DIM, PAGE)
     for i in range(pages):
-        slot = i % STAGES
-        mbarrier.wait(empty.index(slot), ((i // STAGES) & 1) ^ 1)
-        next_row = row
+        next_row = gl.load(table + first_page + gl.minimum(i + 1, pages - 1)) * block_rows + kv_head * head_rows
+        slot = (n + i) % STAGES
+        mbarrier.wait(empty.index(slot), (((n + i) // STAGES) & 1) ^ 1)
+        mbarrier.expect(v_full.index(slot), PAGE * (HEAD_DIM + 2 * 4))
+        scale_row = (row + section_offset("k_scale", HEAD_DIM, 8, PAGE) // PAGE) // 4
+        tma.async_copy_global_to_shared(scale_rows, [scale_row, 0], v_full.index(slot), raw_buffers.index(slot))
         if i + 1 < pages:
-            next_row = gl.load(table + first_page + i + 1) * block_rows + head_rows
             _copy_k(k_pages, next_row, k_buffers.index(slot), k_full.index(slot), HEAD_DIM, PAGE)
-        mbarrier.expect(v_full.index(slot), PAGE * HEAD_DIM)
+        else:
+            mbarrier.arrive(k_full.index(slot))
         v_row = row + section_offset("v", HEAD_DIM, 8, PAGE) // PAGE
         tma.async_copy_global_to_shared(v_pages, [v_row, 0], v_full.index(slot), v_buffers.index(slot))
         row = next_row
+
+
+@gluon.jit
+def _stream_tiles(
+    pages_in, buffers, barriers, tiles, counters, tables, num_reqs, q_blocks, kv_heads, block_rows, head_rows,
+    WINDOW: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
+):  # fmt: skip
+    """The producer of tiles and of their pages. A program's first tile is that of its own number, the others are first come,
+    first served. Pages are counted in rows of PAGE bytes, of which a page has bytes_per_token."""
+    _, query_start_loc, seq_lens, _, _ = tables
+    programs = gl.num_programs(0)
+    number = gl.program_id(0)
+    turn = 0
+    n = 0  # pages so far
+    while number < q_blocks * kv_heads:
+        tile = _find_tile(number, seq_lens, query_start_loc, num_reqs, q_blocks, kv_heads, WINDOW, HEAD_DIM, PAGE, BLOCK_Q)
+        pages = tile[_PAGES]
+        if pages > 0:
+            _hand_out(tile, tiles, turn)
+            table = _table(tables, tile)
+            _stream_tile(pages_in, tile, turn, n, buffers, barriers, table, block_rows, head_rows, HEAD_DIM, PAGE)
+            n += pages
+            turn += 1
+        number = gl.atomic_add(counters, 1) + programs
+    _hand_out((0,) * _FIELDS, tiles, turn)
+    if gl.atomic_add(counters + 1, 1) == programs - 1:  # nobody counts any more: leave all as it was
+        gl.store(counters, 0)
+        gl.store(counters + 1, 0)
 
 
 @gluon.jit
@@ -113,54 +238,73 @@ def _copy_k(k_pages, row, buffer, full, HEAD_DIM: gl.constexpr, PAGE: gl.constex
 
 
 @gluon.jit
-def _prepare_scales(
-    scales, buffers, barriers, table, first_page, pages, seq_len, block_rows, head_rows,
-    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr,
-):  # fmt: skip
-    """The producer of what the softmax needs of the scales, worked out once for both warpgroups.
+def _in_v_order(x, PAGE: gl.constexpr):
+    """Of each token of a page, [PAGE], in the order of V."""
+    return x.reshape([PAGE // 16, 2, 4, 2]).permute([0, 2, 1, 3]).reshape([PAGE])
+
+
+@gluon.jit
+def _prepare_scales(tile, n, buffers, barriers, PAGE: gl.constexpr, STAGES: gl.constexpr):
+    """Work out what the softmax needs of a tile's scales, once for both warpgroups. n: pages before the tile's.
 
     Of each pair of tokens, side by side: both scales of K, and both exponents of V plus LOGIT_BIAS. As the B operand of a
     matrix product: 2**-exponent times 2**-8, which is an e4m3 number, in V's order and in eight equal columns, so that the
     product with P leaves the sum of a row in every thread that holds a part of it. Tokens behind the last one count nothing,
     whatever their scales may be.
     """
-    STAGES: gl.constexpr = _stages(HEAD_DIM)
     LAYOUT: gl.constexpr = gl.BlockedLayout([8, PAGE // 32], [1, 32], [1, 1], [1, 0])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     PAIRS: gl.constexpr = gl.BlockedLayout([PAGE // 16], [32], [1], [0])
-    _, _, scale_buffers, inverse_buffers = buffers
-    _, _, scales_full, empty = barriers
+    _, _, _, seq_len, _, _, first_page, _, pages = tile
+    _, _, raw_buffers, scale_buffers, inverse_buffers = buffers
+    _, v_full, scales_full, _ = barriers
     tokens = gl.arange(0, PAGE, COLUMNS)
-    in_v_order = _v_token(tokens)
     for i in range(pages):
-        slot = i % STAGES
-        row = gl.load(table + first_page + i) * block_rows + head_rows
-        page_scales = scales + row.to(gl.int64) * (PAGE // 4) + section_offset("k_scale", HEAD_DIM, 8, PAGE) // 4
-        k_scale = gl.load(page_scales + tokens)
-        exponent = gl.load(page_scales + PAGE + tokens) + LOGIT_BIAS
-        in_pairs = gl.join(k_scale, exponent).reshape([PAGE // 2, 2, 2]).permute([0, 2, 1]).reshape([2 * PAGE])
-        inverse = gl.exp2(-8.0 - gl.load(page_scales + PAGE + in_v_order))
-        filled = in_v_order < seq_len - (first_page + i) * PAGE
-        inverse = gl.where(filled, inverse, 0.0)
-        inverses = gl.zeros([8, PAGE], gl.float32, LAYOUT) + inverse[None, :]
-        mbarrier.wait(empty.index(slot), ((i // STAGES) & 1) ^ 1)
+        slot = (n + i) % STAGES
+        mbarrier.wait(v_full.index(slot), ((n + i) // STAGES) & 1)
+        raw = raw_buffers.index(slot)._reinterpret(gl.float32, [2 * PAGE], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+        k_scale = raw.slice(0, PAGE).load(COLUMNS)
+        exponent = raw.slice(PAGE, PAGE).load(COLUMNS)
+        in_pairs = gl.join(k_scale, exponent + LOGIT_BIAS).reshape([PAGE // 2, 2, 2]).permute([0, 2, 1]).reshape([2 * PAGE])
         scale_buffers.index(slot).store(gl.convert_layout(in_pairs, PAIRS))
+        filled = tokens < seq_len - (first_page + i) * PAGE
+        inverse = gl.where(filled, gl.exp2(-8.0 - exponent), 0.0)
+        inverse = gl.convert_layout(_in_v_order(inverse, PAGE), COLUMNS)
+        inverses = gl.zeros([8, PAGE], gl.float32, LAYOUT) + inverse[None, :]
         inverse_buffers.index(slot).store(inverses.to(gl.float8e4nv))
         fence_async_shared()
         mbarrier.arrive(scales_full.index(slot))
 
 
 @gluon.jit
-def _start_product(q, buffers, barriers, i, last, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Start Q K^T of page i, int32 [ROWS, PAGE]; behind the last page, that of the last once more, which nobody looks at."""
-    STAGES: gl.constexpr = _stages(HEAD_DIM)
-    k_buffers, _, _, _ = buffers
+def _prepare_tiles(buffers, barriers, tiles, PAGE: gl.constexpr, STAGES: gl.constexpr):
+    """The producer of scales."""
+    turn = 0
+    n = 0  # pages so far
+    tile = _take(tiles, 0, 1)
+    while tile[_PAGES] > 0:
+        _prepare_scales(tile, n, buffers, barriers, PAGE, STAGES)
+        _forget(tiles, turn)
+        n += tile[_PAGES]
+        turn += 1
+        tile = _take(tiles, turn, 1)
+
+
+@gluon.jit
+def _start_product(q, buffers, barriers, slot, parity, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """Start Q K^T of the page whose K is in a slot, int32 [ROWS, PAGE]."""
+    k_buffers, _, _, _, _ = buffers
     k_full, _, _, _ = barriers
-    slot_page = gl.minimum(i, last) - 1
-    slot = gl.where(slot_page < 0, STAGES, slot_page % STAGES)
-    mbarrier.wait(k_full.index(slot), gl.where(slot_page < 0, 0, (slot_page // STAGES) & 1))
+    mbarrier.wait(k_full.index(slot), parity)
     k = k_buffers.index(slot).permute((1, 0))
     return warpgroup_mma(q, k, gl.zeros([ROWS, PAGE], gl.int32, S_LAYOUT), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _start_next(q, buffers, barriers, n, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """Start Q K^T of the page behind page n; where a tile has none, of whatever is in the slot, which nobody looks at."""
+    STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
+    return _start_product(q, buffers, barriers, n % STAGES, (n // STAGES) & 1, HEAD_DIM, PAGE, S_LAYOUT)
 
 
 @gluon.jit
@@ -188,18 +332,18 @@ def _row_max(logits, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _logits(
-    codes, q_scale, q_bias, buffers, i, first_visible, last_visible, soft_cap,
+    codes, q_scale, q_bias, buffers, n, first_visible, last_visible, soft_cap,
     HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr, S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """From Q K^T of page i, whose scales are there, to base-2 logits plus LOGIT_BIAS and V's exponent, and the largest of each
+    """From Q K^T of page n, whose scales are there, to base-2 logits plus LOGIT_BIAS and V's exponent, and the largest of each
     row."""
-    STAGES: gl.constexpr = _stages(HEAD_DIM)
+    STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     # Of 16 numbers, which are 8 columns, each of four threads has the four of its two columns.
     OWN: gl.constexpr = [[1], [2], [16], [32], [64], [128]] if PAGE == 128 else [[1], [2], [16], [32], [64]]
     PAIRS: gl.constexpr = gl.DistributedLinearLayout(OWN, [[4], [8], [0], [0], [0]], [[0], [0]], [], [2 * PAGE])
-    _, _, scale_buffers, _ = buffers
-    in_pairs = scale_buffers.index(i % STAGES).load(PAIRS).reshape([PAGE // 2, 2, 2]).permute([0, 2, 1])
+    _, _, _, scale_buffers, _ = buffers
+    in_pairs = scale_buffers.index(n % STAGES).load(PAIRS).reshape([PAGE // 2, 2, 2]).permute([0, 2, 1])
     k_scale, v_exponent = gl.split(in_pairs)
     k_scale = gl.convert_layout(k_scale.reshape([PAGE]), COLUMNS)
     v_exponent = gl.convert_layout(v_exponent.reshape([PAGE]), COLUMNS)
@@ -231,7 +375,7 @@ def _weights(logits, base, PAGE: gl.constexpr, MASKED: gl.constexpr, P_LAYOUT: g
     Conversions are written out, for the compiler's come before the change of order and cost it another instruction for four.
     """
     p = gl.exp2(logits - _finite(base, MASKED)[:, None])
-    p = p.reshape([ROWS, PAGE // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, PAGE])
+    p = p.reshape([ROWS, PAGE // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, PAGE])  # as `_in_v_order`
     codes = gl.inline_asm_elementwise(
         """{
         .reg .b16 low, high;
@@ -246,16 +390,16 @@ def _weights(logits, base, PAGE: gl.constexpr, MASKED: gl.constexpr, P_LAYOUT: g
 
 @gluon.jit
 def _add_page(
-    p, acc, total, decay, buffers, barriers, i,
-    HEAD_DIM: gl.constexpr, O_LAYOUT: gl.constexpr, T_LAYOUT: gl.constexpr,
+    p, acc, total, decay, buffers, barriers, n,
+    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, O_LAYOUT: gl.constexpr, T_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Add P V of page i, whose V is there, and its sums of P to those of the pages before it, times decay. acc: a tuple, a
+    """Add P V of page n, whose V is there, and its sums of P to those of the pages before it, times decay. acc: a tuple, a
     tensor for each part of the channels. Frees the slot, if the head is not wide: else K in it is still to be read."""
-    STAGES: gl.constexpr = _stages(HEAD_DIM)
+    STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     PART: gl.constexpr = _channels_at_once(HEAD_DIM)
-    _, v_buffers, _, inverse_buffers = buffers
+    _, v_buffers, _, _, inverse_buffers = buffers
     _, _, _, empty = barriers
-    slot = i % STAGES
+    slot = n % STAGES
     v = v_buffers.index(slot)
     of_acc = gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None]
     row_sum = gl.zeros([ROWS, 8], gl.float32, T_LAYOUT)
@@ -276,90 +420,127 @@ def _add_page(
 
 @gluon.jit
 def _attend(
-    q, q_scale, q_bias, state, buffers, barriers, i, last, first_visible, last_visible, soft_cap,
+    q, q_scale, q_bias, state, buffers, barriers, n, first_visible, last_visible, soft_cap,
     HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, T_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Finish page i and begin page i + 1, of which first_visible and last_visible are.
+    """Finish page n and begin page n + 1, of which first_visible and last_visible are.
 
-    state: the started codes of page i + 1, unless the head is wide; logits of page i; base and top, see `page_reference`; and
-    decay, which takes acc and total, sums over the pages before page i, to that base. Returns the state of page i + 1.
+    state: the started codes of page n + 1, unless the head is wide; logits of page n; base and top, see `page_reference`; and
+    decay, which takes acc and total, sums over the pages before page n, to that base. Returns the state of page n + 1.
     """
-    STAGES: gl.constexpr = _stages(HEAD_DIM)
+    STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     started, logits, base, top, decay, acc, total = state
     _, v_full, scales_full, empty = barriers
     if _is_wide(HEAD_DIM):
         p = _weights(logits, base, PAGE, MASKED, P_LAYOUT)
-        mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
-        acc, total = _add_page(p, acc, total, decay, buffers, barriers, i, HEAD_DIM, O_LAYOUT, T_LAYOUT)
-        codes = _start_product(q, buffers, barriers, i + 1, last, HEAD_DIM, PAGE, S_LAYOUT)
-        mbarrier.wait(scales_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
+        mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)
+        acc, total = _add_page(p, acc, total, decay, buffers, barriers, n, HEAD_DIM, PAGE, O_LAYOUT, T_LAYOUT)
+        codes = _start_next(q, buffers, barriers, n, HEAD_DIM, PAGE, S_LAYOUT)
+        mbarrier.wait(scales_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1)
         codes = warpgroup_mma_wait(0, deps=[codes])
-        mbarrier.arrive(empty.index(i % STAGES))
+        mbarrier.arrive(empty.index(n % STAGES))
         logits, highest = _logits(
-            codes, q_scale, q_bias, buffers, i + 1, first_visible, last_visible, soft_cap,
+            codes, q_scale, q_bias, buffers, n + 1, first_visible, last_visible, soft_cap,
             HEAD_DIM, PAGE, MASKED, SOFT_CAP, S_LAYOUT,
         )  # fmt: skip
     else:
-        mbarrier.wait(scales_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1)
+        mbarrier.wait(scales_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1)
         # From here to the wait for V there is no branch, so that the compiler can mix the two.
         p = _weights(logits, base, PAGE, MASKED, P_LAYOUT)
         codes = warpgroup_mma_wait(0, deps=[started[0]])
         logits, highest = _logits(
-            codes, q_scale, q_bias, buffers, i + 1, first_visible, last_visible, soft_cap,
+            codes, q_scale, q_bias, buffers, n + 1, first_visible, last_visible, soft_cap,
             HEAD_DIM, PAGE, MASKED, SOFT_CAP, S_LAYOUT,
         )  # fmt: skip
-        mbarrier.wait(v_full.index(i % STAGES), (i // STAGES) & 1)
-        acc, total = _add_page(p, acc, total, decay, buffers, barriers, i, HEAD_DIM, O_LAYOUT, T_LAYOUT)
-        started = (_start_product(q, buffers, barriers, i + 2, last, HEAD_DIM, PAGE, S_LAYOUT),)
+        mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)
+        acc, total = _add_page(p, acc, total, decay, buffers, barriers, n, HEAD_DIM, PAGE, O_LAYOUT, T_LAYOUT)
+        started = (_start_next(q, buffers, barriers, n + 1, HEAD_DIM, PAGE, S_LAYOUT),)
     new_base, top = page_reference(highest, top)
     decay = gl.exp2(base - _finite(new_base, MASKED))
     return started, logits, new_base, top, decay, acc, total
 
 
 @gluon.jit
-def _query_rows(work, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr, WARPGROUP: gl.constexpr, LAYOUT: gl.constexpr):
+def _query_rows(tile, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr, WARPGROUP: gl.constexpr, LAYOUT: gl.constexpr):
     """Of a warpgroup's query rows: their tokens (int64), their heads, and whether there are such."""
-    q_start, q_len, _, q_block, kv_head, _, _, _ = work
+    _, q_start, q_len, _, q_block, kv_head, _, _, _ = tile
     rows = WARPGROUP * ROWS + gl.arange(0, ROWS, LAYOUT)
     local = q_block * BLOCK_Q + rows // GROUP
     valid = (rows < BLOCK_Q * GROUP) & (local < q_len)
     return (q_start + local).to(gl.int64), kv_head * GROUP + rows % GROUP, valid
 
 
+@triton.constexpr_function
+def _q_layout(head_dim):
+    return gl.BlockedLayout([1, 8], [256 // head_dim, head_dim // 8], [4, 1], [1, 0])
+
+
 @gluon.jit
-def _consume_pages(
-    tensors, strides, work, buffers, barriers, q_buffers, scale, soft_cap,
-    WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
-    ANCHOR: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
+def _load_query(
+    query, strides, tile, WARPGROUP: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr
+):
+    """A warpgroup's query rows of a tile, [ROWS, HEAD_DIM], 0 where there are none."""
+    LAYOUT: gl.constexpr = _q_layout(HEAD_DIM)
+    q_token_stride, q_head_stride, _, _ = strides
+    tokens, heads, valid = _query_rows(tile, GROUP, BLOCK_Q, WARPGROUP, gl.SliceLayout(1, LAYOUT))
+    offsets = tokens * q_token_stride + heads * q_head_stride
+    channels = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LAYOUT))
+    return gl.load(query + offsets[:, None] + channels[None, :], mask=valid[:, None], other=0.0)
+
+
+@gluon.jit
+def _codes(q, inverse):
+    """q * inverse, rounded as `to_int` does, as int8. Conversion instructions run at a quarter of the speed of additions."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .f32 a, b, c, d;
+        .reg .b32 low, high;
+        mul.rn.f32 a, $1, $5;
+        mul.rn.f32 b, $2, $6;
+        mul.rn.f32 c, $3, $7;
+        mul.rn.f32 d, $4, $8;
+        add.rn.f32 a, a, 0f4B400000;
+        add.rn.f32 b, b, 0f4B400000;
+        add.rn.f32 c, c, 0f4B400000;
+        add.rn.f32 d, d, 0f4B400000;
+        prmt.b32 low, a, b, 0x0040;
+        prmt.b32 high, c, d, 0x0040;
+        prmt.b32 $0, low, high, 0x5410;
+        }""",
+        "=r,f,f,f,f,f,f,f,f", [q, inverse], dtype=gl.int8, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _attend_tile(
+    q, tensors, tile, turn, n, buffers, barriers, q_codes, scale, soft_cap,
+    WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
+    ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: quantize its query rows, take them through all pages, and write them out."""
+    """Quantize a warpgroup's query rows of a tile, which are in q_raw or on the way, and take them through all its pages.
+    n: pages before the tile's. Returns acc, total and base after the last page, and q_bias."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAGE, 32])
-    STAGES: gl.constexpr = _stages(HEAD_DIM)
+    STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     PART: gl.constexpr = _channels_at_once(HEAD_DIM)
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, k_width=4)
     T_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
-    Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    Q_ROWS: gl.constexpr = gl.SliceLayout(1, Q_LAYOUT)
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
 
-    query, out, sinks, anchor, v_anchor = tensors
-    q_token_stride, q_head_stride, out_token_stride, out_head_stride = strides
-    _, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages = work
-    _, v_buffers, _, _ = buffers
-    _, v_full, scales_full, _ = barriers
-    q_codes = q_buffers.index(WARPGROUP)
-    tokens, heads, valid = _query_rows(work, GROUP, BLOCK_Q, WARPGROUP, Q_ROWS)
-    channels = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, Q_LAYOUT))
-    offsets = tokens * q_token_stride + heads * q_head_stride
-    q = gl.load(query + offsets[:, None] + channels[None, :], mask=valid[:, None], other=0.0).to(gl.float32)
+    _, _, _, anchor, _ = tensors
+    _, _, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages = tile
+    _, v_buffers, _, _, _ = buffers
+    _, v_full, scales_full, empty = barriers
+    q = q.to(gl.float32)
     amax = gl.max(gl.abs(q), 1)
-    q_codes.store(to_int(q * inverse_or_zero(amax, 127.0)[:, None]).to(gl.int8))
+    q_codes.store(_codes(q, inverse_or_zero(amax, 127.0)[:, None]))
     fence_async_shared()
+    codes = _start_product(q_codes, buffers, barriers, STAGES, turn & 1, HEAD_DIM, PAGE, S_LAYOUT)
     q_scale = gl.convert_layout(amax * (scale * LOG2E / 127.0), S_ROWS)
     q_bias = gl.zeros_like(q_scale)
     if ANCHOR:
+        channels = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, _q_layout(HEAD_DIM)))
         product = gl.sum(q * gl.load(anchor + kv_head * HEAD_DIM + channels)[None, :], 1)
         q_bias = gl.convert_layout(product * (scale * LOG2E), S_ROWS)
 
@@ -368,16 +549,16 @@ def _consume_pages(
     position -= first_page * PAGE
     last = pages - 1
     first_visible = position - WINDOW + 1 if WINDOW > 0 else gl.zeros_like(position)
-    codes = _start_product(q_codes, buffers, barriers, 0, last, HEAD_DIM, PAGE, S_LAYOUT)
-    mbarrier.wait(scales_full.index(0), 0)
+    mbarrier.wait(scales_full.index(n % STAGES), (n // STAGES) & 1)
     codes = warpgroup_mma_wait(0, deps=[codes])
+    mbarrier.arrive(empty.index(STAGES))
     logits, highest = _logits(
-        codes, q_scale, q_bias, buffers, 0, first_visible, position, soft_cap,
+        codes, q_scale, q_bias, buffers, n, first_visible, position, soft_cap,
         HEAD_DIM, PAGE, True, SOFT_CAP, S_LAYOUT,
     )  # fmt: skip
     started = ()
     if not _is_wide(HEAD_DIM):
-        codes = _start_product(q_codes, buffers, barriers, 1, last, HEAD_DIM, PAGE, S_LAYOUT)
+        codes = _start_next(q_codes, buffers, barriers, n, HEAD_DIM, PAGE, S_LAYOUT)
         started = (codes,)  # type: ignore[assignment]
     acc = ()
     for _ in gl.static_range(HEAD_DIM // PART):
@@ -388,32 +569,49 @@ def _consume_pages(
     unmasked = gl.minimum(gl.maximum(full_pages - 1, 0), last)
     for i in range(unmasked):
         state = _attend(
-            q_codes, q_scale, q_bias, state, buffers, barriers, i, last, position, position, soft_cap,
+            q_codes, q_scale, q_bias, state, buffers, barriers, n + i, position, position, soft_cap,
             HEAD_DIM, PAGE, False, SOFT_CAP, S_LAYOUT, O_LAYOUT, P_LAYOUT, T_LAYOUT,
         )  # fmt: skip
     for i in range(unmasked, last):
         last_visible = position - (i + 1) * PAGE
         first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else gl.zeros_like(last_visible)
         state = _attend(
-            q_codes, q_scale, q_bias, state, buffers, barriers, i, last, first_visible, last_visible, soft_cap,
+            q_codes, q_scale, q_bias, state, buffers, barriers, n + i, first_visible, last_visible, soft_cap,
             HEAD_DIM, PAGE, True, SOFT_CAP, S_LAYOUT, O_LAYOUT, P_LAYOUT, T_LAYOUT,
         )  # fmt: skip
     started, logits, base, top, decay, acc, total = state
     if not _is_wide(HEAD_DIM):
         warpgroup_mma_wait(0, deps=[started[0]])  # type: ignore[misc]
     p = _weights(logits, base, PAGE, True, P_LAYOUT)
-    mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
+    n += last
+    mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)
     length = seq_len - (first_page + last) * PAGE
     if length < PAGE:  # codes behind the last token may be a NaN of an earlier owner's
         V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // PAGE, PAGE // 16], [4, 1], [1, 0])
-        v = v_buffers.index(last % STAGES)
+        v = v_buffers.index(n % STAGES)
         filled = _v_token(gl.arange(0, PAGE, gl.SliceLayout(0, V_LAYOUT))) < length
         bits = v.load(V_LAYOUT).to(gl.uint8, bitcast=True)
         v.store(gl.where(filled[None, :], bits, 0).to(gl.uint8).to(gl.float8e4nv, bitcast=True))
         fence_async_shared()
-    acc, total = _add_page(p, acc, total, decay, buffers, barriers, last, HEAD_DIM, O_LAYOUT, T_LAYOUT)
+    acc, total = _add_page(p, acc, total, decay, buffers, barriers, n, HEAD_DIM, PAGE, O_LAYOUT, T_LAYOUT)
+    if _is_wide(HEAD_DIM):
+        mbarrier.arrive(empty.index(n % STAGES))
+    return acc, gl.convert_layout(gl.max(total, 1), S_ROWS) * 256.0, base, q_bias
 
-    total = gl.convert_layout(gl.max(total, 1), S_ROWS) * 256.0
+
+@gluon.jit
+def _write_out(
+    acc, total, base, q_bias, tensors, strides, tile,
+    WARPGROUP: gl.constexpr, GROUP: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, V_ANCHOR: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr,
+):  # fmt: skip
+    """Write a warpgroup's rows of a tile, of which `_attend_tile` has returned the first four arguments."""
+    PART: gl.constexpr = _channels_at_once(HEAD_DIM)
+    O_LAYOUT: gl.constexpr = acc[0].type.layout
+    S_ROWS: gl.constexpr = total.type.layout
+    _, out, sinks, _, v_anchor = tensors
+    _, _, out_token_stride, out_head_stride = strides
+    _, _, _, _, _, kv_head, _, _, _ = tile
     weight = gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]  # of what all values lack: a sink has no value
     if SINKS:
         base -= LOGIT_BIAS
@@ -422,90 +620,103 @@ def _consume_pages(
         head = kv_head * GROUP + (WARPGROUP * ROWS + gl.arange(0, ROWS, S_ROWS)) % GROUP
         total += gl.exp2(gl.load(sinks + head).to(gl.float32) * LOG2E - base)
     total = gl.where(total > 0.0, total, 1.0)  # 0 where all logits are below -LOGIT_BIAS
-    total = gl.convert_layout(total, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
     OUT_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PART, PART // 8], [4, 1], [1, 0])
-    tokens, heads, valid = _query_rows(work, GROUP, BLOCK_Q, WARPGROUP, gl.SliceLayout(1, OUT_LAYOUT))
+    tokens, heads, valid = _query_rows(tile, GROUP, BLOCK_Q, WARPGROUP, gl.SliceLayout(1, OUT_LAYOUT))
     offsets = tokens * out_token_stride + heads * out_head_stride
     for part in gl.static_range(HEAD_DIM // PART):
         result = acc[part]
         if V_ANCHOR:
             lacking = v_anchor + kv_head * HEAD_DIM + part * PART + gl.arange(0, PART, gl.SliceLayout(0, O_LAYOUT))
             result += weight * gl.load(lacking)[None, :]
-        result = gl.convert_layout((result / total).to(out.dtype.element_ty), OUT_LAYOUT)
+        result = gl.convert_layout((result * inverse).to(out.dtype.element_ty), OUT_LAYOUT)
         channels = part * PART + gl.arange(0, PART, gl.SliceLayout(0, OUT_LAYOUT))
         gl.store(out + offsets[:, None] + channels[None, :], result, mask=valid[:, None])
 
 
-@gluon.jit(do_not_specialize=["num_reqs", "q_blocks", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
+@gluon.jit
+def _attend_tiles(
+    tensors, strides, buffers, barriers, tiles, q_buffers, scale, soft_cap,
+    WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
+    ANCHOR: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup."""
+    turn = 0
+    n = 0  # pages so far
+    tile = _take(tiles, 0, 4)
+    while tile[_PAGES] > 0:
+        q = _load_query(tensors[0], strides, tile, WARPGROUP, GROUP, HEAD_DIM, BLOCK_Q)
+        acc, total, base, q_bias = _attend_tile(
+            q, tensors, tile, turn, n, buffers, barriers, q_buffers.index(WARPGROUP), scale, soft_cap,
+            WARPGROUP, GROUP, WINDOW, SOFT_CAP, ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
+        )  # fmt: skip
+        _write_out(
+            acc, total, base, q_bias, tensors, strides, tile, WARPGROUP, GROUP, SOFT_CAP, SINKS, V_ANCHOR, HEAD_DIM, BLOCK_Q
+        )
+        _forget(tiles, turn)
+        n += tile[_PAGES]
+        turn += 1
+        tile = _take(tiles, turn, 4)
+
+
+@gluon.jit(do_not_specialize=["num_reqs", "q_blocks", "kv_heads", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _prefill_kernel(
-    query, out, k_pages, v_pages, scales, block_table, seq_lens, query_start_loc, sinks, anchor, v_anchor,
-    scale, soft_cap, num_reqs, q_blocks,
+    query, out, k_pages, v_pages, scale_rows, block_table, seq_lens, query_start_loc, sinks, anchor, v_anchor, counters,
+    scale, soft_cap, num_reqs, q_blocks, kv_heads,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_rows,
     head_rows,
     GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, ANCHOR: gl.constexpr,
     V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
-    """Grid: (query blocks, KV heads), like the portable kernel's."""
-    kv_head = gl.program_id(1)
-    request, q_block = find_request(query_start_loc, q_blocks - 1 - gl.program_id(0), num_reqs, BLOCK_Q)
-    q_start = gl.load(query_start_loc + request)
-    q_len = gl.load(query_start_loc + request + 1) - q_start
-    seq_len = gl.load(seq_lens + request)
-    # A block behind the last query takes part with one page and without valid rows.
-    used = q_block * BLOCK_Q < q_len
-    first_position = seq_len - q_len + q_block * BLOCK_Q
-    first_page = 0
-    if WINDOW > 0:
-        first_page = gl.maximum(first_position - WINDOW + 1, 0) // PAGE
-    last_page = (gl.minimum(first_position + BLOCK_Q, seq_len) - 1) // PAGE
-    pages = gl.where(used, last_page - first_page + 1, 1)
-    full_pages = gl.where(used, (first_position + 1) // PAGE, 0) if WINDOW == 0 else 0
-    first_page = gl.where(used, first_page, 0)
-
-    STAGES: gl.constexpr = _stages(HEAD_DIM)
+    """Grid: as many programs as run at a time. Each takes one tile, of a query block and a KV head, after the other."""
+    STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     k_buffers = gl.allocate_shared_memory(gl.int8, [STAGES + 1, PAGE, HEAD_DIM], k_pages.layout)
     v_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, HEAD_DIM, PAGE], v_pages.layout)
-    scale_buffers = gl.allocate_shared_memory(
-        gl.float32, [STAGES, 2 * PAGE], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    )
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    raw_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 2, PAGE], scale_rows.layout)
+    scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * PAGE], PLAIN)
     INVERSES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, PAGE], gl.float8e4nv)
     inverse_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 8, PAGE], INVERSES)
     q_buffers = gl.allocate_shared_memory(gl.int8, [2, ROWS, HEAD_DIM], k_pages.layout)
+    tile_places = gl.allocate_shared_memory(gl.int32, [2, 16], PLAIN)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     scales_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    tile_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    tile_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(scales_full.index(i), count=1)
+    for i in gl.static_range(STAGES + 1):
+        mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    mbarrier.init(k_full.index(STAGES), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(tile_full.index(i), count=1)
+        mbarrier.init(tile_empty.index(i), count=3)
 
-    buffers = (k_buffers, v_buffers, scale_buffers, inverse_buffers)
+    buffers = (k_buffers, v_buffers, raw_buffers, scale_buffers, inverse_buffers)
     barriers = (k_full, v_full, scales_full, empty)
+    tiles = (tile_places, tile_full, tile_empty)
+    pages_in = (k_pages, v_pages, scale_rows)
     tensors = (query, out, sinks, anchor, v_anchor)
     strides = (q_token_stride, q_head_stride, out_token_stride, out_head_stride)
-    work = (q_start, q_len, seq_len, q_block, kv_head, first_page, full_pages, pages)
-    table = block_table + request.to(gl.int64) * table_stride + kv_head * table_head_stride
+    tables = (block_table, query_start_loc, seq_lens, table_stride, table_head_stride)
     gl.warp_specialize(
         [
-            (_consume_pages, (
-                tensors, strides, work, buffers, barriers, q_buffers, scale, soft_cap,
+            (_attend_tiles, (
+                tensors, strides, buffers, barriers, tiles, q_buffers, scale, soft_cap,
                 0, GROUP, WINDOW, SOFT_CAP, SINKS, ANCHOR, V_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
             )),
-            (_consume_pages, (
-                tensors, strides, work, buffers, barriers, q_buffers, scale, soft_cap,
+            (_attend_tiles, (
+                tensors, strides, buffers, barriers, tiles, q_buffers, scale, soft_cap,
                 1, GROUP, WINDOW, SOFT_CAP, SINKS, ANCHOR, V_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
             )),
-            (_stream_pages, (
-                k_pages, v_pages, buffers, barriers, table, first_page, pages, block_rows, kv_head * head_rows,
-                HEAD_DIM, PAGE,
+            (_stream_tiles, (
+                pages_in, buffers, barriers, tiles, counters, tables, num_reqs, q_blocks, kv_heads, block_rows, head_rows,
+                WINDOW, HEAD_DIM, PAGE, BLOCK_Q,
             )),
-            (_prepare_scales, (
-                scales, buffers, barriers, table, first_page, pages, seq_len, block_rows, kv_head * head_rows,
-                HEAD_DIM, PAGE,
-            )),
+            (_prepare_tiles, (buffers, barriers, tiles, PAGE, STAGES)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -517,14 +728,26 @@ def supports(layout: PageLayout, group: int) -> bool:
     return layout.head_dim in (64, 128, 256) and group <= BLOCK_M
 
 
+def descriptors(pages: torch.Tensor, layout: PageLayout) -> tuple[TensorDescriptor, ...]:
+    """What the copy engine needs to know of a cache, uint8 [blocks, kv_heads, page_bytes], to copy a page's keys, values,
+    groups of INT4 keys, and scales. The last two arrive as they lie in memory. Raises ValueError where pages begin at addresses
+    that it cannot copy from."""
+    return _descriptors(pages.data_ptr(), pages.shape[0], pages.stride(0), pages.stride(1), layout)
+
+
 @functools.lru_cache(maxsize=1024)
-def descriptors(data: int, rows: int, layout: PageLayout) -> tuple[TensorDescriptor, ...]:
-    """What the copy engine needs to know of a cache at address `data` that spans `rows` rows of layout.tokens bytes, to copy a
-    page's keys, values, groups of INT4 keys, and scales. The last two arrive as they lie in memory."""
+def _descriptors(
+    data: int, blocks: int, block_stride: int, head_stride: int, layout: PageLayout
+) -> tuple[TensorDescriptor, ...]:
     page = layout.tokens
+    if block_stride % (4 * page) or head_stride % (4 * page):
+        raise ValueError(
+            f"pages are {block_stride} and {head_stride} bytes apart, by blocks and by KV heads; on sm_90 both must be "
+            f"multiples of {4 * page}"
+        )
 
     def descriptor(dtype: torch.dtype, gl_dtype: gl.dtype, block: list[int], tiled: bool = True) -> TensorDescriptor:
-        shape = [rows * page // (block[1] * dtype.itemsize), block[1]]
+        shape = [blocks * block_stride // (block[1] * dtype.itemsize), block[1]]
         plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * dtype.itemsize, rank=2)
         placed = gl.NVMMASharedLayout.get_default_for(block, gl_dtype) if tiled else plain
         return TensorDescriptor(_Address(data, dtype), shape, [block[1], 1], block, placed)
@@ -546,6 +769,21 @@ class _Address:
 
     def data_ptr(self) -> int:
         return self.address
+
+
+@functools.cache
+def _zeros(device: torch.device, stream: int) -> torch.Tensor:
+    return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+def _counters(device: torch.device) -> torch.Tensor:
+    """What programs of a launch count tiles and themselves with, from 0 on: int32 [2]. They leave it as it was, so that the
+    launches of a stream can share one."""
+    if device.type != "cuda":
+        return _zeros(device, 0)
+    if torch.cuda.is_current_stream_capturing():  # graphs may be replayed in any stream
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    return _zeros(device, torch.cuda.current_stream(device).cuda_stream)
 
 
 SCRATCH = 512 << 20
@@ -582,7 +820,7 @@ def prefill(
         longest = min(max_seq_len or 1 << 31, block_table.shape[-1] * layout.tokens)
         context_bytes = -(-longest // layout.tokens) * PageLayout(layout.head_dim, 8, layout.tokens).page_bytes
         rooms = max(1, SCRATCH // context_bytes)  # contexts of one head that there is room for
-        # In equal parts: a small last one would leave most of the processors without work for as long as a large one takes.
+        # In equal parts: a small last one would leave most of the processors without tile for as long as a large one takes.
         heads_at_once = _part(kv_heads, rooms // requests)
         requests_at_once = _part(requests, rooms // heads_at_once)
         for head in range(0, kv_heads, heads_at_once):
@@ -603,11 +841,13 @@ def prefill(
     group = heads // pages.shape[1]
     q_blocks = tokens // (BLOCK_M // group) + num_reqs
     block_rows, head_rows = pages.stride(0) // layout.tokens, pages.stride(1) // layout.tokens
-    k_pages, v_pages, *_ = descriptors(pages.data_ptr(), pages.shape[0] * block_rows, layout)
-    _prefill_kernel[(q_blocks, pages.shape[1])](
-        query, out, k_pages, v_pages, pages.view(torch.float32), block_table, seq_lens, query_start_loc,
+    k_pages, v_pages, _, scale_rows = descriptors(pages, layout)
+    programs = min(q_blocks * pages.shape[1], multiprocessors(query.device))
+    _prefill_kernel[(programs,)](
+        query, out, k_pages, v_pages, scale_rows, block_table, seq_lens, query_start_loc,
         query if sinks is None else sinks, query if anchor is None else anchor,
-        query if v_anchor is None else v_anchor, scale, soft_cap, num_reqs, q_blocks,
+        query if v_anchor is None else v_anchor, _counters(query.device), scale, soft_cap, num_reqs, q_blocks,
+        pages.shape[1],
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *table_strides(block_table), block_rows,
         head_rows,
         GROUP=group, WINDOW=window, SOFT_CAP=soft_cap > 0, SINKS=sinks is not None, ANCHOR=anchor is not None,

@@ -360,7 +360,7 @@ def attend(
     group = query.shape[1] // pages.shape[1]
     block_rows, head_rows = pages.stride(0) // layout.tokens, pages.stride(1) // layout.tokens
     _decode_kernel[(programs,)](
-        query, out, *partial, *descriptors(pages.data_ptr(), pages.shape[0] * block_rows, layout),
+        query, out, *partial, *descriptors(pages, layout),
         block_table, seq_lens, query_start_loc, query if sinks is None else sinks, query if anchor is None else anchor,
         query if v_anchor is None else v_anchor, scale, soft_cap, seq_lens.numel(), pages.shape[1], rows,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *table_strides(block_table), block_rows, head_rows,
