@@ -456,7 +456,7 @@ def _attend(
         mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)
         acc, total = _add_page(p, acc, total, decay, buffers, barriers, n, HEAD_DIM, PAGE, O_LAYOUT, T_LAYOUT)
         started = (_start_next(q, buffers, barriers, n + 1, HEAD_DIM, PAGE, S_LAYOUT),)
-    new_base, top = page_reference(highest, top)
+    new_base, top = page_reference(highest, top, base, MASKED)
     decay = gl.exp2(base - _finite(new_base, MASKED))
     return started, logits, new_base, top, decay, acc, total
 
@@ -564,7 +564,8 @@ def _attend_tile(
     for _ in gl.static_range(HEAD_DIM // PART):
         acc += (gl.zeros([ROWS, PART], gl.float32, O_LAYOUT),)  # type: ignore[assignment]
     total = gl.zeros([ROWS, 8], gl.float32, T_LAYOUT)  # eight equal columns, 2**-8 times the sum of P
-    base, top = page_reference(highest, gl.full([ROWS], float("-inf"), gl.float32, S_ROWS))
+    nothing = gl.full([ROWS], float("-inf"), gl.float32, S_ROWS)
+    base, top = page_reference(highest, nothing, nothing, True)
     state = (started, logits, base, top, gl.zeros_like(base), acc, total)
     unmasked = gl.minimum(gl.maximum(full_pages - 1, 0), last)
     for i in range(unmasked):

@@ -261,7 +261,7 @@ def _decode_kernel(
             if WINDOW > 0:
                 visible &= tokens[:, None] > last_visible[None, :] - WINDOW
             logits = gl.where(visible, logits, float("-inf"))
-            new_base, top = page_reference(gl.max(logits, 0), top)
+            new_base, top = page_reference(gl.max(logits, 0), top, base, True)
             shift = gl.where(new_base == float("-inf"), 0.0, new_base)  # a row that has seen nothing: any number will do
             p = gl.exp2(logits - shift[None, :]).to(gl.float8e4nv)
             decay = gl.exp2(base - shift)

@@ -228,14 +228,19 @@ def add_v_anchor(acc, total, v_anchor, HEAD_DIM: tl.constexpr, V_ANCHOR: tl.cons
 
 
 @triton.jit
-def page_reference(highest, top):
-    """What the exponents of P are relative to in a page, from the largest logits `highest` that rows have there and the largest
-    before it, `top`; and the largest so far. All are float32 [rows], -inf where a row has seen nothing.
+def page_reference(highest, top, base, MASKED: tl.constexpr):
+    """What the exponents of P are relative to in a page, from the largest logits `highest` that rows have there, the largest
+    before it, `top`, and the reference before it, `base`; and the largest so far. All are float32 [rows], -inf where a row has
+    seen nothing. MASKED: whether there may be rows that see nothing of the page.
 
     The reference is P_BITS below the page's own largest logit, so that what a page's codes are depends on nothing else; but it
-    does not fall further than acc and total have room for (see `reference.FALL_BITS`).
+    does not fall further than acc and total have room for (see `reference.FALL_BITS`). Where a row sees nothing, it stays, for
+    sums that are scaled anew are rounded anew, and what pages a tile has depends on which rows share it.
     """
-    return tl.maximum(highest, top - FALL_BITS) - P_BITS, tl.maximum(highest, top)
+    reference = tl.maximum(highest, top - FALL_BITS) - P_BITS
+    if MASKED:
+        reference = tl.where(highest == float("-inf"), base, reference)
+    return reference, tl.maximum(highest, top)
 
 
 @triton.jit
@@ -293,7 +298,7 @@ def attend_page(
         # The scale of a token that is not there may be anything: keep 0 * inf out of the sum.
         v_inverse = tl.where(tokens < length, v_inverse, 0.0)
 
-    new_base, top = page_reference(tl.max(logits, 1), top)
+    new_base, top = page_reference(tl.max(logits, 1), top, base, MASKED)
     shift = new_base
     if MASKED:  # a row that has seen nothing yet has no reference; any finite one keeps inf - inf out
         shift = tl.where(new_base == float("-inf"), 0.0, new_base)
