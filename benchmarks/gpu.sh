@@ -45,7 +45,7 @@ step_tests() {
 }
 step_doctor() { run 120 "$python" -m sage_backend.cli doctor; }
 step_attention() {
-    benchmark 300 attention run --prefill 4096 16384 32768 131072 --chunk 2048x129024 --store 8192 \
+    benchmark 300 attention run --prefill 4096 8192 16384 32768 131072 16x1024 4x4096 --chunk 2048x129024 --store 8192 \
         --decode 128x1024 64x8192 8x131072 1x131072 1x1000000 131072+63x1024 --seconds 2 --out "$results/attention-$name.json"
     local shape d heads kv_heads
     for shape in "64 32 8" "256 32 8" "128 32 32"; do  # channels, query heads, KV heads
@@ -81,7 +81,7 @@ step_quality() {
     local model=sage_backend/demo/model
     calibrate $model anchors.tmp
     calibrate $model mixed.tmp --k-bits auto --budget 0.065
-    evaluate 400 quality SAGE SAGE:k_bits=4 "${peers[@]}"
+    evaluate 400 quality SAGE SAGE:smooth_q=true SAGE:k_bits=4 "${peers[@]}"
     evaluate 300 quality-calibrated SAGE:calibration={anchors,mixed}.tmp SAGE:k_bits=4,calibration=anchors.tmp
 }
 step_heldout() {  # the same for a model that is not in the repository

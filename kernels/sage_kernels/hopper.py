@@ -101,7 +101,8 @@ def _find_tile(
     first page, how many pages every row sees whole, and how many there are: 0 for a block behind the last query.
 
     Requests follow one another, and in a request KV heads, of which as many are taken at a time as have room in the L2 cache:
-    their queries lie side by side in memory. Among these, the longest tiles come first.
+    their queries lie side by side in memory. Among these, the longest tiles come first. One head at a time, 16 prompts of 1024
+    tokens take a quarter longer; eight at a time, one of 131072 an eighth.
     """
     CACHED: gl.constexpr = (10 << 20) // (2 * HEAD_DIM + 8)  # tokens of a KV head
     last = q_blocks - 1 - number // kv_heads
