@@ -537,6 +537,19 @@ def test_requests_of_very_different_lengths(kernels) -> None:
         assert relative_error(out, expected) < KERNEL_ERROR
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="the portable kernel has a program for each tile")
+def test_tiles_of_many_prompts(kernels) -> None:
+    """More tiles than processors: short prompts whose KV heads go side by side, long contexts of which one or two do."""
+    requests = [(700, 700)] * 6 + [(0, 0), (45_000, 300), (1, 1), (15_000, 900), (33, 33), (2000, 2000)]
+    shape = {"layout": PageLayout(128), "requests": requests, "heads": 12, "kv_heads": 3, "smooth": True}
+    batch, mask, expected = build(shape, {"window": 0, "soft_cap": 0.0, "sinks": False}, kernels.device)
+    for _ in range(2):  # the counters are as they were
+        out = poisoned(batch.query)
+        kernels.prefill(*batch.attention_args(), out, **mask)
+        assert relative_error(out, expected) < KERNEL_ERROR
+
+
 def test_a_workspace_is_used_again(kernels) -> None:
     """For batches of other sizes, whatever those before have left; one context has more parts than are merged at a time, and
     behind the last request stands padding."""

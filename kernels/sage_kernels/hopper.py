@@ -292,7 +292,7 @@ def _prepare_tiles(buffers, barriers, tiles, PAGE: gl.constexpr, STAGES: gl.cons
 
 
 @gluon.jit
-def _start_product(q, buffers, barriers, slot, parity, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
+def _start_product(q, buffers, barriers, slot, parity, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
     """Start Q K^T of the page whose K is in a slot, int32 [ROWS, PAGE]."""
     k_buffers, _, _, _, _ = buffers
     k_full, _, _, _ = barriers
@@ -305,7 +305,7 @@ def _start_product(q, buffers, barriers, slot, parity, HEAD_DIM: gl.constexpr, P
 def _start_next(q, buffers, barriers, n, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
     """Start Q K^T of the page behind page n; where a tile has none, of whatever is in the slot, which nobody looks at."""
     STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
-    return _start_product(q, buffers, barriers, n % STAGES, (n // STAGES) & 1, HEAD_DIM, PAGE, S_LAYOUT)
+    return _start_product(q, buffers, barriers, n % STAGES, (n // STAGES) & 1, PAGE, S_LAYOUT)
 
 
 @gluon.jit
@@ -537,7 +537,7 @@ def _attend_tile(
     amax = gl.max(gl.abs(q), 1)
     q_codes.store(_codes(q, inverse_or_zero(amax, 127.0)[:, None]))
     fence_async_shared()
-    codes = _start_product(q_codes, buffers, barriers, STAGES, turn & 1, HEAD_DIM, PAGE, S_LAYOUT)
+    codes = _start_product(q_codes, buffers, barriers, STAGES, turn & 1, PAGE, S_LAYOUT)
     q_scale = gl.convert_layout(amax * (scale * LOG2E / 127.0), S_ROWS)
     q_bias = gl.zeros_like(q_scale)
     if ANCHOR:
