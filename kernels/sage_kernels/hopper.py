@@ -16,7 +16,8 @@ What was slower:
   in the 22-bit accumulators; warpgroups that take turns; three warpgroups, which spill registers; pages of 64 tokens;
 - accumulators of Q K^T that start as 1.5 * 2**23 and are floating-point numbers without a conversion, but have to be filled;
 - a quarter of the exponentials as a polynomial, as in FlashAttention-4: special functions are not what it waits for;
-- five slots; half of the exponentials ahead of the wait for the logits they are computed beside, which spills registers.
+- half of the exponentials carried into the next round, ahead of the wait for the logits that they are computed beside, which
+  spills registers. Five slots were now 3% faster, now 2% slower, as the compiler laid out the loop.
 
 A tile costs as much as four pages more than it has: by the clock, 4,700 cycles from its queries to Q K^T of the first page,
 2,100 to its logits, 2,000 for P V of the last page and 1,900 to write out, where a page between takes 2,500. Nor did it help to
