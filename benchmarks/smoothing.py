@@ -8,11 +8,10 @@ The arithmetic is that of `sage_kernels.reference`, P in e4m3 included. Smoothin
 written once allow it:
 
 - K: less an anchor of the layer and head.
-- Q: less the mean of a block of 64 queries, whose products with the keys are then added exactly.
+- Q: less the mean of a block, the tokens of a tile of the portable prefill kernel, whose products with the keys are then added.
 - V: less an anchor, like K, which is added to the output again, since the weights of a row sum up to 1.
 
-The engine smooths K, V where a calibration has an anchor for it, and Q with the option smooth_q. There, the mean is that of a
-tile of the prefill kernel, and in INT8 codes, the rounding of which stays in the queries; docs/architecture.md says more.
+The engine smooths K, V where a calibration has an anchor for it, and Q with the option smooth_q (docs/architecture.md).
 
 Plain torch on a CPU; takes a minute or two.
 """
@@ -24,10 +23,9 @@ import torch
 from key_codes import ANCHORS, HEAD_DIM, TOKENS, Heads, attention, model_activations, random_activations, study
 from torch import Tensor
 
-from sage_kernels.reference import LOG2E, products, quantize_k, quantize_p, quantize_q, quantize_v
+from sage_kernels.reference import LOG2E, quantize_k, quantize_p, quantize_v, query_parts, tile_tokens, times_keys
 from sage_paged import K_BITS, PAGE_TOKENS
 
-BLOCK = 64
 SMOOTHED = ("none", "whole text")
 
 
@@ -38,12 +36,6 @@ def biased_activations() -> list[Heads]:
     return [(q, k, v)]
 
 
-def block_means(q: Tensor) -> Tensor:
-    """The mean query of each block, for each of its queries: [heads, tokens, HEAD_DIM]."""
-    means = [block.mean(1, keepdim=True).expand_as(block) for block in q.split(BLOCK, 1)]
-    return torch.cat(means, 1)
-
-
 def quantized_attention(q: Tensor, k: Tensor, v: Tensor, k_bits: int, k_anchor: str, smooth_q: bool, v_anchor: str) -> Tensor:
     group = len(q) // len(k)
     common = ANCHORS[v_anchor](v)
@@ -52,14 +44,10 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, k_bits: int, k_anchor: 
     k_codes, k_scale, v_codes, v_exponent, common = (
         x.repeat_interleave(group, 0) for x in (k_codes, k_scale, v_codes.float(), v_exponent, common)
     )
-    mean = block_means(q) if smooth_q else torch.zeros_like(q)
-    q_codes, q_scale = quantize_q(q - mean)
-    logits = products(q_codes, k_codes, k_scale) * q_scale[..., None]
-    if smooth_q:
-        logits += products(mean, k_codes, k_scale)
+    parts = query_parts(q, LOG2E / math.sqrt(HEAD_DIM), tile_tokens(group) if smooth_q else 0)
+    logits = times_keys(parts, k_codes, k_scale)
     logits.masked_fill_(torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1), float("-inf"))
-    weighted = logits * (LOG2E / math.sqrt(HEAD_DIM)) + v_exponent[:, None]
-    p8, _ = quantize_p(weighted, max(PAGE_TOKENS))
+    p8, _ = quantize_p(logits + v_exponent[:, None], max(PAGE_TOKENS))
     return p8 @ v_codes / (p8 * (-v_exponent).exp2()[:, None]).sum(-1, keepdim=True) + common
 
 
