@@ -40,7 +40,6 @@ def attention(
     kv_heads = pages.shape[1]
     group = query.shape[1] // kv_heads
     every = query.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)  # [kv_heads, group, queries, head_dim]
-    whole = None if q_block else query_parts(every, scale * LOG2E)  # of all requests at once, where there are no blocks
     sink = None if sinks is None else sinks.float().mul(LOG2E).view(kv_heads, group, 1, 1)
     bias = torch.zeros(every.shape[:-1])
     if anchor is not None:
@@ -63,11 +62,7 @@ def attention(
             k, k_scale, v, v_exponent = (x[:, : last - begin] for x in load(pages, table, layout))
 
             q = every[:, :, low:high]
-            if whole is None:
-                parts = query_parts(q, scale * LOG2E, q_block)
-            else:
-                parts = [(codes[:, :, low:high], q_scale[:, :, low:high]) for codes, q_scale in whole]
-            logits = _logits(parts, k, k_scale)
+            logits = _logits(query_parts(q, scale * LOG2E, q_block), k, k_scale)
             row_bias = bias[:, :, low:high, None]
             if turns is not None:
                 for page, turn in enumerate(turns.pages[request, :, used].T):

@@ -47,6 +47,7 @@ from sage_kernels.tiles import (
     TABLE_STRIDES,
     TABLES,
     find_request,
+    first_block,
     inverse_or_zero,
     page_reference,
     section_offset,
@@ -93,6 +94,39 @@ _PAGES = gl.constexpr(8)
 _v_token = gluon.jit(v_token)
 
 
+@triton.constexpr_function
+def _plain_layout(rank):
+    return gl.SwizzledSharedLayout(1, 1, 1, order=list(range(rank - 1, -1, -1)))
+
+
+@gluon.jit
+def plain(buffer, shape: gl.constexpr, dtype: gl.constexpr):
+    """A buffer row by row, as it was copied, which is not how its layout would be read."""
+    return buffer._reinterpret(dtype, shape, _plain_layout(len(shape)))
+
+
+# What starts to copy a section of the page that begins `row` times PAGE bytes into the cache, by the `descriptors`.
+
+
+@gluon.jit
+def copy_keys(k_pages, row, buffer, full, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr):
+    K_ROW: gl.constexpr = HEAD_DIM * K_BITS // 8
+    k_row = row * (PAGE // K_ROW) if PAGE >= K_ROW else row // (K_ROW // PAGE)
+    tma.async_copy_global_to_shared(k_pages, [k_row, 0], full, buffer)
+
+
+@gluon.jit
+def copy_values(v_pages, row, buffer, full, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr):
+    V_ROW: gl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE) // PAGE
+    tma.async_copy_global_to_shared(v_pages, [row + V_ROW, 0], full, buffer)
+
+
+@gluon.jit
+def copy_scales(scale_rows, row, buffer, full, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr):
+    SCALE_ROW: gl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // PAGE
+    tma.async_copy_global_to_shared(scale_rows, [(row + SCALE_ROW) // 4, 0], full, buffer)
+
+
 @gluon.jit
 def _find_tile(
     number, seq_lens, query_start_loc, num_reqs, q_blocks, kv_heads,
@@ -112,11 +146,11 @@ def _find_tile(
     q_len = gl.load(query_start_loc + request + 1) - q_start
     seq_len = gl.load(seq_lens + request)
     # Blocks of this request, and tiles before its first.
-    end = (q_start + q_len - gl.load(query_start_loc)) // BLOCK_Q + request + 1
+    end = first_block(query_start_loc, gl.load(query_start_loc), request + 1, BLOCK_Q)
     end = gl.where(request + 1 < num_reqs, end, q_blocks)
     blocks = end - (last - block)
     place = number - (q_blocks - end) * kv_heads
-    at_once = gl.minimum(gl.maximum(CACHED // seq_len, 1), kv_heads)
+    at_once = gl.minimum(gl.maximum(CACHED // gl.maximum(seq_len, 1), 1), kv_heads)
     first_head = place // (at_once * blocks) * at_once
     heads = gl.minimum(kv_heads - first_head, at_once)
     place -= first_head * blocks
@@ -187,20 +221,20 @@ def _stream_tile(
     k_full, v_full, _, empty = barriers
     row = gl.load(table + first_page) * block_rows + kv_head * head_rows
     mbarrier.wait(empty.index(STAGES), (turn & 1) ^ 1)
-    _copy_k(k_pages, row, k_buffers.index(STAGES), k_full.index(STAGES), HEAD_DIM, PAGE)
+    mbarrier.expect(k_full.index(STAGES), PAGE * HEAD_DIM)
+    copy_keys(k_pages, row, k_buffers.index(STAGES), k_full.index(STAGES), HEAD_DIM, 8, PAGE)
     for i in range(pages):
         next_row = gl.load(table + first_page + gl.minimum(i + 1, pages - 1)) * block_rows + kv_head * head_rows
         slot = (n + i) % STAGES
         mbarrier.wait(empty.index(slot), (((n + i) // STAGES) & 1) ^ 1)
         mbarrier.expect(v_full.index(slot), PAGE * (HEAD_DIM + 2 * 4))
-        scale_row = (row + section_offset("k_scale", HEAD_DIM, 8, PAGE) // PAGE) // 4
-        tma.async_copy_global_to_shared(scale_rows, [scale_row, 0], v_full.index(slot), raw_buffers.index(slot))
+        copy_scales(scale_rows, row, raw_buffers.index(slot), v_full.index(slot), HEAD_DIM, 8, PAGE)
         if i + 1 < pages:
-            _copy_k(k_pages, next_row, k_buffers.index(slot), k_full.index(slot), HEAD_DIM, PAGE)
+            mbarrier.expect(k_full.index(slot), PAGE * HEAD_DIM)
+            copy_keys(k_pages, next_row, k_buffers.index(slot), k_full.index(slot), HEAD_DIM, 8, PAGE)
         else:
             mbarrier.arrive(k_full.index(slot))
-        v_row = row + section_offset("v", HEAD_DIM, 8, PAGE) // PAGE
-        tma.async_copy_global_to_shared(v_pages, [v_row, 0], v_full.index(slot), v_buffers.index(slot))
+        copy_values(v_pages, row, v_buffers.index(slot), v_full.index(slot), HEAD_DIM, 8, PAGE)
         row = next_row
 
 
@@ -233,16 +267,9 @@ def _stream_tiles(
 
 
 @gluon.jit
-def _copy_k(k_pages, row, buffer, full, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr):
-    k_row = row * (PAGE // HEAD_DIM) if PAGE >= HEAD_DIM else row // (HEAD_DIM // PAGE)
-    mbarrier.expect(full, PAGE * HEAD_DIM)
-    tma.async_copy_global_to_shared(k_pages, [k_row, 0], full, buffer)
-
-
-@gluon.jit
-def _in_v_order(x, PAGE: gl.constexpr):
-    """Of each token of a page, [PAGE], in the order of V."""
-    return x.reshape([PAGE // 16, 2, 4, 2]).permute([0, 2, 1, 3]).reshape([PAGE])
+def _in_v_order(x, COUNT: gl.constexpr, PAGE: gl.constexpr):
+    """x [COUNT, PAGE], whose columns are the tokens of a page, with these in the order of V."""
+    return x.reshape([COUNT, PAGE // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([COUNT, PAGE])
 
 
 @gluon.jit
@@ -264,15 +291,15 @@ def _prepare_scales(tile, n, buffers, barriers, PAGE: gl.constexpr, STAGES: gl.c
     for i in range(pages):
         slot = (n + i) % STAGES
         mbarrier.wait(v_full.index(slot), ((n + i) // STAGES) & 1)
-        raw = raw_buffers.index(slot)._reinterpret(gl.float32, [2 * PAGE], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+        raw = plain(raw_buffers.index(slot), [2 * PAGE], gl.float32)
         k_scale = raw.slice(0, PAGE).load(COLUMNS)
         exponent = raw.slice(PAGE, PAGE).load(COLUMNS)
         in_pairs = gl.join(k_scale, exponent + LOGIT_BIAS).reshape([PAGE // 2, 2, 2]).permute([0, 2, 1]).reshape([2 * PAGE])
         scale_buffers.index(slot).store(gl.convert_layout(in_pairs, PAIRS))
         filled = tokens < seq_len - (first_page + i) * PAGE
         inverse = gl.where(filled, gl.exp2(-8.0 - exponent), 0.0)
-        inverse = gl.convert_layout(_in_v_order(inverse, PAGE), COLUMNS)
-        inverses = gl.zeros([8, PAGE], gl.float32, LAYOUT) + inverse[None, :]
+        inverse = gl.convert_layout(_in_v_order(inverse[None, :], 1, PAGE), LAYOUT)
+        inverses = gl.zeros([8, PAGE], gl.float32, LAYOUT) + inverse
         inverse_buffers.index(slot).store(inverses.to(gl.float8e4nv))
         fence_async_shared()
         mbarrier.arrive(scales_full.index(slot))
@@ -376,8 +403,7 @@ def _weights(logits, base, PAGE: gl.constexpr, MASKED: gl.constexpr, P_LAYOUT: g
 
     Conversions are written out, for the compiler's come before the change of order and cost it another instruction for four.
     """
-    p = gl.exp2(logits - _finite(base, MASKED)[:, None])
-    p = p.reshape([ROWS, PAGE // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([ROWS, PAGE])  # as `_in_v_order`
+    p = _in_v_order(gl.exp2(logits - _finite(base, MASKED)[:, None]), ROWS, PAGE)
     codes = gl.inline_asm_elementwise(
         """{
         .reg .b16 low, high;
@@ -520,7 +546,7 @@ def _attend_tile(
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
     ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
-    """Quantize a warpgroup's query rows of a tile, which are in q_raw or on the way, and take them through all its pages.
+    """Quantize q, a warpgroup's query rows of a tile, and take them through all its pages. q_codes: where their codes go.
     n: pages before the tile's. Returns acc, total and base after the last page, and q_bias."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAGE, 32])
     STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
@@ -675,7 +701,7 @@ def _prefill_kernel(
     STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     k_buffers = gl.allocate_shared_memory(gl.int8, [STAGES + 1, PAGE, HEAD_DIM], k_pages.layout)
     v_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, HEAD_DIM, PAGE], v_pages.layout)
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    PLAIN: gl.constexpr = _plain_layout(1)
     raw_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 2, PAGE], scale_rows.layout)
     scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * PAGE], PLAIN)
     INVERSES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, PAGE], gl.float8e4nv)

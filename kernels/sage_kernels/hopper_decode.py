@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sage_kernels.device import dependent_launch
-from sage_kernels.hopper import descriptors
+from sage_kernels.hopper import copy_keys, copy_scales, copy_values, descriptors, plain
 from sage_kernels.prefill import table_strides
 from sage_kernels.shares import LANES, count_parts, find_share, next_segment, place_of_part
 from sage_kernels.tiles import (
@@ -42,26 +42,16 @@ _v_token = gluon.jit(v_token)
 @gluon.jit
 def _fetch(pages, buffers, full, slot, row, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr):
     """Start to copy the page that begins `row` times PAGE bytes into the cache. pages, buffers: of K, V, groups, scales."""
-    K_ROW: gl.constexpr = HEAD_DIM * K_BITS // 8
-    V_ROW: gl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE) // PAGE
     GROUP_ROW: gl.constexpr = section_offset("k_groups", HEAD_DIM, K_BITS, PAGE) // PAGE
-    SCALE_ROW: gl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // PAGE
-    k_row = row * (PAGE // K_ROW) if PAGE >= K_ROW else row // (K_ROW // PAGE)
     k_pages, v_pages, group_rows, scale_rows = pages
     k_buffers, v_buffers, group_buffers, scale_buffers = buffers
     barrier = full.index(slot)
     mbarrier.expect(barrier, section_offset("end", HEAD_DIM, K_BITS, PAGE))
-    tma.async_copy_global_to_shared(k_pages, [k_row, 0], barrier, k_buffers.index(slot))
-    tma.async_copy_global_to_shared(v_pages, [row + V_ROW, 0], barrier, v_buffers.index(slot))
+    copy_keys(k_pages, row, k_buffers.index(slot), barrier, HEAD_DIM, K_BITS, PAGE)
+    copy_values(v_pages, row, v_buffers.index(slot), barrier, HEAD_DIM, K_BITS, PAGE)
     if K_BITS == 4:
         tma.async_copy_global_to_shared(group_rows, [row + GROUP_ROW, 0], barrier, group_buffers.index(slot))
-    tma.async_copy_global_to_shared(scale_rows, [(row + SCALE_ROW) // 4, 0], barrier, scale_buffers.index(slot))
-
-
-@gluon.jit
-def _plain(buffer, shape: gl.constexpr, dtype: gl.constexpr):
-    """A buffer row by row, as it was copied, which is not how its layout would be read."""
-    return buffer._reinterpret(dtype, shape, gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
+    copy_scales(scale_rows, row, scale_buffers.index(slot), barrier, HEAD_DIM, K_BITS, PAGE)
 
 
 @gluon.jit
@@ -72,7 +62,7 @@ def _widen(k_buffer, group_buffer, low_buffer, high_buffer, HEAD_DIM: gl.constex
     BYTES: gl.constexpr = gl.BlockedLayout([1, GROUPS, GROUP_BYTES], [32, 1, 1], [4, 1, 1], [2, 1, 0])
     OF_GROUPS: gl.constexpr = gl.SliceLayout(2, BYTES)
     TOKENS: gl.constexpr = gl.BlockedLayout([1, HALF], [32, 1], [4, 1], [1, 0])
-    groups = _plain(group_buffer, [PAGE, 2 * GROUPS], gl.int8)
+    groups = plain(group_buffer, [PAGE, 2 * GROUPS], gl.int8)
     step = groups.slice(0, GROUPS, dim=1).load(OF_GROUPS)[:, :, None]
     base = groups.slice(GROUPS, GROUPS, dim=1).load(OF_GROUPS)[:, :, None]
     nibbles = gl.convert_layout(k_buffer.load(TOKENS).reshape([PAGE, GROUPS, GROUP_BYTES]), BYTES)
@@ -241,7 +231,7 @@ def _decode_kernel(
             codes = warpgroup_mma(k, q_buffer.permute((1, 0)), codes, use_acc=False, is_async=True)
             if K_BITS == 4:
                 codes = warpgroup_mma(high_buffer, q_high_buffer.permute((1, 0)), codes, is_async=True)
-            scales = _plain(scale_buffers.index(slot), [SCALES, PAGE], gl.float32)
+            scales = plain(scale_buffers.index(slot), [SCALES, PAGE], gl.float32)
             k_scale = scales.slice(0, 1, dim=0).permute((1, 0)).load(LAYOUT)
             if K_BITS == 8:
                 v_exponent = scales.slice(1, 1, dim=0).permute((1, 0)).load(LAYOUT)

@@ -104,23 +104,28 @@ def e4m3_bits_to_half(code):
 
 
 @triton.jit
-def find_request(query_start_loc, q_block, num_reqs, BLOCK_Q: tl.constexpr, SPARE: tl.constexpr = 1):
-    """The request that query block `q_block` belongs to, and the how manieth of its blocks that is.
+def first_block(query_start_loc, base, request, BLOCK_Q: tl.constexpr, SPARE: tl.constexpr = 1):
+    """The first query block of a request. base: query_start_loc[0].
 
     Request r gets its blocks from start(r) // BLOCK_Q + SPARE * r on: at least as many as it needs, without a table. Blocks
     that begin with a request's first query need one to spare, others, which may begin before it, two.
     """
+    return (tl.load(query_start_loc + request) - base) // BLOCK_Q + SPARE * request
+
+
+@triton.jit
+def find_request(query_start_loc, q_block, num_reqs, BLOCK_Q: tl.constexpr, SPARE: tl.constexpr = 1):
+    """The request that query block `q_block` belongs to, and the how manieth of its blocks that is (see `first_block`)."""
     base = tl.load(query_start_loc)
     low = 0
     high = num_reqs
     while high - low > 1:
         middle = (low + high) // 2
-        if (tl.load(query_start_loc + middle) - base) // BLOCK_Q + SPARE * middle <= q_block:
+        if first_block(query_start_loc, base, middle, BLOCK_Q, SPARE) <= q_block:
             low = middle
         else:
             high = middle
-    first_block = (tl.load(query_start_loc + low) - base) // BLOCK_Q + SPARE * low
-    return low, q_block - first_block
+    return low, q_block - first_block(query_start_loc, base, low, BLOCK_Q, SPARE)
 
 
 @triton.jit
