@@ -8,7 +8,9 @@
 In each case all contenders get the same random bf16 data, with strongly biased key channels. Each is first compared with exact
 float32 attention on sampled rows, and only timed if it is close enough. Timings go round by round, one of every contender in
 an order that is drawn anew, so that clocks and temperature are the same for all. A timing is the GPU time of one call that
-finds its inputs outside the L2 cache; the host's own time to launch it is not part of it.
+finds its inputs outside the L2 cache; the host's own time to launch it is not part of it. With `--sustain S`, each contender
+also runs S seconds on end, and what a GPU draws and how fast it still runs then is reported: a prompt of a server is one call
+after the other, and there a GPU is slowed down by its limit of power, which single calls are over too soon to meet.
 
 A contender that is not installed, or fails, is listed with the reason. `plot` needs matplotlib but neither torch nor a GPU.
 """
@@ -22,9 +24,11 @@ import json
 import os
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -547,14 +551,59 @@ def summary(times: Sequence[float]) -> dict[str, Any]:
     return {name: round(value, 5) for name, value in spread.items()} | {"rounds": len(times)}
 
 
+def speed(contender: Contender, case: Case, shape: Shape, per_second: float) -> dict[str, Any]:
+    """What so many calls a second are, in the unit of the case."""
+    if case.kind == "decode":
+        kv_bytes = sum(case.lengths) * shape.kv_heads * contender.kv_bytes(shape.head_dim)
+        return {"kv_bytes": kv_bytes, "gb_per_s": round(kv_bytes * per_second / 1e9, 1)}
+    return {"tops": round(case.operations(shape) * per_second / 1e12, 1)}
+
+
 def figures(contender: Contender, case: Case, shape: Shape, times: Sequence[float]) -> dict[str, Any]:
     """What the timings of a contender say in this case."""
     result = summary(times)
-    per_second = 1e3 / result["ms"]
-    if case.kind == "decode":
-        kv_bytes = sum(case.lengths) * shape.kv_heads * contender.kv_bytes(shape.head_dim)
-        return result | {"kv_bytes": kv_bytes, "gb_per_s": round(kv_bytes * per_second / 1e9, 1)}
-    return result | {"tops": round(case.operations(shape) * per_second / 1e12, 1)}
+    return result | speed(contender, case, shape, 1e3 / result["ms"])
+
+
+SAMPLED = "clocks.sm", "power.draw", "clocks_event_reasons.sw_power_cap"
+
+
+def smi(fields: Sequence[str], form: str = "csv,noheader") -> list[str]:
+    """A command that tells so much about this process's GPU."""
+    uuid = torch.cuda.get_device_properties().uuid
+    return ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields)}", f"--format={form}"]
+
+
+def power(samples: Sequence[str]) -> dict[str, Any]:
+    """Medians of clock and power, and in which share of the samples the limit of power held the clock back; nothing of none."""
+    if not samples:
+        return {}
+    clocks, watts, capped = zip(*(line.split(", ") for line in samples), strict=True)
+    return {
+        "sm_mhz": statistics.median(map(float, clocks)),
+        "watts": round(statistics.median(map(float, watts)), 1),
+        "power_capped": round(sum(word == "Active" for word in capped) / len(capped), 3),
+    }
+
+
+def sustain(call: Callable[[], object], ms: float, seconds: float) -> tuple[float, dict[str, Any]]:
+    """Call on end for so many seconds; ms: what a call takes. Of the second half, by which clock and power have settled: how
+    many calls a second, and `power`."""
+    calls = max(1, int(50 / ms))  # between two looks at the time
+    marks = [(0.0, 0)]
+    command = [*smi(SAMPLED, "csv,noheader,nounits"), "--loop-ms=100"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sampler:
+        start = time.perf_counter()
+        while marks[-1][0] < seconds:
+            for _ in range(calls):
+                call()
+            torch.cuda.synchronize()
+            marks.append((time.perf_counter() - start, marks[-1][1] + calls))
+        sampler.terminate()
+        samples = sampler.communicate()[0].splitlines()[:-1]  # the last may be cut
+    end, done = marks[-1]
+    middle, before = max(mark for mark in marks[:-1] if mark[0] <= end / 2)
+    return (done - before) / (end - middle), power(samples[len(samples) // 2 :])
 
 
 def one_line(error: BaseException) -> str:
@@ -604,6 +653,11 @@ def measure(case: Case, contenders: Iterable[Contender], shape: Shape, arguments
             results[name]["store"] = summary(times)
         else:
             results[name] |= figures(CONTENDERS[name], case, shape, times)
+    if arguments.sustain:
+        for name, what in calls:
+            if what == "attend":
+                per_second, drawn = sustain(calls[name, what], results[name]["ms"], arguments.sustain)
+                results[name]["sustained"] = speed(CONTENDERS[name], case, shape, per_second) | drawn
     return case.description() | {"results": list(results.values())}
 
 
@@ -629,9 +683,8 @@ def device_facts() -> dict[str, Any]:
         "memory_gib": round(properties.total_memory / 2**30, 1),
     }
     asked = ["driver_version", "power.limit", "clocks.max.sm"]
-    query = ["nvidia-smi", f"--id={torch.cuda.current_device()}", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        answer = subprocess.run(smi(asked), capture_output=True, text=True, timeout=20, check=True).stdout
         facts |= dict(zip(asked, (value.strip() for value in answer.strip().split(",")), strict=True))
     except (OSError, ValueError, subprocess.SubprocessError):
         pass  # nice to have
@@ -657,8 +710,11 @@ def table(report: dict[str, Any]) -> str:
         timed = sorted((result for result in case["results"] if "ms" in result), key=lambda result: result["ms"])
         baseline = next((result["ms"] for result in timed if result["contender"] == BASELINE), None)
         decoding, storing = case["kind"] == "decode", any("store" in result for result in timed)
-        header = [case["case"], "ms", "p10 - p90", *(["GB/s", "MB of KV"] if decoding else ["TOPS"]), "vs FA3 BF16", "error"]
+        sustained = any("sustained" in result for result in timed)
+        unit = "GB/s" if decoding else "TOPS"
+        header = [case["case"], "ms", "p10 - p90", unit, *(["MB of KV"] if decoding else []), "vs FA3 BF16", "error"]
         rows = [[*header, "KV B/token/head", *(["store ms", "of attention"] if storing else [])]]
+        rows[0] += [f"sustained {unit}", "MHz", "W"] if sustained else []
         for result in timed:
             row = [result["label"], f"{result['ms']:.3f}", f"{result['ms_p10']:.3f} - {result['ms_p90']:.3f}"]
             if decoding:
@@ -670,6 +726,10 @@ def table(report: dict[str, Any]) -> str:
             if storing:
                 store = result.get("store")
                 row += [f"{store['ms']:.3f}", f"{store['ms'] / result['ms']:.1%}"] if store else ["", ""]
+            if sustained:
+                steady = result["sustained"]
+                rate = steady["gb_per_s" if decoding else "tops"]
+                row += [f"{rate:.0f}", *(f"{steady[name]:.0f}" if name in steady else "" for name in ("sm_mhz", "watts"))]
             rows.append(row)
         lines += aligned(rows)
         lines += [f"  {result['label']}: not timed: {result['failed']}" for result in case["results"] if "failed" in result]
@@ -680,6 +740,8 @@ def table(report: dict[str, Any]) -> str:
 def run(arguments: argparse.Namespace) -> None:
     if torch is None or not torch.cuda.is_available():
         sys.exit("attention.py run: needs an NVIDIA GPU, and torch sees none here; `plot` works without")
+    if arguments.sustain and not shutil.which("nvidia-smi"):
+        sys.exit("attention.py run: --sustain needs nvidia-smi, which is not there")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     torch.set_float32_matmul_precision("highest")
     shape = Shape(arguments.heads, arguments.kv_heads, arguments.head_dim)
@@ -900,6 +962,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     of_run.add_argument("--peer-page", type=positive, default=64, help="tokens of the other contenders' pages (default: 64)")
     of_run.add_argument("--rounds", type=positive, default=25)
     of_run.add_argument("--seconds", type=positive, default=60, help="GPU time for the timings of a case (default: 60)")
+    of_run.add_argument("--sustain", type=positive, metavar="S", help="let each contender run S seconds on end, too")
     of_run.add_argument("--out", type=Path, help="JSON file for the results")
     of_plot = commands.add_parser("plot", help="draw the figures of a report, as PNG files next to it")
     of_plot.add_argument("file", type=Path, metavar="FILE.json")

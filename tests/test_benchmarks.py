@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -70,6 +72,28 @@ def test_figures(attention: ModuleType) -> None:
     assert (decode["ms"], decode["ms_p10"], decode["ms_p90"], decode["rounds"]) == (2.0, 1.2, 2.8, 3)
     prefill = attention.figures(contender, attention.Case("prefill", 1, 4096, 4096), shape, times)
     assert prefill["tops"] == round(4 * 32 * 128 * (4096 * 4097 // 2) / 2e-3 / 1e12, 1)
+
+
+def test_sustained_speed(attention: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second half counts: there the clock has gone down, and calls take four times as long."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys, time\n"
+        "assert '--loop-ms=100' in sys.argv and '--id=GPU-42' in sys.argv\n"
+        "for i in range(1000):\n"
+        "    print('1980, 300.5, Not Active' if i < 5 else '1750, 699.0, Active', flush=True)\n"
+        "    time.sleep(0.1)\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid=42))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    start = time.perf_counter()
+    per_second, drawn = attention.sustain(lambda: time.sleep(0.02 if time.perf_counter() - start < 0.9 else 0.08), 50, 3)
+    assert per_second == pytest.approx(12.5, rel=0.15)
+    assert drawn == {"sm_mhz": 1750.0, "watts": 699.0, "power_capped": 1.0}
+    assert attention.power(["1980, 300.0, Not Active", "1750, 700.0, Active"])["power_capped"] == 0.5
+    assert attention.power([]) == {}
 
 
 def test_interleaving(attention: ModuleType) -> None:
@@ -161,12 +185,17 @@ def report() -> dict[str, Any]:
 
 
 def test_table(attention: ModuleType, report: dict[str, Any]) -> None:
+    known = {"sm_mhz": 1750.0, "watts": 699.0, "power_capped": 1.0}
+    theirs, ours, _ = report["cases"][2]["results"]
+    theirs["sustained"], ours["sustained"] = {"gb_per_s": 1900.0} | known, {"gb_per_s": 3900.0}
     lines = attention.table(report).splitlines()
     assert [line.split() for line in lines if "SAGE-INT8" in line] == [
         ["SAGE-INT8", "0.500", "0.490", "-", "0.525", "800", "2.00x", "0.0300", "264"],
         ["SAGE-INT8", "0.500", "0.490", "-", "0.525", "800", "2.00x", "0.0300", "264", "0.025", "5.0%"],
-        ["SAGE-INT8", "0.500", "0.490", "-", "0.525", "4000", "1073.7", "2.00x", "0.0300", "264"],
+        ["SAGE-INT8", "0.500", "0.490", "-", "0.525", "4000", "1073.7", "2.00x", "0.0300", "264", "3900"],
     ]
+    assert [line.split()[-3:] for line in lines if "sustained GB/s" in line] == [["GB/s", "MHz", "W"]]
+    assert [line.split()[-3:] for line in lines if "FA3-BF16" in line][-1] == ["1900", "1750", "699"]
     assert lines.count("  cuDNN: not timed: takes whole prompts only") == 3
     assert lines[-1] == "  decode 1x99999999: not measured: out of memory"
 

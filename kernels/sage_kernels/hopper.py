@@ -6,22 +6,32 @@ one tile, of a query block and a KV head, after the other, so that pages of the 
 
 A softmax has two parts that use different units: logits and their maximum (arithmetic) and exponentials (special functions),
 and the second waits for the first. Within a warpgroup the exponentials of one page are therefore computed beside the logits of
-the next, in one straight run of instructions. By a profile that is not kept, an H100 is at its limit of power in this kernel,
-and issues an instruction in every other cycle, so what counts is how many there are. Heads of 256 channels leave no registers
-for that: a page is finished before the logits of the next, and P V is added up a quarter of the channels at a time.
+the next, in one straight run of instructions. Heads of 256 channels leave no registers for that: a page is finished before the
+logits of the next, and P V is added up a quarter of the channels at a time.
+
+What limits it: by the clock, a page costs both warpgroups together 2,440 cycles, in about half of which the tensor cores work,
+in half of which the schedulers issue, and in two fifths of which special functions do. Without any exponential it would be 13%
+faster, and 10% on end: then an H100 meets its limit of power and runs it at 1,732 of 1,980 MHz, and FlashAttention-3 in BF16 at
+1,478 (benchmarks/results/attention-sustained-h100.json).
 
 What was slower:
 
 - P V left running during the softmax, as in FlashAttention-3 (section 3.2), for which registers suffice only with longer sums
-  in the 22-bit accumulators; warpgroups that take turns; three warpgroups, which spill registers; pages of 64 tokens;
+  in the 22-bit accumulators, or for half of the channels at a time (-18%; with turns -12%);
+- warpgroups that take turns, by barriers in shared memory or by named ones (-4%); three warpgroups, which spill registers;
+- pages of 64 tokens;
 - accumulators of Q K^T that start as 1.5 * 2**23 and are floating-point numbers without a conversion, but have to be filled;
-- a quarter of the exponentials as a polynomial, as in FlashAttention-4: special functions are not what it waits for;
-- half of the exponentials carried into the next round, ahead of the wait for the logits that they are computed beside, which
-  spills registers. Five slots were now 3% faster, now 2% slower, as the compiler laid out the loop.
+- a quarter of the exponentials as a polynomial, as in FlashAttention-4, which takes more instructions;
+- half or all of the exponentials ahead of the wait for the logits that they are computed beside: carried into the next round,
+  which spills registers, or held there by a store that depends on them and never happens (-4%, -7%);
+- arrivals of all threads, which need no barrier around them (-2%);
+- queries that two more warps quantize ahead of time, which takes these longer than a tile of a short prompt lasts;
+- divisions without branches, +4% for prompts of 1,024 tokens, but -3% for long ones; five slots, now +3%, now -2%: the compiler
+  lays out the loop anew after every change elsewhere, and nearly the same instructions in another order have cost 3%.
 
 A tile costs as much as four pages more than it has: by the clock, 4,700 cycles from its queries to Q K^T of the first page,
 2,100 to its logits, 2,000 for P V of the last page and 1,900 to write out, where a page between takes 2,500. Nor did it help to
-bring the next tile's queries ahead of time, into the L2 cache (no gain) or into shared memory (spills).
+bring the next tile's queries ahead of time, into the L2 cache (no gain), or into shared memory or registers (spills).
 """
 
 import functools
