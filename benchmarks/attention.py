@@ -575,8 +575,9 @@ def smi(fields: Sequence[str], form: str = "csv,noheader") -> list[str]:
 
 
 def power(samples: Sequence[str]) -> dict[str, Any]:
-    """Medians of clock and power, and in which share of the samples the limit of power held the clock back; nothing of none."""
-    if not samples:
+    """Medians of clock and power, and in which share of the samples the limit of power held the clock back. Nothing, if there
+    are no samples or the GPU does not tell."""
+    if not samples or any("[" in line for line in samples):  # such as [N/A]
         return {}
     clocks, watts, capped = zip(*(line.split(", ") for line in samples), strict=True)
     return {
@@ -594,12 +595,14 @@ def sustain(call: Callable[[], object], ms: float, seconds: float) -> tuple[floa
     command = [*smi(SAMPLED, "csv,noheader,nounits"), "--loop-ms=100"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sampler:
         start = time.perf_counter()
-        while marks[-1][0] < seconds:
-            for _ in range(calls):
-                call()
-            torch.cuda.synchronize()
-            marks.append((time.perf_counter() - start, marks[-1][1] + calls))
-        sampler.terminate()
+        try:
+            while marks[-1][0] < seconds:
+                for _ in range(calls):
+                    call()
+                torch.cuda.synchronize()
+                marks.append((time.perf_counter() - start, marks[-1][1] + calls))
+        finally:
+            sampler.terminate()
         samples = sampler.communicate()[0].splitlines()[:-1]  # the last may be cut
     end, done = marks[-1]
     middle, before = max(mark for mark in marks[:-1] if mark[0] <= end / 2)

@@ -26,7 +26,7 @@ What was slower:
   which spills registers, or held there by a store that depends on them and never happens (-4%, -7%);
 - arrivals of all threads, which need no barrier around them (-2%);
 - queries that two more warps quantize ahead of time, which takes these longer than a tile of a short prompt lasts;
-- divisions without branches, +4% for prompts of 1,024 tokens, but -3% for long ones; five slots, now +3%, now -2%: the compiler
+- divisions without branches, +3% for prompts of 1,024 tokens, but -2% for long ones; five slots, now +3%, now -2%: the compiler
   lays out the loop anew after every change elsewhere, and nearly the same instructions in another order have cost 3%.
 
 A tile costs as much as four pages more than it has: by the clock, 4,700 cycles from its queries to Q K^T of the first page,
