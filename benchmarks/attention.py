@@ -576,8 +576,8 @@ def smi(fields: Sequence[str], form: str = "csv,noheader") -> list[str]:
 
 def power(samples: Sequence[str]) -> dict[str, Any]:
     """Medians of clock and power, and in which share of the samples the limit of power held the clock back. Nothing, if there
-    are no samples or the GPU does not tell."""
-    if not samples or any("[" in line for line in samples):  # such as [N/A]
+    are no samples or they do not tell."""
+    if not samples or any(line.count(", ") != 2 or "[" in line for line in samples):  # such as [N/A], or an unknown field
         return {}
     clocks, watts, capped = zip(*(line.split(", ") for line in samples), strict=True)
     return {
@@ -656,11 +656,10 @@ def measure(case: Case, contenders: Iterable[Contender], shape: Shape, arguments
             results[name]["store"] = summary(times)
         else:
             results[name] |= figures(CONTENDERS[name], case, shape, times)
-    if arguments.sustain:
-        for name, what in calls:
-            if what == "attend":
-                per_second, drawn = sustain(calls[name, what], results[name]["ms"], arguments.sustain)
-                results[name]["sustained"] = speed(CONTENDERS[name], case, shape, per_second) | drawn
+    for (name, what), call in calls.items():
+        if arguments.sustain and what == "attend":
+            per_second, drawn = sustain(call, results[name]["ms"], arguments.sustain)
+            results[name]["sustained"] = speed(CONTENDERS[name], case, shape, per_second) | drawn
     return case.description() | {"results": list(results.values())}
 
 
@@ -714,25 +713,22 @@ def table(report: dict[str, Any]) -> str:
         baseline = next((result["ms"] for result in timed if result["contender"] == BASELINE), None)
         decoding, storing = case["kind"] == "decode", any("store" in result for result in timed)
         sustained = any("sustained" in result for result in timed)
-        unit = "GB/s" if decoding else "TOPS"
-        header = [case["case"], "ms", "p10 - p90", unit, *(["MB of KV"] if decoding else []), "vs FA3 BF16", "error"]
-        rows = [[*header, "KV B/token/head", *(["store ms", "of attention"] if storing else [])]]
-        rows[0] += [f"sustained {unit}", "MHz", "W"] if sustained else []
+        unit, rate = ("GB/s", "gb_per_s") if decoding else ("TOPS", "tops")
+        header = [case["case"], "ms", "p10 - p90", unit, *(["MB of KV"] if decoding else [])]
+        header += ["vs FA3 BF16", "error", "KV B/token/head", *(["store ms", "of attention"] if storing else [])]
+        header += [f"sustained {unit}", "MHz", "W"] if sustained else []
+        rows = [header]
         for result in timed:
             row = [result["label"], f"{result['ms']:.3f}", f"{result['ms_p10']:.3f} - {result['ms_p90']:.3f}"]
-            if decoding:
-                row += [f"{result['gb_per_s']:.0f}", f"{result['kv_bytes'] / 1e6:.1f}"]
-            else:
-                row.append(f"{result['tops']:.0f}")
+            row += [f"{result[rate]:.0f}", *([f"{result['kv_bytes'] / 1e6:.1f}"] if decoding else [])]
             row += [f"{baseline / result['ms']:.2f}x" if baseline else "", f"{result['error']:.4f}"]
             row.append(str(result["kv_bytes_per_token_head"]))
             if storing:
                 store = result.get("store")
                 row += [f"{store['ms']:.3f}", f"{store['ms'] / result['ms']:.1%}"] if store else ["", ""]
             if sustained:
-                steady = result["sustained"]
-                rate = steady["gb_per_s" if decoding else "tops"]
-                row += [f"{rate:.0f}", *(f"{steady[name]:.0f}" if name in steady else "" for name in ("sm_mhz", "watts"))]
+                steady = result.get("sustained", {})
+                row += [f"{steady[name]:.0f}" if name in steady else "" for name in (rate, "sm_mhz", "watts")]
             rows.append(row)
         lines += aligned(rows)
         lines += [f"  {result['label']}: not timed: {result['failed']}" for result in case["results"] if "failed" in result]

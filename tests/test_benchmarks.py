@@ -94,6 +94,7 @@ def test_sustained_speed(attention: ModuleType, tmp_path: Path, monkeypatch: pyt
     assert drawn == {"sm_mhz": 1750.0, "watts": 699.0, "power_capped": 1.0}
     assert attention.power(["1980, 300.0, Not Active", "1750, 700.0, Active"])["power_capped"] == 0.5
     assert attention.power([]) == attention.power(["1980, [N/A], Not Active"]) == {}
+    assert attention.power(['Field "clocks_event_reasons.sw_power_cap" is not a valid field to query.']) == {}
     with pytest.raises(ZeroDivisionError):  # and nothing is left running
         attention.sustain(lambda: 1 / 0, 50, 3)
 

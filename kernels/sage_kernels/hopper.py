@@ -859,7 +859,7 @@ def prefill(
         longest = min(max_seq_len or 1 << 31, block_table.shape[-1] * layout.tokens)
         context_bytes = -(-longest // layout.tokens) * PageLayout(layout.head_dim, 8, layout.tokens).page_bytes
         rooms = max(1, SCRATCH // context_bytes)  # contexts of one head that there is room for
-        # In equal parts: a small last one would leave most of the processors without tile for as long as a large one takes.
+        # In equal parts: a small last one would leave most of the processors without work for as long as a large one takes.
         heads_at_once = _part(kv_heads, rooms // requests)
         requests_at_once = _part(requests, rooms // heads_at_once)
         for head in range(0, kv_heads, heads_at_once):
