@@ -7,7 +7,7 @@
     python3 benchmarks/engine.py SAGE SAGE:$P,variator.ratio=2 SAGE:$P,variator.ratio=4 \\
         --prefill 8192 --decode 64x8192 --out benchmarks/results/variator-NAME.json
 
-A run is named as for `sage_backend.quality`, except that its compression plugins can be `random` ones. Each gets an engine of
+A run is named as for `sage eval`, except that its compression plugins can be `random` ones. Each gets an engine of
 its own, in a process of its own, with random weights of the given shape (default: Llama-3.1-8B) and random prompts. Prefill is
 the time to the first token of one prompt, the median of --repeat prompts after a warm-up of the same length or of --warm-up
 tokens. A decode step of BATCHxLENGTH is the time by which a longer generation exceeds a shorter one, for BATCH requests of
@@ -55,10 +55,11 @@ def random_plugins(folder: str) -> str:
     import torch
     from transformers import AutoConfig
 
-    from sage_backend.variator import files, plugin
+    from sage_backend.options import RATIOS
+    from sage_backend.variator import files
 
     config = AutoConfig.from_pretrained(folder)
-    plugins = files.make(files.default_layers(config), list(plugin.RATIOS), config.hidden_size)
+    plugins = files.make(files.default_layers(config), list(RATIOS), config.hidden_size)
     for by_ratio in plugins.values():
         for parameter in (each for one in by_ratio.values() for each in one.parameters()):
             torch.nn.init.normal_(parameter, std=0.02)
@@ -81,7 +82,7 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Start an engine and time it; returns the figures."""
     from vllm import SamplingParams
 
-    from sage_backend import quality
+    from sage_backend.tools import engines
 
     shape = dict(SHAPES[arguments.shape])
     if arguments.layers:
@@ -92,12 +93,12 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(shape))
-        parsed = quality.Run.parse(run)
+        parsed = engines.Run.parse(run)
         if (variator := parsed.options.get("variator", {})).get("plugins") == "random":
             with ProcessPoolExecutor(1) as other:  # its threads would be missing in the engine, which is forked
                 variator["plugins"] = other.submit(random_plugins, folder).result()
         began = time.perf_counter()
-        with quality.engine(
+        with engines.engine(
             parsed,
             folder,
             load_format="dummy",

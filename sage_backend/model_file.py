@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files made for one model: safetensors whose metadata say of which."""
 
 import hashlib

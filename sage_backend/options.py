@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The user's options: `--additional-config '{"sage": {...}}'`."""
 
 import json
@@ -6,11 +7,16 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
-from sage_backend.variator.groups import MIN_TAIL
-from sage_backend.variator.plugin import RATIOS
 from sage_paged import K_BITS, PAGE_TOKENS, Memory, PageLayout
 
 MAX_TOPK = 128
+
+RATIOS = (2, 4, 8)
+"""How many hidden vectors a compression plugin can make one. All divide a page, so a group never reaches into another block of
+the KV cache."""
+
+MIN_TAIL = 16
+"""The least tokens at a prompt's end that stay uncompressed (see `sage_backend.variator.groups`)."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +144,9 @@ class VariatorOptions:
 class SageOptions:
     """k_bits: bits of a stored key channel. page_tokens: tokens of a KV page, which is vLLM's KV block. smooth_k, smooth_v,
     smooth_q: whether an anchor is subtracted from keys, one from values, and the mean of a block from the queries of prompts
-    (see `sage_kernels.reference`). calibration: a file with the anchors (see `sage_backend.calibration`); without one, the
+    (see `sage_kernels.reference`). calibration: a file with the anchors (see `features.calibration_file`); without one, the
     first tokens fix those of keys, and values have none. memory: None to read all of every context. variator: compression
-    plugins on the FFNs, if any. canary: of how many steps in which prompts begin one is checked (see `sage_backend.canary`);
+    plugins on the FFNs, if any. canary: of how many steps in which prompts begin one is checked (see `observability.canary`);
     None for no checks."""
 
     k_bits: int = 8

@@ -1,14 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
 """What vLLM finds by entry point. Each function may be called several times, in every process of a server."""
 
 import copyreg
 import logging
 from typing import Any
 
-BACKEND = "SAGE"
-_BACKEND_CLASS = "sage_backend.backend.SageBackend"
-COMPRESSOR = "sage.variator"
-"""The name under which an engine's layers (`static_forward_context`) hold its `variator.layers.Compressor`, if it has one."""
+from sage_backend import BACKEND, TESTED_VLLM, __version__
 
+_BACKEND_CLASS = "sage_backend.engine.backend.SageBackend"
 _checking = False  # whether engine configurations are being checked in this process
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def restore_member(name: str) -> Any:
     """
     member = backend_member(name)
     if name == BACKEND:
-        from sage_backend.exporter import follow_schedulers
+        from sage_backend.observability.exporter import follow_schedulers
 
         follow_schedulers()
     return member
@@ -58,7 +57,7 @@ def cpu_platform() -> str | None:
     """`vllm.platform_plugins`: on a CPU build of vLLM, a platform that lets the user choose this backend."""
     from vllm.platforms import cpu_platform_plugin
 
-    return None if cpu_platform_plugin() is None else "sage_backend.cpu_platform.SageCpuPlatform"
+    return None if cpu_platform_plugin() is None else "sage_backend.engine.cpu_platform.SageCpuPlatform"
 
 
 def _check_configurations() -> None:
@@ -73,8 +72,8 @@ def _check_configurations() -> None:
     create = EngineArgs.create_engine_config
 
     def create_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from sage_backend.checks import check_arguments, check_config, is_chosen
-        from sage_backend.exporter import export
+        from sage_backend.engine.checks import check_arguments, check_config, is_chosen
+        from sage_backend.observability.exporter import export
 
         check_arguments(self)
         config = create(self, *args, **kwargs)
@@ -95,9 +94,9 @@ def _set_apart_made_up_requests() -> None:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from sage_backend import metrics
+        from sage_backend.observability import recorder
 
-        with metrics.paused():
+        with recorder.paused():
             times = self.worker.compile_or_warm_up_model(*args, **kwargs)
         for layer in self.vllm_config.compilation_config.static_forward_context.values():
             # Layers of other backends have no anchor, and ours is not imported where it is not used.
@@ -106,9 +105,9 @@ def _set_apart_made_up_requests() -> None:
         return times
 
     def execute_dummy_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from sage_backend import metrics
+        from sage_backend.observability import recorder
 
-        with metrics.paused():
+        with recorder.paused():
             return self.worker.execute_dummy_batch(*args, **kwargs)
 
     WorkerWrapperBase.compile_or_warm_up_model = compile_or_warm_up_model
@@ -120,12 +119,12 @@ def _let_layers_differ() -> None:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     def get_kv_cache_spec(self: Any) -> Any:
-        from sage_backend.checks import is_chosen
+        from sage_backend.engine.checks import is_chosen
 
         specs = self.worker.get_kv_cache_spec()
         if not is_chosen(self.vllm_config):
             return specs
-        from sage_backend.backend import choose_pages
+        from sage_backend.engine.backend import choose_pages
 
         return choose_pages(specs, self.vllm_config)
 
@@ -141,7 +140,7 @@ def _prepare_models() -> None:
         self.worker.load_model(*args, **kwargs)
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         if any(getattr(getattr(layer, "impl", None), "turns_pages", False) for layer in layers):
-            from sage_backend import positions
+            from sage_backend.features import positions
 
             positions.find_frequencies(self.worker.get_model(), self.vllm_config)
         if found := _compression(self.vllm_config):
@@ -186,7 +185,7 @@ def _attach_compression() -> None:
 
 def _compression(config: Any) -> Any:
     """The option `variator` of an engine of this configuration (VllmConfig) and the ratios of its plugins, or None."""
-    from sage_backend.checks import is_chosen
+    from sage_backend.engine.checks import is_chosen
     from sage_backend.options import SageOptions
 
     if not is_chosen(config) or (options := SageOptions.parse(config.additional_config).variator) is None:
@@ -198,8 +197,6 @@ def _compression(config: Any) -> Any:
 
 def _warn_if_untested() -> None:
     from vllm import __version__ as version
-
-    from sage_backend import TESTED_VLLM, __version__
 
     if version.split("+")[0] not in TESTED_VLLM:
         logger.warning(

@@ -10,8 +10,9 @@ import torch
 from engines import environment
 from paged_batch import relative_error
 
-from sage_backend import calibration, options, plugin
+from sage_backend import options, plugin
 from sage_backend.demo import MODEL_DIR
+from sage_backend.features import calibration_file
 from sage_kernels import reference
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 128
@@ -23,7 +24,7 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(options, "_current", options.SageOptions())  # and not those of an engine before
     with environment():
         plugin.register()
-        from sage_backend.backend import SageImpl
+        from sage_backend.engine.impl import SageImpl
 
         impl = SageImpl(HEADS, HEAD_DIM, 0.125, KV_HEADS, logits_soft_cap=5.0)
     content = options.SageOptions().layout(HEAD_DIM).bytes_per_token // 2
@@ -70,7 +71,8 @@ def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
     with environment():
         from vllm.forward_context import override_forward_context
 
-        from sage_backend.backend import SageImpl, SageMetadata
+        from sage_backend.engine.impl import SageImpl
+        from sage_backend.engine.metadata import SageMetadata
 
         sharing = SageImpl(HEADS, HEAD_DIM, 0.125, KV_HEADS, logits_soft_cap=5.0, kv_sharing_target_layer_name="target")
     layer.impl.v_anchor = torch.randn(KV_HEADS, HEAD_DIM) + 3
@@ -99,7 +101,7 @@ def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
 def test_queries_of_prompts_are_smoothed(layer: Any) -> None:
     """And not those of decodes."""
     with environment():
-        from sage_backend.backend import SageMetadata
+        from sage_backend.engine.metadata import SageMetadata
 
     impl = layer.impl
     key = torch.randn(120, KV_HEADS, HEAD_DIM)
@@ -130,9 +132,9 @@ def test_a_worker_takes_its_share_of_a_calibration(
 ) -> None:
     file = tmp_path / "anchors.safetensors"
     anchors = {"attention": torch.randn(2 * KV_HEADS, HEAD_DIM), "attention.values": torch.randn(2 * KV_HEADS, HEAD_DIM)}
-    calibration.save(file, anchors, SimpleNamespace(model=str(MODEL_DIR), hf_config=SimpleNamespace()))
-    monkeypatch.setattr("sage_backend.backend.get_tensor_model_parallel_rank", lambda: 1)
-    monkeypatch.setattr("sage_backend.backend.get_tensor_model_parallel_world_size", lambda: 2)
+    calibration_file.save(file, anchors, SimpleNamespace(model=str(MODEL_DIR), hf_config=SimpleNamespace()))
+    monkeypatch.setattr("sage_backend.engine.impl.get_tensor_model_parallel_rank", lambda: 1)
+    monkeypatch.setattr("sage_backend.engine.impl.get_tensor_model_parallel_world_size", lambda: 2)
     impl, layer.layer_name = layer.impl, "attention"
     impl.calibration, impl.smooth_k, impl.smooth_v = str(file), smooth_k, smooth_v
     for key in (torch.randn(20, KV_HEADS, HEAD_DIM), torch.ones(20, KV_HEADS, HEAD_DIM)):

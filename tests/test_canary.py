@@ -11,10 +11,12 @@ from engines import engine, environment, greedy, heldout_prompts
 from server import Server
 from test_metrics import Event, batch, exported, scraped
 
-from sage_backend import calibration, metrics
-from sage_backend.canary import LARGEST, QUERIES, TOKENS, Canary, Check
 from sage_backend.demo import MODEL_DIR
-from sage_backend.metrics import FileValues, Recorder
+from sage_backend.features import observers
+from sage_backend.observability import sinks
+from sage_backend.observability.canary import LARGEST, QUERIES, TOKENS, Canary, Check
+from sage_backend.observability.recorder import Recorder
+from sage_backend.observability.sinks import FileValues
 from sage_backend.options import SageOptions
 from sage_kernels import reference
 from sage_paged import PageLayout
@@ -215,20 +217,20 @@ def test_overhead(server: Server) -> None:
 @pytest.mark.engine
 def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each prompt is checked, and the mean error is what a calibration finds for the same queries, with either kind of page."""
-    from sage_backend.backend import SageImpl
+    from sage_backend.engine.impl import SageImpl
 
-    monkeypatch.setattr(calibration, "_ERROR_QUERIES", QUERIES)
+    monkeypatch.setattr(observers, "_ERROR_QUERIES", QUERIES)
     means, known = {}, {}
     for bits in (8, 4):
         with engine(f"SAGE:canary=1,k_bits={bits}") as llm:
             context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
             impls = [layer.impl for layer in context.values() if isinstance(getattr(layer, "impl", None), SageImpl)]
             for impl in impls:
-                impl.watch = calibration.PageErrors(impl)
+                impl.watch = observers.PageErrors(impl)
             # Each layer and KV head once. The first half of a prompt is cached when it comes again, which is not checked.
             prompts = heldout_prompts(llm, [TOKENS] * len(impls) * impls[0].num_kv_heads)
             greedy(llm, [*prompts, prompts[0]], tokens=2, together=False)
-            values = scraped(metrics.directory(llm.llm_engine.vllm_config))
+            values = scraped(sinks.directory(llm.llm_engine.vllm_config))
             squares = [impl.watch.squares for impl in impls]
         count = values[("sage_canary_relative_error_count",)]
         assert count == len(prompts)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sage_backend import doctor
-from sage_backend.doctor import FAIL, OK, WARN, Finding
+from sage_backend.tools import doctor
+from sage_backend.tools.doctor import FAIL, OK, WARN, Finding
 
 
 def run(*hidden: str, **environment: str) -> tuple[int, str]:
@@ -19,7 +19,7 @@ def run(*hidden: str, **environment: str) -> tuple[int, str]:
 import sys
 sys.modules.update(dict.fromkeys({hidden!r}))
 sys.argv = ["sage", "doctor"]
-from sage_backend.cli import main
+from sage_backend.tools.cli import main
 sys.exit(main())
 """
     # From nothing, so that settings of the tests have no part in it.
@@ -40,7 +40,7 @@ def test_this_machine() -> None:
     status, output = run()
     assert (status, set(states(output).values()) - {doctor.ABSENT}) == (0, {OK}), output
     assert {"Python", "torch", "device", "Triton", "vLLM", "plugin", "kernels"} < set(states(output))
-    assert "sage_backend.backend.SageBackend" in output
+    assert "sage_backend.engine.backend.SageBackend" in output
     assert output.count("\n") <= 24
     assert max(map(len, output.splitlines())) <= 120
 

@@ -17,11 +17,14 @@ from engines import engine, environment
 from paged_batch import Batch, make_batch
 from test_metrics import Event, batch, scraped
 
-from sage_backend import coverage, metrics, needle, positions
-from sage_backend.coverage import Coverage
 from sage_backend.demo.passkey import make_passkey
-from sage_backend.metrics import FileValues, Recorder
+from sage_backend.features import positions
+from sage_backend.observability import coverage, definitions, sinks
+from sage_backend.observability.coverage import Coverage
+from sage_backend.observability.recorder import Recorder, Sample
+from sage_backend.observability.sinks import FileValues
 from sage_backend.options import MemoryOptions, SageOptions
+from sage_backend.tools import needle
 from sage_kernels import cpu, reference
 from sage_paged import Memory, PageLayout
 
@@ -46,14 +49,14 @@ def ask(llm: Any, prompts: list[str]) -> list[str]:
 def test_keys_are_recalled_past_the_trained_length(remembering: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model was trained for 2048 tokens. The second round finds the pages of the first in the prefix cache, with their
     summaries. What is read has a part of the attention, and most of it."""
-    monkeypatch.setitem(metrics.SAMPLE_EVERY, "decode", 1)
+    monkeypatch.setitem(definitions.SAMPLE_EVERY, "decode", 1)
     tokenizer = remembering.get_tokenizer()
     prompts, answers = zip(*(make_passkey(6000, depth, Random(1), tokenizer) for depth in (0.1, 0.6)), strict=True)
     first = ask(remembering, list(prompts))
     assert [text[: len(answer)] for text, answer in zip(first, answers, strict=True)] == list(answers)
     assert ask(remembering, list(prompts)) == first
-    values = scraped(metrics.directory(remembering.llm_engine.vllm_config))
-    for phase in metrics.PHASES:
+    values = scraped(sinks.directory(remembering.llm_engine.vllm_config))
+    for phase in definitions.PHASES:
         samples = values["sage_memory_attention_mass_covered_count", phase]
         print(f"{phase}: {values['sage_memory_attention_mass_covered_sum', phase] / samples:.3f} of attention in {samples:.0f}")
         assert 0.5 < values["sage_memory_attention_mass_covered_sum", phase] / samples < 1
@@ -104,7 +107,7 @@ def test_mass_covered(
 ) -> None:
     """Of the longest request that has queries, which is the last one, for each KV head in turn, against adding it up. Keys are
     taken in several pieces."""
-    monkeypatch.setattr("sage_backend.coverage.PIECE", 256)
+    monkeypatch.setattr("sage_backend.observability.coverage.PIECE", 256)
     longest = len(lengths) - 1
     b = make_batch(PageLayout(64, k_bits, 64, has_summary=True), lengths, 4, 2, smooth=True)
     tables = b.block_table, b.seq_lens, b.query_start_loc
@@ -128,7 +131,7 @@ def test_mass_covered(
 
 def test_long_contexts_are_measured_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a call reads no more tokens on average than those of a short context."""
-    monkeypatch.setattr("sage_backend.coverage.TOKENS", 640)
+    monkeypatch.setattr("sage_backend.observability.coverage.TOKENS", 640)
     told: dict[int, list[float]] = {}
     for length in (640, 1920):
         b = make_batch(PageLayout(64, tokens=64, has_summary=True), [(length, 1)], 4, 2)
@@ -203,7 +206,7 @@ def test_mass_covered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_pat
     b = make_batch(layout, [(900, 1)], 4, 2)
     lists = b.block_table[:, None].expand(-1, 2, -1)[..., :6], torch.tensor([384]), b.query_start_loc
     impl = SimpleNamespace(num_heads=4, num_kv_heads=2, layout=layout, scale=b.scale, soft_cap=0.0)
-    sample = metrics.Sample(recorder, "layers.0", ["decode"], 1, np.array([1]), np.array([900]))
+    sample = Sample(recorder, "layers.0", ["decode"], 1, np.array([1]), np.array([900]))
     args = b.query, b.pages, b.block_table, b.seq_lens, lists, None
     for phase, name in (("prefill", "layers.0"), ("decode", "layers.1"), ("decode", "layers.0"), ("decode", "layers.0")):
         sample.cover(phase, SimpleNamespace(layer_name=name, impl=impl), *args)
@@ -246,11 +249,12 @@ def refused_at_start(run: str, **arguments: Any) -> str:
     with environment():
         from vllm.engine.arg_utils import EngineArgs
 
-        from sage_backend import plugin, quality
+        from sage_backend import plugin
         from sage_backend.demo import MODEL_DIR
+        from sage_backend.tools.engines import Run
 
         plugin.register()
-        options = {"additional_config": {"sage": quality.Run.parse(run).options}, **arguments}
+        options = {"additional_config": {"sage": Run.parse(run).options}, **arguments}
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - the caller looks at the message
             EngineArgs(str(MODEL_DIR), attention_backend="SAGE", enforce_eager=True, **options).create_engine_config()
     return str(caught.value)

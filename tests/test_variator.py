@@ -29,13 +29,13 @@ from engines import (
 from prometheus_client import REGISTRY
 from safetensors.torch import load_file
 
-from sage_backend import cli, quality
 from sage_backend.demo import HELDOUT, MODEL_DIR, PLUGINS
-from sage_backend.options import SageOptions, VariatorOptions
+from sage_backend.options import MIN_TAIL, RATIOS, SageOptions, VariatorOptions
+from sage_backend.tools import cli, quality
 from sage_backend.variator import admission, files, train
 from sage_backend.variator.admission import RATIO, READING, TAIL, Policy, check_request
-from sage_backend.variator.groups import CHUNK, MIN_TAIL, PLAIN, Reading, Segment, clip, segments
-from sage_backend.variator.plugin import RATIOS, CompressionPlugin
+from sage_backend.variator.groups import CHUNK, PLAIN, Reading, Segment, clip, segments
+from sage_backend.variator.plugin import CompressionPlugin
 
 LAYERS = ["model.layers.1.mlp", "model.layers.2.mlp"]
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheduler's side: which ratio a request gets, and how the prefix cache tells apart what was computed under it.
 
 A request gets its ratio when it first asks for KV blocks, and keeps it for good, also when it is preempted and computed again.
@@ -8,8 +9,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from sage_backend.options import VariatorOptions
-from sage_backend.variator.groups import MIN_TAIL, PLAIN, Reading, clip
+from sage_backend.options import MIN_TAIL, VariatorOptions
+from sage_backend.variator.groups import PLAIN, Reading, clip
 
 RATIO, TAIL = "sage_ratio", "sage_tail"
 """What requests may ask for in `vllm_xargs` (`SamplingParams.extra_args`): a ratio, 1 for none, and how many of the prompt's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plugin files: the plugins of some layers of one model, for one or more ratios.
 
 A safetensors file. The plugin of `ratio` at the FFN that is called `layer` (such as model.layers.3.mlp) both in transformers
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from sage_backend.model_file import Kind
-from sage_backend.variator.plugin import RATIOS, CompressionPlugin
+from sage_backend.options import RATIOS
+from sage_backend.variator.plugin import CompressionPlugin
 
 FILE = Kind("plugin file", "sage variator train", "sage-variator-1")
 

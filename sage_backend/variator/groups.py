@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which tokens become groups: those of a prompt, but for its last ones, in a request that has a ratio above 1.
 
 A group begins at a multiple of the ratio, counted from the start of the prompt, and lies in one block of the KV cache and in
@@ -9,12 +10,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-CHUNK = 16
-"""Chunks end at multiples of this in the part of a prompt that is compressed. It is a multiple of all ratios, and more tokens
-than speculative decoding verifies at once, below which a chunk would count as a decode."""
+from sage_backend.options import MIN_TAIL
 
-MIN_TAIL = CHUNK
-"""So that the chunk with the last group never counts as a decode either."""
+COMPRESSOR = "sage.variator"
+"""The name under which an engine's layers (`static_forward_context`) hold its `layers.Compressor`, if it has one."""
+
+CHUNK = MIN_TAIL
+"""Chunks end at multiples of this in the part of a prompt that is compressed. It is a multiple of all ratios, and more tokens
+than speculative decoding verifies at once, below which a chunk would count as a decode. So is MIN_TAIL, so that the chunk with
+the last group never counts as a decode either."""
 
 
 class Reading(NamedTuple):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The worker's side: plugins attached to a model's FFNs, and which rows of a step they compress.
 
 The FFN of a layer becomes one custom op, which torch.compile does not look into and piecewise CUDA graphs leave out: how many
@@ -14,13 +15,12 @@ from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from sage_backend import metrics
-from sage_backend.backend import SageImpl
+from sage_backend.features.layers import own_impls
+from sage_backend.observability.recorder import Recorder, recorder
 from sage_backend.options import VariatorOptions
-from sage_backend.plugin import COMPRESSOR
 from sage_backend.variator import files
 from sage_backend.variator.admission import READING
-from sage_backend.variator.groups import PLAIN, Reading, Segment, compressed, segments
+from sage_backend.variator.groups import COMPRESSOR, PLAIN, Reading, Segment, compressed, segments
 from sage_backend.variator.plugin import BOTTLENECK, CompressionPlugin
 
 _LIBRARY = torch.library.Library("sage", "FRAGMENT")
@@ -60,7 +60,7 @@ class CompressedFFN:
 class Compressor:
     """What a worker knows of the readings of its requests."""
 
-    def __init__(self, layers: int, hidden: int, intermediate: int, recorder: metrics.Recorder | None) -> None:
+    def __init__(self, layers: int, hidden: int, intermediate: int, recorder: Recorder | None) -> None:
         """layers: how many FFNs have plugins."""
         self.recorder = recorder
         self.readings: dict[str, Reading] = {}
@@ -121,11 +121,11 @@ def attach(worker: Any, config: Any, options: VariatorOptions, ratios: list[int]
     model, hf_config = runner.get_model(), config.model_config.hf_config
     modules = dict(model.named_modules())
     layers, _ = files.contents(options.plugins)
+    ours = own_impls(config)
     for layer in layers:
         ffn: Any = modules.get(layer)
         attention = layer.removesuffix("mlp") + "self_attn.attn"
-        ours = isinstance(getattr(known.get(attention), "impl", None), SageImpl)
-        if not (ours and hasattr(ffn, "gate_up_proj") and hasattr(ffn, "down_proj")):
+        if not (attention in ours and hasattr(ffn, "gate_up_proj") and hasattr(ffn, "down_proj")):
             name = type(model).__name__
             raise ValueError(f"{name} has no FFN {layer} beside attention of this backend; leave the option variator out")
         plugins = files.load(options.plugins, layer, hf_config.hidden_size, ratios)
@@ -133,8 +133,7 @@ def attach(worker: Any, config: Any, options: VariatorOptions, ratios: list[int]
             plugin.to(runner.device, config.model_config.dtype)
         known[layer] = CompressedFFN(ffn.forward, plugins, attention)
         ffn.forward = _call(layer)
-    recorder = metrics.recorder(config)
-    _follow(runner, Compressor(len(layers), hf_config.hidden_size, hf_config.intermediate_size, recorder), known)
+    _follow(runner, Compressor(len(layers), hf_config.hidden_size, hf_config.intermediate_size, recorder(config)), known)
 
 
 def _call(layer: str) -> Callable[[Tensor], Tensor]:

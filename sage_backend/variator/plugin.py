@@ -1,10 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plugin itself, in plain torch: what the engine serves and what is trained."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-RATIOS = (2, 4, 8)
-"""How many hidden vectors can become one. All divide a page, so a group never reaches into another block of the KV cache."""
 
 BOTTLENECK = 64
 """Channels of the adapter between its two layers, as in the paper."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train compression plugins: `sage variator train MODEL --ratio 2,4 --text FILE --out FILE`.
 
 The model is frozen and teaches itself. First each plugin learns alone to give what its FFN
@@ -23,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sage_backend import cli
 from sage_backend.demo.passkey import KEY_DIGITS, make_passkey
 from sage_backend.model_file import identity
+from sage_backend.options import RATIOS
+from sage_backend.tools.command import run_command
+from sage_backend.tools.text import read_text
 from sage_backend.variator import files
-from sage_backend.variator.plugin import RATIOS
 
 RATES = {"layers": 2e-3, "joint": 1e-3}
 """Peak learning rates of the two phases."""
@@ -252,11 +254,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--resume", action="store_true", help="continue from FILE.checkpoint")
     arguments = parser.parse_args(argv)
-    return cli.run(lambda: _train(arguments))
+    return run_command(lambda: _train(arguments))
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    text = cli.read_text(arguments.text)
+    text = read_text(arguments.text)
     if min(arguments.layer_steps, arguments.joint_steps) < 1 or arguments.rows < 1 or arguments.context < 8 * max(RATIOS):
         raise ValueError(f"steps and --rows must be at least 1, and --context at least {8 * max(RATIOS)}")
     if not arguments.out.absolute().parent.is_dir():

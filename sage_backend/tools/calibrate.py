@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is best for a model's keys and values, found on a text before it is served: `sage calibrate MODEL --out FILE`.
 
 Without a calibration, the first tokens that a server stores fix the anchors (`sage_kernels.reference.fix_anchor`). Here they
@@ -9,17 +10,12 @@ With `--k-bits auto`, each layer's attention is computed with every kind of page
 within the budget: the adaptive quantization of SageAttention (Zhang et al., ICLR 2025, section 4), with the relative L2 error
 of attention's output in place of its cosine similarity. vLLM keeps pages of both sizes in one pool without waste, as long as
 all layers attend to all tokens.
-
-A calibration is a safetensors file: for each attention layer, by vLLM's name of it, float32 [kv_heads, head_dim]; the same of
-values by that name and `OF_VALUES`, if the layer has it; and in its metadata which model it is of and, if they were chosen, the
-bits of each layer's keys.
 """
 
 import argparse
 import json
 import os
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,100 +23,19 @@ from typing import Any
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from sage_backend import cli
 from sage_backend.demo import HELDOUT
-from sage_backend.model_file import Kind
-from sage_kernels import cpu, reference
-from sage_paged import K_BITS, PageLayout
+from sage_backend.features.calibration_file import OF_VALUES, save, share_of
+from sage_backend.features.layers import own_impls
+from sage_backend.features.observers import Means, PageErrors
+from sage_backend.tools.command import run_command
+from sage_backend.tools.engines import Run, engine
+from sage_backend.tools.text import read_text, windows
+from sage_paged import K_BITS
 
-_FILE = Kind("calibration", "sage calibrate", "sage-calibration-1")
-_ERROR_QUERIES = 256
-OF_VALUES = ".values"
 LEAST_SHARE = 0.05
 """An anchor of values is kept if it takes more than this share off their mean square. Codes of e4m3 have errors in proportion
 to what they stand for, so that those of V then fall by 2.5%, and attention's, half of which or less come from V, by 1%. Less
 than that is not worth touching every output once more."""
-
-
-def save(path: Path, anchors: dict[str, torch.Tensor], model_config: Any, chosen: dict[str, int] | None = None) -> None:
-    """Write a calibration; an older file is replaced when the new one is complete. anchors: as the file has them. chosen: bits
-    of keys by layer."""
-    metadata = {"k_bits": json.dumps(chosen)} if chosen else {}
-    _FILE.save(path, anchors, model_config.model, model_config.hf_config, **metadata)
-
-
-def check(path: str, model_config: Any) -> None:
-    """Raises ValueError, in one line, for a file that is no calibration, is damaged, or is one of another model."""
-    _FILE.check(path, model_config)
-
-
-def k_bits(path: str) -> dict[str, int]:
-    """The bits of each layer's keys, as far as the calibration chooses them. Raises ValueError like `check`."""
-    metadata, _ = _FILE.read(path)
-    try:
-        chosen = json.loads(metadata.get("k_bits", "{}"))
-        if set(chosen.values()) <= set(K_BITS):
-            return chosen
-    except (ValueError, AttributeError, TypeError):
-        pass
-    raise ValueError(f"{path} is damaged: its k_bits are {metadata['k_bits']!r}; make one with: sage calibrate")
-
-
-Anchors = tuple[torch.Tensor | None, torch.Tensor | None]
-"""Of a layer's keys and of its values, float32 [kv_heads, head_dim] each; None where there is none."""
-
-
-def anchors(path: str, layer: str, heads: int, rank: int, ranks: int) -> Anchors:
-    """A layer's anchors for one of `ranks` tensor-parallel workers with `heads` KV heads each.
-
-    Raises ValueError like `check`, and where the shares of the workers do not fit the file.
-    """
-    _, whole = _FILE.read(path, [layer, layer + OF_VALUES])
-    for each in whole.values():
-        if heads != max(1, len(each) // ranks):
-            raise ValueError(f"{path} has {len(each)} KV heads in {layer}, and not {heads} for each of {ranks} workers")
-    return _share(whole, layer, heads, rank, ranks)
-
-
-def _share(whole: dict[str, torch.Tensor], layer: str, heads: int, rank: int, ranks: int) -> Anchors:
-    """As `anchors`, of what a file has."""
-
-    def share(name: str) -> torch.Tensor | None:
-        if name not in whole:
-            return None
-        first = rank * len(whole[name]) // ranks  # with fewer heads than workers, several have the same
-        return whole[name][first : first + heads]
-
-    return share(layer), share(layer + OF_VALUES)
-
-
-class Watch:
-    """Is shown what a layer works on."""
-
-    def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-        """key, value: [tokens, kv_heads, head_dim]; slots: [tokens], negative for padding."""
-
-    def attended(self, query: torch.Tensor) -> None:
-        """query: [tokens, heads, head_dim], after the same tokens have been stored."""
-
-
-class Means(Watch):
-    """Sums up the keys and values that a layer stores, and the squares of values."""
-
-    def __init__(self) -> None:
-        self.sum: torch.Tensor | float = 0.0
-        self.count = 0
-
-    def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-        used = slots >= 0
-        key, value = key[used].double(), value[used].double()
-        self.sum = self.sum + torch.stack([key.sum(0), value.sum(0), value.square().sum(0)], 1)
-        self.count += len(key)
-
-    def result(self) -> torch.Tensor | None:
-        """float32 [kv_heads, 3, head_dim] on the CPU, the means of keys, values and squares of values; or None if the layer has
-        stored nothing."""
-        return (self.sum / self.count).float().cpu() if self.count and isinstance(self.sum, torch.Tensor) else None
 
 
 def _anchors_of(means: list[dict[str, torch.Tensor]], heads: int) -> dict[str, torch.Tensor]:
@@ -136,57 +51,6 @@ def _anchors_of(means: list[dict[str, torch.Tensor]], heads: int) -> dict[str, t
     return found
 
 
-class PageErrors(Watch):
-    """Squared errors of a layer's attention with each kind of page, over prompts that come whole and one at a time.
-
-    The last _ERROR_QUERIES queries of a prompt are judged, against exact attention to what was stored for them.
-    """
-
-    def __init__(self, impl: Any) -> None:
-        self.impl = impl
-        self.key = self.value = torch.empty(0)
-        self.squares = dict.fromkeys((*K_BITS, "exact"), 0.0)
-        """By bits of keys, the sum of squared errors; and that of the exact outputs' squares."""
-
-    def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-        self.key, self.value = key[slots >= 0], value[slots >= 0]
-
-    def attended(self, query: torch.Tensor) -> None:
-        tokens, impl, device = len(self.key), self.impl, query.device
-        if len(query) != tokens:
-            return
-        attention: Callable[..., None]
-        if device.type == "cpu":
-            store, attention = reference.store, cpu.attention
-        else:
-            from sage_kernels.prefill import prefill as attention
-            from sage_kernels.store import store
-
-        query = query[-_ERROR_QUERIES:]
-        mask = {"window": impl.window, "soft_cap": impl.soft_cap, "sinks": impl.sinks}
-        exact = reference.exact_attention(query, self.key, self.value, impl.scale, **mask)
-        self.squares["exact"] += float(exact.square().sum())
-        for bits in K_BITS:
-            layout = PageLayout(impl.head_size, bits, impl.layout.tokens)
-            blocks = -(-tokens // layout.tokens)
-            pages = layout.empty(blocks, self.key.shape[1], device)
-            store(self.key, self.value, pages, torch.arange(tokens, device=device), layout, impl.anchor, impl.v_anchor)
-            table, lengths, starts = (
-                torch.tensor(x, dtype=torch.int32, device=device) for x in ([[*range(blocks)]], [tokens], [0, len(query)])
-            )
-            out = torch.empty_like(exact)
-            smoothed = {"anchor": impl.anchor, "v_anchor": impl.v_anchor, **impl.smoothing_of_prompts(device)}
-            attention(query, pages, layout, table, lengths, starts, impl.scale, out, **mask, **smoothed)
-            self.squares[bits] += float((out - exact).square().sum())
-
-
-def _layers(worker: Any) -> dict[str, Any]:
-    from sage_backend.backend import SageImpl
-
-    layers = worker.vllm_config.compilation_config.static_forward_context
-    return {name: impl for name, layer in layers.items() if isinstance(impl := getattr(layer, "impl", None), SageImpl)}
-
-
 def _can_differ(worker: Any) -> bool:
     """Whether layers can have pages of different sizes without waste: if all need the same number of tokens."""
     from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
@@ -195,7 +59,7 @@ def _can_differ(worker: Any) -> bool:
 
 
 def _watch(worker: Any) -> None:
-    for impl in _layers(worker).values():
+    for impl in own_impls(worker.vllm_config).values():
         impl.watch = Means()
 
 
@@ -205,9 +69,9 @@ def _judge(worker: Any, anchors: dict[str, torch.Tensor]) -> None:
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    for name, impl in _layers(worker).items():
+    for name, impl in own_impls(worker.vllm_config).items():
         impl.watch = None
-        key, value = _share(anchors, name, impl.num_kv_heads, rank, ranks)
+        key, value = share_of(anchors, name, impl.num_kv_heads, rank, ranks)
         if key is not None:
             impl.anchor.copy_(key)
             impl.v_anchor = None if value is None else value.to(impl.anchor.device)
@@ -215,11 +79,11 @@ def _judge(worker: Any, anchors: dict[str, torch.Tensor]) -> None:
 
 
 def _squares(worker: Any) -> dict[str, dict[Any, float]]:
-    return {name: impl.watch.squares for name, impl in _layers(worker).items() if impl.watch is not None}
+    return {name: impl.watch.squares for name, impl in own_impls(worker.vllm_config).items() if impl.watch is not None}
 
 
 def _means(worker: Any) -> dict[str, torch.Tensor]:
-    means = {name: impl.watch.result() for name, impl in _layers(worker).items()}
+    means = {name: impl.watch.result() for name, impl in own_impls(worker.vllm_config).items()}
     return {name: mean for name, mean in means.items() if mean is not None}
 
 
@@ -250,8 +114,6 @@ def calibrate(model: str, text: str, tokens: int, context: int, judge: bool = Fa
     arguments: for the engine. Raises ValueError for a text without tokens, and where layers cannot have different pages.
     """
     from vllm import SamplingParams
-
-    from sage_backend.quality import Run, engine, windows
 
     fixed = {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": context}
     if judge:
@@ -301,11 +163,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is asked for what only its workers know
-    return cli.run(lambda: _write(arguments))
+    return run_command(lambda: _write(arguments))
 
 
 def _write(arguments: argparse.Namespace) -> None:
-    text = cli.read_text(arguments.text)
+    text = read_text(arguments.text)
     if arguments.tokens < 1 or arguments.context < 2:
         raise ValueError("--tokens must be at least 1 and --context at least 2")
     if not arguments.out.absolute().parent.is_dir():

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sage needle`: what an engine recalls from long contexts, by depth and length, drawn as a heat map for each run.
 
     sage needle SAGE SAGE:memory.local_tokens=1024,memory.extrapolate=2048 --lengths 2000,8000,32000 --out needle.json
@@ -14,22 +15,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sage_backend import cli, plots, quality
 from sage_backend.demo import MODEL_DIR
+from sage_backend.tools import plots
+from sage_backend.tools.command import run_command
+from sage_backend.tools.engines import Run, circumstances, engine, stretched
+from sage_backend.tools.passkeys import ANSWER_TOKENS, recalls
+from sage_backend.tools.tables import table
+from sage_backend.tools.text import read_text
 
 
 def recall(
-    run: quality.Run, model: str, lengths: Sequence[int], depths: int, document: Sequence[str] = (), **arguments: Any
+    run: Run, model: str, lengths: Sequence[int], depths: int, document: Sequence[str] = (), **arguments: Any
 ) -> dict[int, list[bool]]:
     """Whether the key was recalled, by length of the prompt in tokens and then by depth, from the start to the end.
 
     arguments: the engine's. Raises ValueError for lengths that do not hold a prompt.
     """
     found = {}
-    with quality.engine(run, model, max_model_len=max(lengths) + quality.ANSWER_TOKENS, **arguments) as llm:
+    with engine(run, model, max_model_len=max(lengths) + ANSWER_TOKENS, **arguments) as llm:
         for length in lengths:
             at = [i / (depths - 1) for i in range(depths)]
-            found[length] = quality.recalls(llm, length, at, document, progress=False)
+            found[length] = recalls(llm, length, at, document, progress=False)
             print(f"  {length:>9} tokens: {sum(found[length])} of {depths} recalled", file=sys.stderr, flush=True)
     return found
 
@@ -40,27 +46,27 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     lengths = sorted({int(length) for length in arguments.lengths.split(",")})
     if arguments.depths < 2:
         raise ValueError("--depths must be at least 2")
-    document = cli.read_text(arguments.text).splitlines(keepends=True) if arguments.text else ()
-    runs = [quality.Run.parse(run) for run in arguments.runs]
+    document = read_text(arguments.text).splitlines(keepends=True) if arguments.text else ()
+    runs = [Run.parse(each) for each in arguments.runs]
     if arguments.out and not arguments.out.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {arguments.out.absolute().parent} for --out")
     if arguments.plots:
         plots.check()
     from vllm.platforms import current_platform
 
-    engine: dict[str, Any] = {"enforce_eager": True, "enable_prefix_caching": False, "disable_log_stats": True}
+    limits: dict[str, Any] = {"enforce_eager": True, "enable_prefix_caching": False, "disable_log_stats": True}
     if current_platform.is_cpu():
-        engine["kv_cache_memory_bytes"] = 1 << 30
-    engine |= quality.stretched(arguments.model, max(lengths) + quality.ANSWER_TOKENS)
+        limits["kv_cache_memory_bytes"] = 1 << 30
+    limits |= stretched(arguments.model, max(lengths) + ANSWER_TOKENS)
     for run in runs:
-        run.check(arguments.model, max_model_len=max(lengths) + quality.ANSWER_TOKENS, **engine)
+        run.check(arguments.model, max_model_len=max(lengths) + ANSWER_TOKENS, **limits)
     results: list[dict[str, Any]] = []
-    report = quality.circumstances(command, arguments.model)
+    report = circumstances(command, arguments.model)
     report |= {"lengths": lengths, "depths": arguments.depths, "runs": results}
     try:
         for number, run in enumerate(runs, start=1):
             print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
-            found = recall(run, arguments.model, lengths, arguments.depths, document, **engine)
+            found = recall(run, arguments.model, lengths, arguments.depths, document, **limits)
             results.append({"run": run.name, "recalled": {str(length): hits for length, hits in found.items()}})
             if arguments.out:  # after each run, for the next one may be cut short
                 arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -75,7 +81,7 @@ def _tell(report: dict[str, Any], arguments: argparse.Namespace) -> None:
     for result in report["runs"]:
         shares = (sum(hits) / report["depths"] for hits in result["recalled"].values())
         rows.append([result["run"], *(f"{share:.0%}" for share in shares)])
-    print(quality.table(rows))
+    print(table(rows))
     if arguments.plots:
         print(*plots.write_needle(report, rows, arguments.plots), sep="\n")
 
@@ -94,4 +100,4 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    return cli.run(lambda: _run(arguments, shlex.join(["sage", "needle", *argv])))
+    return run_command(lambda: _run(arguments, shlex.join(["sage", "needle", *argv])))

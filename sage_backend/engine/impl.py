@@ -1,200 +1,24 @@
-"""The attention backend: what vLLM asks of one, answered with pages of `sage_paged` and kernels of `sage_kernels`.
-
-A step goes: vLLM's runner builds its common metadata; `SageMetadataBuilder.build` splits the batch into decodes, which stand
-first, and prefills; then for each layer `do_kv_cache_update` writes the new tokens into their pages and `forward` attends.
-"""
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of one layer on quantized KV pages."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionImpl,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-    max_decode_query_len,
-)
-from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers, split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import AttentionSpec
-from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.attention.backend import AttentionImpl
 
-from sage_backend import calibration, canary, checks, metrics, options, positions
-from sage_backend.plugin import BACKEND, COMPRESSOR
+from sage_backend import BACKEND, options
+from sage_backend.engine.metadata import SageMetadata
+from sage_backend.features import calibration_file, observers, positions
+from sage_backend.observability import recorder as metrics
 from sage_kernels import cpu, reference
 from sage_paged import Memory
 
 logger = logging.getLogger(__name__)
-
-
-class SageBackend(AttentionBackend):
-    forward_includes_kv_cache_update = False
-
-    @staticmethod
-    def get_name() -> str:
-        return BACKEND
-
-    @staticmethod
-    def get_impl_cls() -> type["SageImpl"]:
-        return SageImpl
-
-    @staticmethod
-    def get_builder_cls() -> type["SageMetadataBuilder"]:
-        return SageMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        return [options.current().page_tokens]
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # The only one where the tokens of a (block, head) are one run of bytes and blocks can be split.
-        return (KVCacheLayout.LBHNC,)
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        if spec.head_size_v != spec.head_size:
-            raise ValueError(
-                f"--attention-backend sage cannot serve keys of {spec.head_size} and values of {spec.head_size_v} channels"
-            )
-        layout = options.current().layout(spec.head_size)
-        return replace(spec, state_content_bytes=layout.bytes_per_token)
-
-    @classmethod
-    def validate_configuration(cls, *, device_capability: Any, **config: Any) -> list[str]:  # type: ignore[override]
-        return checks.reasons(**config, options=options.current(), capability=device_capability)
-
-    @classmethod
-    def supports_sink(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        return True
-
-
-def choose_pages(specs: dict[str, Any], config: VllmConfig) -> dict[str, Any]:
-    """A worker's KV cache specs, by layer, with the pages that a calibration has chosen. Its layers are told of them."""
-    file = options.current().calibration
-    chosen = calibration.k_bits(file) if file is not None else {}
-    for name, layer in config.compilation_config.static_forward_context.items():
-        owner = getattr(layer, "kv_sharing_target_layer_name", None) or name
-        impl = getattr(layer, "impl", None)
-        if owner in chosen and isinstance(impl, SageImpl):
-            impl.layout = options.current().layout(impl.head_size, chosen[owner])
-            if name in specs:
-                specs[name] = replace(specs[name], state_content_bytes=impl.layout.bytes_per_token)
-    return specs
-
-
-@dataclass
-class SageMetadata(AttentionMetadata):
-    """One step of a batch whose first `num_decodes` requests have few query tokens each.
-
-    query_start_loc: int32 [requests + 1]; seq_lens: int32 [requests], query tokens included; block_table: int32
-    [requests, blocks]. The tensors are the runner's persistent ones, so a captured graph sees the values of later steps.
-    """
-
-    num_tokens: int
-    num_decodes: int
-    num_decode_tokens: int
-    max_decode_query_len: int
-    workspace: Any
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    max_seq_len: int
-    max_prefill_len: int
-    """The most tokens of a request that is no decode."""
-    sample: metrics.Sample | None = None
-    """What to time of this step, if anything."""
-    check: canary.Check | None = None
-    """What to hold against exact attention of this step, if anything."""
-    segments: Sequence[Any] = ()
-    """Which rows FFNs compress, if any (see `sage_backend.variator`)."""
-
-
-class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-
-    def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device_: torch.device
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device_)
-        self.kv_heads = kv_cache_spec.num_kv_heads
-        self.heads = get_num_attention_heads_from_layers(vllm_config, layer_names) or self.kv_heads
-        self.memory = options.current().memory
-        self.reorder_batch_threshold: int = max_decode_query_len(vllm_config)
-        self.recorder = metrics.recorder(vllm_config)
-        if self.recorder is not None:
-            known = vllm_config.compilation_config.static_forward_context
-            owners = [name for name in layer_names if known[name].kv_sharing_target_layer_name is None]
-            layout = known[layer_names[0]].impl.layout
-            sampled = known[layer_names[-1]]
-            memory = sampled.impl.memory_of(sampled)
-            self.recorder.add_layers(layer_names, len(owners), layout, self.kv_heads, self.heads, device_, memory)
-            if self.recorder.canary is not None:
-                self.recorder.canary.add_layers(layer_names, owners, device_)
-        self.compressor = vllm_config.compilation_config.static_forward_context.get(COMPRESSOR)
-        self.workspace = None
-        if device_.type != "cpu":
-            from sage_kernels import decode
-
-            limit = max(1, decode.MAX_ROWS * self.kv_heads // self.heads)
-            self.reorder_batch_threshold = min(self.reorder_batch_threshold, limit)
-            query_rows = self.reorder_batch_threshold * (self.heads // self.kv_heads)
-            layout = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl.layout
-            turning = self.memory is not None and bool(self.memory.extrapolate)  # in steps with long contexts
-            programs = max(decode.count_programs(device_, layout, each) for each in {False, turning})
-            self.workspace = decode.Workspace.allocate(programs, query_rows, kv_cache_spec.head_size, device_)
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> SageMetadata:
-        common = common_attn_metadata
-        threshold = self.reorder_batch_threshold
-        num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
-        sample = check = None
-        if self.recorder is not None and not fast_build:  # which is how vLLM's first model runner builds drafts
-            sample = self.recorder.step(self.layer_names, common, num_decodes)
-            check = self.recorder.check(self.layer_names, common, num_decodes)
-        segments: Sequence[Any] = ()
-        if self.compressor is not None and not fast_build:
-            segments = self.compressor.segments(common, num_decodes)
-        max_prefill_len, lengths = common.max_seq_len, common.seq_lens_cpu_upper_bound
-        if lengths is not None and num_decodes < lengths.numel():
-            max_prefill_len = min(max_prefill_len, int(lengths[num_decodes:].max()))
-        return SageMetadata(
-            num_tokens=common.num_actual_tokens,
-            num_decodes=num_decodes,
-            num_decode_tokens=num_decode_tokens,
-            max_decode_query_len=threshold,
-            workspace=self.workspace,
-            query_start_loc=common.query_start_loc,
-            seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
-            max_seq_len=common.max_seq_len,
-            max_prefill_len=max_prefill_len,
-            sample=sample,
-            check=check,
-            segments=segments,
-        )
-
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> SageMetadata:
-        metadata = self.build(0, common_attn_metadata)
-        # The captured grid fits any length; running it at max_model_len for every captured size would take minutes.
-        metadata.seq_lens.fill_(metadata.max_decode_query_len)
-        metadata.max_seq_len = self.vllm_config.model_config.max_model_len
-        return metadata
-
 
 Requests = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """block_table, seq_lens and query_start_loc, as attention takes them."""
@@ -202,6 +26,9 @@ Requests = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 class SageImpl(AttentionImpl[SageMetadata]):
     """Attention of one layer."""
+
+    backend = BACKEND
+    """How `sage_backend.features.layers` recognizes this class."""
 
     def __init__(
         self,
@@ -237,7 +64,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         self.smooth_k, self.smooth_v = options.current().smooth_k, options.current().smooth_v
         self.smooth_q = options.current().smooth_q
         self.calibration = options.current().calibration
-        self.watch: calibration.Watch | None = None
+        self.watch: observers.Watch | None = None
         """Is shown what this layer works on, if it is there."""
         self.anchor: torch.Tensor | None = None
         """What is subtracted from this layer's keys, float32 [kv_heads, head_size]; all NaN until the first tokens fix it."""
@@ -280,7 +107,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         if self.calibration is None:
             return
         share = self.num_kv_heads, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        found, v_found = calibration.anchors(self.calibration, layer.layer_name, *share)
+        found, v_found = calibration_file.anchors(self.calibration, layer.layer_name, *share)
         if self.smooth_v and v_found is not None:
             self.v_anchor = v_found.to(device_)
         if self.anchor is not None and found is not None:

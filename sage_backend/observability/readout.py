@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers that a device computes, read without waiting for it."""
 
 import torch

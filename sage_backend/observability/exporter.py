@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The server's side of `metrics`: what workers wrote, shown at its /metrics beside vLLM's own, or told to Ray."""
 
 import atexit
@@ -15,8 +16,9 @@ from prometheus_client import REGISTRY, Gauge
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from sage_backend import metrics, options
-from sage_backend.checks import is_chosen
+from sage_backend.engine.checks import is_chosen
+from sage_backend.observability import definitions, sinks
+from sage_backend.options import SageOptions
 
 RELAY_SECONDS = 1.0
 """How often what workers wrote is told to Ray."""
@@ -47,7 +49,7 @@ def export(config: Any) -> None:
     from vllm.ray.lazy_utils import is_ray_initialized
 
     follow_schedulers()
-    folder = metrics.directory(config)
+    folder = sinks.directory(config)
     # One that exists is vLLM's, which every API server shows as it is. Workers that are Ray actors tell Ray themselves.
     under_ray = is_ray_initialized()
     if folder.exists() or (under_ray and config.parallel_config.distributed_executor_backend == "ray"):
@@ -55,7 +57,7 @@ def export(config: Any) -> None:
     folder.mkdir(mode=0o700)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if under_ray:
-        relay = Relay(folder, metrics.ray_values(metrics.common_labels(config)))
+        relay = Relay(folder, sinks.ray_values(sinks.common_labels(config)))
         threading.Thread(target=relay.run, name="sage-metrics", daemon=True).start()
     else:
         _folders.append(folder)
@@ -65,7 +67,7 @@ def export(config: Any) -> None:
 class Relay:
     """Tells Ray what workers write into `folder` that are no Ray actors, as those of a replica on a CPU."""
 
-    def __init__(self, folder: Path, values: metrics.Values) -> None:
+    def __init__(self, folder: Path, values: sinks.Values) -> None:
         self._folder, self._values = folder, values
         self._told: dict[tuple[str, ...], float] = {}
 
@@ -77,7 +79,7 @@ class Relay:
 
     def tell(self) -> None:
         """Pass on what was written since the last time."""
-        metric_of = {metric.name: metric for metric in metrics.METRICS}
+        metric_of = {metric.name: metric for metric in definitions.METRICS}
         for sample in (sample for family in _written([self._folder], accumulate=False) for sample in family.samples):
             metric = metric_of.get(sample.name.removesuffix("_bucket"))
             if metric is None:  # the sum of a histogram, of which Ray is told the single values
@@ -122,26 +124,26 @@ class _Pages:
     def __init__(self, logger: Any) -> None:
         config, kind = logger.vllm_config, logger._gauge_cls
         blocks = config.cache_config.num_gpu_blocks // len(logger.engine_indexes)  # vLLM sums them over engines
-        page_tokens = options.SageOptions.parse(config.additional_config).page_tokens
+        page_tokens = SageOptions.parse(config.additional_config).page_tokens
         # Less the block that stands for none.
         self._total = (blocks - 1) * config.cache_config.block_size // page_tokens
         self._in_use = {}
         for engine, labels in logger.per_engine_labelvalues.items():
-            _setter(kind, metrics.PAGES, labels)(self._total)
-            self._in_use[engine] = _setter(kind, metrics.PAGES_IN_USE, labels)
+            _setter(kind, definitions.PAGES, labels)(self._total)
+            self._in_use[engine] = _setter(kind, definitions.PAGES_IN_USE, labels)
             self._in_use[engine](0)
 
     def set(self, engine: int, usage: float) -> None:
         self._in_use[engine](round(usage * self._total))
 
 
-def _setter(kind: Any, metric: metrics.Metric, labels: Sequence[Any]) -> Callable[[float], None]:
+def _setter(kind: Any, metric: definitions.Metric, labels: Sequence[Any]) -> Callable[[float], None]:
     """What sets a gauge, Prometheus's or Ray's, whichever one of vLLM's loggers uses itself (`kind` is its class of gauges)."""
     if issubclass(kind, Gauge):
         return _gauge(metric).labels(*labels).set
-    return functools.partial(metrics.ray_values(tuple(map(str, labels))).set, metric)
+    return functools.partial(sinks.ray_values(tuple(map(str, labels))).set, metric)
 
 
 @functools.cache
-def _gauge(metric: metrics.Metric) -> Gauge:
-    return Gauge(metric.name, metric.text, labelnames=metrics.COMMON_LABELS, multiprocess_mode="mostrecent")
+def _gauge(metric: definitions.Metric) -> Gauge:
+    return Gauge(metric.name, metric.text, labelnames=definitions.COMMON_LABELS, multiprocess_mode="mostrecent")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether this machine can serve with the backend, and what to do about each thing that is missing: `sage doctor`.
 
 What is looked for may be missing, so nothing of it is imported before it is its turn.
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sage_backend import TESTED_VLLM
+from sage_backend import BACKEND, TESTED_VLLM
 
 OK, ABSENT, WARN, FAIL = "ok", "-", "warn", "fail"
 """States of a finding: as it should be; not there, and needed for other things only; works with reservations; cannot serve."""
@@ -180,13 +181,13 @@ def _plugin(on_cpu: bool) -> Finding:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
         load_general_plugins()
-        if "SAGE" not in AttentionBackendEnum.__members__:
+        if BACKEND not in AttentionBackendEnum.__members__:
             chosen = os.environ.get("VLLM_PLUGINS")
             if chosen is None:
                 return Finding(FAIL, "plugin", "vLLM did not load it", "VLLM_LOGGING_LEVEL=DEBUG vllm serve says why")
             remedy = "unset it, or name sage and sage_cpu in it"
             return Finding(FAIL, "plugin", f"VLLM_PLUGINS={chosen} keeps vLLM from loading it", remedy)
-        backend = AttentionBackendEnum["SAGE"].get_class()
+        backend = AttentionBackendEnum[BACKEND].get_class()
         if on_cpu and type(current_platform).__name__ != "SageCpuPlatform":
             remedy = "unset VLLM_TARGET_DEVICE and VLLM_PLUGINS; no other plugin may bring a platform"
             return Finding(FAIL, "plugin", f"vLLM's platform is {type(current_platform).__name__}, which ignores it", remedy)

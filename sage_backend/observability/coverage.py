@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What memory leaves out: how much of exact attention falls on the pages that it reads. docs/memory.md is the user's side.
 
 Of a step that is sampled, it is asked for the last query of one request and one KV head, over all of the request's context as
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sage_backend.readout import Readout
+from sage_backend.observability.readout import Readout
 from sage_kernels import reference
 from sage_paged import Memory, PageLayout
 

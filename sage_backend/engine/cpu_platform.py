@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM's CPU platform, except that it honours `--attention-backend sage` (vLLM's own always takes CPU_ATTN)."""
 
 import functools
@@ -6,7 +7,7 @@ from typing import Any
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from sage_backend.plugin import BACKEND
+from sage_backend import BACKEND
 
 _Base: Any = resolve_obj_by_qualname(cpu_platform_plugin())  # the plain CPU platform, or that for AMD Zen
 
@@ -34,7 +35,7 @@ def _leave_pages_alone() -> None:
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    from sage_backend.checks import is_chosen
+    from sage_backend.engine.checks import is_chosen
 
     zero_blocks = CPUModelRunner._zero_block_ids
 

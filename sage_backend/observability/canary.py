@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A canary: on a sample of prompts, what attention made of quantized pages, held against the exact one.
 
 Keys and values are exact only in the step that computes them. So what is checked is a prompt, or its first chunk, none of which
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sage_backend.observability.readout import Readout
 from sage_backend.options import SageOptions
-from sage_backend.readout import Readout
 from sage_kernels import reference
 
 TOKENS = 512

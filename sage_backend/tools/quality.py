@@ -1,4 +1,5 @@
-"""Compare attention backends on a text: `python -m sage_backend.quality CPU_ATTN SAGE SAGE:k_bits=4`.
+# SPDX-License-Identifier: Apache-2.0
+"""Compare attention backends on a text: `sage eval CPU_ATTN SAGE SAGE:k_bits=4`.
 
 Each run starts vLLM with its backend, as a user would, and has it predict every token of windows of the text from those
 before it. Since prompts are prefilled through KV pages, the pages' precision is part of what is measured. The first run is
@@ -9,25 +10,27 @@ how much of each window is the prompt: only the rest is scored, and only the pro
 """
 
 import argparse
-import datetime
-import gc
 import json
 import os
-import platform
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
 
-from sage_backend import __version__, cli, plots
-from sage_backend.checks import check_model_folder, one_line
 from sage_backend.demo import HELDOUT, MODEL_DIR
+from sage_backend.engine.checkpoint import check_model_folder
+from sage_backend.tools import plots
+from sage_backend.tools.command import run_command
+from sage_backend.tools.engines import Run, circumstances, engine, stretched
+from sage_backend.tools.passkeys import ANSWER_TOKENS, recalls
+from sage_backend.tools.tables import table
+from sage_backend.tools.text import read_text, windows
+from sage_backend.variator.admission import TAIL
+from sage_backend.variator.groups import MIN_TAIL
 
 TOP = 20
 """Likeliest tokens of each position that an engine reports."""
@@ -35,59 +38,6 @@ KL_TOP = 10
 """Likeliest tokens of the baseline that the KL divergence is taken over."""
 PASSKEY_DEPTHS = 10
 """Where pass keys are told, from the start of the text to its end."""
-ANSWER_TOKENS = 8  # room for a key of five digits and a space
-
-
-@dataclass(frozen=True)
-class Run:
-    """One configuration: `BACKEND`, `BACKEND/kv_cache_dtype`, `SAGE:k_bits=4,smooth_k=false` or `SAGE:memory.topk_pages=64`."""
-
-    name: str
-    backend: str
-    kv_cache_dtype: str = "auto"
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, text: str) -> "Run":
-        """Raises ValueError, in one line, for what is not a run or names no backend of this vLLM."""
-        from sage_backend.options import SageOptions
-        from sage_backend.plugin import BACKEND, backend_member
-
-        head, _, tail = text.partition(":")
-        name, _, dtype = head.partition("/")
-        backend = name.upper()
-        try:
-            backend_member(backend)
-        except (KeyError, ValueError):
-            raise ValueError(f"vLLM has no attention backend {name!r}") from None
-        booleans = {"false": False, "true": True}
-        options: dict[str, Any] = {}
-        for assignment in filter(None, tail.split(",")):
-            option, _, value = assignment.partition("=")
-            if backend != BACKEND or not value:
-                raise ValueError(f"{text!r} is not a run; one with options is, for example, SAGE:k_bits=4")
-            *sections, option = option.split(".")
-            place = options
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[option] = booleans[value] if value in booleans else int(value) if value.isdecimal() else value
-        SageOptions.parse({"sage": options})
-        return cls(text, backend, dtype or "auto", options)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What an engine gets of it."""
-        sage = {"additional_config": {"sage": self.options}} if self.options else {}
-        return {"attention_backend": self.backend, "kv_cache_dtype": self.kv_cache_dtype, **sage}
-
-    def check(self, model: str, **arguments: Any) -> None:
-        """Raises ValueError, in one line, for what an engine with these arguments would refuse before it loads a model."""
-        from vllm.engine.arg_utils import EngineArgs
-
-        try:
-            EngineArgs(model, **self.arguments, **arguments).create_engine_config()
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {one_line(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -139,57 +89,6 @@ def _renormalized(logprobs: np.ndarray) -> np.ndarray:
     return logprobs - np.log(np.exp(logprobs).sum(1, keepdims=True))
 
 
-@contextmanager
-def engine(run: Run, model: str, **arguments: Any) -> Iterator[Any]:
-    """A vLLM engine (`vllm.LLM`) with the run's backend. It is shut down on leaving, so that another can follow."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    llm = LLM(model, **run.arguments, **arguments)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
-
-def stretched(model: str, tokens: int) -> dict[str, Any]:
-    """What an engine needs beside its arguments to take contexts of `tokens` tokens: where the model's table of positions is
-    shorter, a longer one, with the same frequencies."""
-    from vllm.transformers_utils.config import get_config
-
-    positions = getattr(get_config(model, trust_remote_code=False).get_text_config(), "max_position_embeddings", tokens)
-    if positions >= tokens:
-        return {}
-    print(f"the model has {positions} positions; its table is made longer, to {tokens}", file=sys.stderr)
-    return {"hf_overrides": {"max_position_embeddings": tokens}}
-
-
-def windows(tokenizer: Any, text: str, tokens: int, context: int) -> list[list[int]]:
-    """The first `tokens` tokens of a text, cut into prompts that leave room in the context for a token to generate, without
-    which no engine runs."""
-    ids = tokenizer.encode(text)[:tokens]
-    return [ids[i : i + context - 1] for i in range(0, len(ids), context - 1)]
-
-
-def recalls(
-    llm: Any, length: int, depths: Iterable[float], document: Sequence[str] = (), progress: bool = True
-) -> list[bool]:
-    """Whether an engine recalls pass keys that are told at these depths of prompts of `length` tokens, which are a document's
-    lines or filler."""
-    from vllm import SamplingParams
-
-    from sage_backend.demo.passkey import make_passkey
-
-    rng, tokenizer = Random(length), llm.get_tokenizer()
-    prompts, answers = zip(*(make_passkey(length, depth, rng, tokenizer, document) for depth in depths), strict=True)
-    greedy = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
-    texts = [output.outputs[0].text for output in llm.generate(list(prompts), greedy, use_tqdm=progress)]
-    return [text.strip().startswith(answer) for text, answer in zip(texts, answers, strict=True)]
-
-
 def _scoring_engine(model: str, context: int) -> dict[str, Any]:
     """Arguments of an engine that scores windows of a text."""
     from vllm.platforms import current_platform
@@ -213,9 +112,6 @@ def measure(
     first and those of the prompt. Raises ValueError for a text or prompt that does not fit.
     """
     from vllm import SamplingParams
-
-    from sage_backend.variator.admission import TAIL
-    from sage_backend.variator.groups import MIN_TAIL
 
     context = arguments["max_model_len"]
     with engine(run, model, **arguments) as llm:
@@ -268,17 +164,9 @@ def _by_depth(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def table(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     description = "Compare attention backends with the first of them."
-    parser = argparse.ArgumentParser(prog="python -m sage_backend.quality", description=description)
+    parser = argparse.ArgumentParser(prog="sage eval", description=description)
     forms = "BACKEND, BACKEND/kv_cache_dtype, SAGE:k_bits=4 or SAGE:variator.plugins=FILE,variator.ratio=2"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=forms)
     parser.add_argument("--model", default=str(MODEL_DIR), help="folder or name (default: the embedded small model)")
@@ -295,37 +183,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _versions() -> dict[str, str]:
-    import torch
-    import vllm
-
-    versions = {"torch": torch.__version__, "vllm": vllm.__version__, "sage_backend": __version__}
-    return {"python": platform.python_version(), **versions}
-
-
-def _device() -> str:
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return current_platform.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-    return f"{os.cpu_count()} x {names[0]}" if names else platform.machine()
-
-
-def circumstances(command: str, model: str) -> dict[str, Any]:
-    """What a report says of how it was made."""
-    return {
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": _device(),
-        "versions": _versions(),
-        "model": Path(model).name if Path(model).is_dir() else model,
-    }
-
-
 def _compare(arguments: argparse.Namespace, command: str) -> None:
-    text = cli.read_text(arguments.text)
+    text = read_text(arguments.text)
     if arguments.tokens < 2 or arguments.context < 2 * ANSWER_TOKENS:
         raise ValueError(f"--tokens must be at least 2 and --context at least {2 * ANSWER_TOKENS}")
     if Path(arguments.model).is_absolute():
@@ -389,7 +248,7 @@ def _tell(report: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status; what is wrong with the input is told in one line on stderr."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[2:] if argv is None else argv
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm.platforms import current_platform  # asking torch for a GPU would keep vLLM from forking
@@ -397,9 +256,5 @@ def main(argv: list[str] | None = None) -> int:
     if current_platform.is_cpu():
         # One process instead of three, each of which would spend half a minute on importing vLLM.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    command = shlex.join(["python", "-m", "sage_backend.quality", *argv])
-    return cli.run(lambda: _compare(arguments, command))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    command = shlex.join(["sage", "eval", *argv])
+    return run_command(lambda: _compare(arguments, command))

@@ -1,22 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
 """What this backend cannot serve, and what to use instead.
 
 `reasons` is asked per attention layer by vLLM (`validate_configuration`) and for the whole model by `check_config`, before
 any process is started, so that a user reads one line instead of a worker's trace.
 """
 
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sage_backend.options import SageOptions, VariatorOptions
+from sage_backend import BACKEND
+from sage_backend.engine.checkpoint import check_model_folder, check_weight_files
+from sage_backend.features import calibration_file, positions
+from sage_backend.options import SageOptions
+from sage_backend.variator.checks import check_compression
 from sage_paged import HEAD_DIMS
 
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
-FFN_OP = "sage::ffn"
-"""The custom op of FFNs with plugins (`sage_backend.variator.layers`)."""
 _INSTEAD = "use vLLM's default backend for it"
 
 
@@ -80,7 +80,7 @@ def is_chosen(config: Any) -> bool:
     """Whether an engine of this configuration (VllmConfig) uses this backend."""
     attention = config.attention_config
     chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
-    return any(getattr(backend, "name", None) == "SAGE" for backend in chosen)
+    return any(getattr(backend, "name", None) == BACKEND for backend in chosen)
 
 
 def check_config(config: Any, has_metrics: bool = True) -> None:
@@ -130,14 +130,10 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
                 f"{model.max_model_len} of --max-model-len; lower local_tokens or topk_pages, or leave it out"
             )
         if options.memory.extrapolate:
-            from sage_backend import positions
-
             positions.check(model)
     if options.calibration is not None:
-        from sage_backend import calibration
-
-        calibration.check(options.calibration, model)
-        chosen = calibration.k_bits(options.calibration)
+        calibration_file.check(options.calibration, model)
+        chosen = calibration_file.k_bits(options.calibration)
         if chosen and "k_bits" in config.additional_config["sage"]:
             raise ValueError(
                 f'the calibration {options.calibration} has chosen the bits of keys; leave out option "k_bits" in '
@@ -152,87 +148,15 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
         check_compression(config, options.variator)
 
 
-def check_compression(config: Any, options: VariatorOptions) -> None:
-    """Check the option `variator` of an engine's configuration (VllmConfig), and have torch.compile leave the FFNs alone.
-
-    Raises ValueError with one line for plugins that are not this model's, or a setting they do not work with.
-    """
-    from sage_backend.variator import files
-    from sage_backend.variator.groups import CHUNK
-
-    options.choices(files.check(options.plugins, config.model_config))
-    parallel, scheduler, compilation = config.parallel_config, config.scheduler_config, config.compilation_config
-    chunk = min(scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold or CHUNK)
-    found = {
-        "pipeline parallelism is not supported; use --tensor-parallel-size": parallel.pipeline_parallel_size > 1,
-        "batches that overlap are not supported; leave --enable-dbo and --ubatch-size out": parallel.use_ubatching,
-        "LoRA is not supported; leave --enable-lora out": config.lora_config is not None,
-        "blocks that leave the engine are not told apart by ratio; leave --kv-transfer-config and --kv-offloading-size out": (
-            config.kv_transfer_config is not None
-        ),
-        f"chunks of {chunk} tokens have no room for groups; --max-num-batched-tokens and --long-prefill-token-threshold can be "
-        f"{CHUNK} or more": chunk < CHUNK,
-    }
-    if reasons := [reason for reason, applies in found.items() if applies]:
-        raise ValueError(f"the option variator cannot be used: {'; '.join(reasons)}")
-    if compilation.splitting_ops and FFN_OP not in compilation.splitting_ops:
-        compilation.splitting_ops.append(FFN_OP)
-    activation = "silu_and_mul"
-    if not {f"+{activation}", f"-{activation}"} & set(compilation.custom_ops):
-        # Inside the op nothing is compiled, so the activation takes vLLM's own kernel.
-        compilation.custom_ops.append(f"+{activation}")
-
-
 def check_arguments(arguments: Any) -> None:
     """Check what vLLM itself stumbles over while it makes a configuration of `arguments` (EngineArgs).
 
     Raises ValueError with one line for a folder that holds no model or broken weight files, if this backend is chosen.
     """
     backend = arguments.attention_backend or getattr(arguments.attention_config, "backend", None)
-    if str(getattr(backend, "name", backend)).upper() != "SAGE" or not Path(arguments.model).is_dir():
+    if str(getattr(backend, "name", backend)).upper() != BACKEND or not Path(arguments.model).is_dir():
         return
     folder = Path(arguments.model)
     check_model_folder(folder)
     if arguments.load_format in ("auto", "safetensors", "hf"):
         check_weight_files(folder)
-
-
-def check_model_folder(folder: Path) -> None:
-    """Raises ValueError for a folder without a config.json, or with one that is not that of a model."""
-    if (folder / "params.json").is_file():  # Mistral's own format, which vLLM reads too
-        return
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} is not a model folder: it has no config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{file} is not JSON or is cut short; fetch it again") from None
-    if not (isinstance(config, dict) and config.get("model_type")):
-        raise ValueError(f"{folder} is not a model folder: its config.json names no model_type")
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line. Those of pydantic, which vLLM's configurations raise, begin with how many there are."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    told = next((line for line in lines if line.startswith("Value error, ")), lines[0])
-    return told.removeprefix("Value error, ").partition(" [type=")[0]
-
-
-def check_weight_files(folder: Path) -> None:
-    """Raises ValueError for no weights at all, or the first *.safetensors file whose size is not what its header says."""
-    if not any(file.suffix in _WEIGHTS for file in folder.iterdir()):
-        raise ValueError(f"{folder} has no weights (*.safetensors)")
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        try:
-            with file.open("rb") as stream:
-                (header_size,) = struct.unpack("<Q", stream.read(8))
-                header = json.loads(stream.read(header_size)) if header_size < size else None
-            if header is None:
-                raise ValueError
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (struct.error, ValueError, LookupError, TypeError, AttributeError):
-            raise ValueError(f"{file} is not a safetensors file or is cut short; fetch it again") from None
-        if size != 8 + header_size + end:
-            raise ValueError(f"{file} has {size} bytes where its header says {8 + header_size + end}; fetch it again")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The angles that a model's positions turn keys by, for pages that are read at other positions than their own."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `sage eval` and `sage needle` have found, to look at: PNG files, and an HTML page that holds them and the figures."""
 
 import base64

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Observers of one layer's attention, which calibration and tests attach to it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sage_kernels import cpu, reference
+from sage_paged import K_BITS, PageLayout
+
+_ERROR_QUERIES = 256
+
+
+class Watch:
+    """Is shown what a layer works on."""
+
+    def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        """key, value: [tokens, kv_heads, head_dim]; slots: [tokens], negative for padding."""
+
+    def attended(self, query: torch.Tensor) -> None:
+        """query: [tokens, heads, head_dim], after the same tokens have been stored."""
+
+
+class Means(Watch):
+    """Sums up the keys and values that a layer stores, and the squares of values."""
+
+    def __init__(self) -> None:
+        self.sum: torch.Tensor | float = 0.0
+        self.count = 0
+
+    def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        used = slots >= 0
+        key, value = key[used].double(), value[used].double()
+        self.sum = self.sum + torch.stack([key.sum(0), value.sum(0), value.square().sum(0)], 1)
+        self.count += len(key)
+
+    def result(self) -> torch.Tensor | None:
+        """float32 [kv_heads, 3, head_dim] on the CPU, the means of keys, values and squares of values; or None if the layer has
+        stored nothing."""
+        return (self.sum / self.count).float().cpu() if self.count and isinstance(self.sum, torch.Tensor) else None
+
+
+class PageErrors(Watch):
+    """Squared errors of a layer's attention with each kind of page, over prompts that come whole and one at a time.
+
+    The last _ERROR_QUERIES queries of a prompt are judged, against exact attention to what was stored for them.
+    """
+
+    def __init__(self, impl: Any) -> None:
+        self.impl = impl
+        self.key = self.value = torch.empty(0)
+        self.squares = dict.fromkeys((*K_BITS, "exact"), 0.0)
+        """By bits of keys, the sum of squared errors; and that of the exact outputs' squares."""
+
+    def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        self.key, self.value = key[slots >= 0], value[slots >= 0]
+
+    def attended(self, query: torch.Tensor) -> None:
+        tokens, impl, device = len(self.key), self.impl, query.device
+        if len(query) != tokens:
+            return
+        attention: Callable[..., None]
+        if device.type == "cpu":
+            store, attention = reference.store, cpu.attention
+        else:
+            from sage_kernels.prefill import prefill as attention
+            from sage_kernels.store import store
+
+        query = query[-_ERROR_QUERIES:]
+        mask = {"window": impl.window, "soft_cap": impl.soft_cap, "sinks": impl.sinks}
+        exact = reference.exact_attention(query, self.key, self.value, impl.scale, **mask)
+        self.squares["exact"] += float(exact.square().sum())
+        for bits in K_BITS:
+            layout = PageLayout(impl.head_size, bits, impl.layout.tokens)
+            blocks = -(-tokens // layout.tokens)
+            pages = layout.empty(blocks, self.key.shape[1], device)
+            store(self.key, self.value, pages, torch.arange(tokens, device=device), layout, impl.anchor, impl.v_anchor)
+            table, lengths, starts = (
+                torch.tensor(x, dtype=torch.int32, device=device) for x in ([[*range(blocks)]], [tokens], [0, len(query)])
+            )
+            out = torch.empty_like(exact)
+            smoothed = {"anchor": impl.anchor, "v_anchor": impl.v_anchor, **impl.smoothing_of_prompts(device)}
+            attention(query, pages, layout, table, lengths, starts, impl.scale, out, **mask, **smoothed)
+            self.squares[bits] += float((out - exact).square().sum())
