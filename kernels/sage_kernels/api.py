@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paged SageAttention: store keys and values in quantized KV pages, and attend to them.
 
-These functions run on the CPU and on NVIDIA GPUs from sm_80 on. They choose the implementation by the device of their tensors, the page
-layout and the modifiers (`choose_kernels`): torch on a CPU, portable Triton kernels, or Gluon kernels for sm_90. All of them compute what
-`reference` specifies. None of them waits for the device, and all can be captured in a CUDA graph.
+These functions run on the CPU and on NVIDIA GPUs from sm_80 on. They choose the implementation by the device of their tensors,
+the page layout and the modifiers (`choose_kernels`): torch on a CPU, portable Triton kernels, or Gluon kernels for sm_90. All
+of them compute what `reference` specifies. None of them waits for the device, and all can be captured in a CUDA graph.
 
 A whole attention layer, on any device:
 
@@ -26,7 +26,7 @@ A whole attention layer, on any device:
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,9 +43,9 @@ from sage_paged import Memory, PageLayout
 class KernelChoice:
     """Which implementations serve a layer on a device.
 
-    prefill, decode: "torch", "portable" or "hopper". fallback_reason: why prefill is portable on a device that has Hopper kernels:
-    "gluon_missing" (Triton's Gluon cannot be imported), "page_format" (no kernel for this layout or group) or "smooth_q" (no kernel
-    with Q smoothing); None elsewhere.
+    prefill, decode: "torch", "portable" or "hopper". fallback_reason: why prefill is portable on a device that has Hopper
+    kernels: "gluon_missing" (Triton's Gluon cannot be imported), "page_format" (no kernel for this layout or group) or
+    "smooth_q" (no kernel with Q smoothing); None elsewhere.
     """
 
     prefill: str
@@ -92,7 +92,8 @@ def prefill_scratch_bytes(device: torch.device, layout: PageLayout, group: int, 
 
 
 def max_decode_rows() -> int:
-    """Most query rows (query tokens times query heads per KV head) of a request in `attend_decode` on a GPU, if it has several tokens."""
+    """Most query rows (query tokens times query heads per KV head) of a request in `attend_decode` on a GPU, if it has several
+    tokens."""
     from sage_kernels.portable.decode import MAX_ROWS
 
     return MAX_ROWS
@@ -130,10 +131,10 @@ def store(
 ) -> None:
     """Quantize new tokens and write them into their pages.
 
-    key, value: [tokens, kv_heads, head_dim], float32, float16 or bfloat16, unit stride in head_dim. pages: uint8 [blocks, kv_heads,
-    page_bytes], written in place. slots: int64 [tokens]; token t goes to block slots[t] // layout.tokens, at slots[t] %
-    layout.tokens; negative: padding. k_anchor, v_anchor: float32 [kv_heads, head_dim], subtracted from keys and values (smoothing:
-    SageAttention, section 4.2); a k_anchor of NaN is fixed to the mean of the first tokens.
+    key, value: [tokens, kv_heads, head_dim], float32, float16 or bfloat16, unit stride in head_dim. pages: uint8 [blocks,
+    kv_heads, page_bytes], written in place. slots: int64 [tokens]; token t goes to block slots[t] // layout.tokens, at slots[t]
+    % layout.tokens; negative: padding. k_anchor, v_anchor: float32 [kv_heads, head_dim], subtracted from keys and values
+    (smoothing: SageAttention, section 4.2); a k_anchor of NaN is fixed to the mean of the first tokens.
 
     Raises ValueError for tensors whose shapes or dtypes do not fit together.
 
@@ -146,7 +147,7 @@ def store(
     shape = (pages.shape[1], layout.head_dim)
     for name, x in (("key", key), ("value", value)):
         if x.dim() != 3 or tuple(x.shape[1:]) != shape or len(x) < slots.numel():
-            raise ValueError(f"{name} is {tuple(x.shape)}; these pages and slots take [{slots.numel()}, {shape[0]}, {shape[1]}]")
+            raise ValueError(f"{name} is {list(x.shape)}; these pages and slots take {[slots.numel(), *shape]}")
     for name, anchor in (("k_anchor", k_anchor), ("v_anchor", v_anchor)):
         _check_anchor(name, anchor, shape)
     if key.device.type == "cpu":
@@ -169,8 +170,9 @@ def attend_prefill(
     """Causal attention of many query tokens per request (whole prompts or chunks) over their pages. Writes `out`.
 
     query, out: [tokens, heads, head_dim], unit stride in head_dim; the batch's requests own rows query_start_loc[0] to
-    query_start_loc[-1], and no other row is touched. Keys and values of the query tokens must be stored already. pages: uint8 [blocks,
-    kv_heads, page_bytes]. scale multiplies the logits, head_dim**-0.5 as a rule. modifiers: of the layer; None for plain attention.
+    query_start_loc[-1], and no other row is touched. Keys and values of the query tokens must be stored already. pages: uint8
+    [blocks, kv_heads, page_bytes]. scale multiplies the logits, head_dim**-0.5 as a rule. modifiers: of the layer; None for
+    plain attention.
 
     Raises ValueError for shapes or dtypes that do not fit together, and for a modifiers.q_block that is neither 0 nor
     `smoothing_block`. The module's docstring has an example.
@@ -200,11 +202,12 @@ def attend_decode(
 ) -> None:
     """Causal attention of the last few tokens of each request (one, or one and its drafts), with split-KV. Writes `out`.
 
-    Arguments as for `attend_prefill`. batch.max_query_len bounds the query tokens of a request; None means 1. modifiers.q_block is
-    ignored: a few queries have no mean worth subtracting. workspace: from `decode_workspace`; allocated for this call if None.
+    Arguments as for `attend_prefill`. batch.max_query_len bounds the query tokens of a request; None means 1. modifiers.q_block
+    is ignored: a few queries have no mean worth subtracting. workspace: from `decode_workspace`; allocated for this call if
+    None.
 
-    Raises ValueError as `attend_prefill` does, for a workspace that is too small, and on a GPU for more than `max_decode_rows` query
-    rows.
+    Raises ValueError as `attend_prefill` does, for a workspace that is too small, and on a GPU for more than `max_decode_rows`
+    query rows.
 
         >>> import torch; from sage_kernels import PagedBatch, PageLayout, attend_decode, store
         >>> layout, key, value = PageLayout(head_dim=64), torch.randn(200, 2, 64), torch.randn(200, 2, 64)
@@ -221,7 +224,7 @@ def attend_decode(
     modifiers = modifiers or Modifiers()
     _check_attention(query, pages, layout, batch, out, modifiers)
     if query.device.type == "cpu":
-        cpu.attention(query, pages, layout, batch, scale, out, _without_q_smoothing(modifiers))
+        cpu.attention(query, pages, layout, batch, scale, out, replace(modifiers, q_block=0))
         return
     choice = choose_kernels(query.device, layout, query.shape[1] // pages.shape[1])
     if choice.decode == "hopper" and batch.rope_shift is None:
@@ -241,9 +244,9 @@ def store_summaries(
 ) -> None:
     """Write the summaries of the pages that a step has filled, which `select_pages` reads (InfLLM memory).
 
-    pages: as for `attend_prefill`, of a layout with has_summary. batch: the step's requests, whose tokens are stored. num_tokens: at
-    least the query tokens of the step. shift_table: `reference.rope_shift_table`, where select_pages has one; then k_anchor is that of
-    the stored keys.
+    pages: as for `attend_prefill`, of a layout with has_summary. batch: the step's requests, whose tokens are stored.
+    num_tokens: at least the query tokens of the step. shift_table: `reference.rope_shift_table`, where select_pages has one;
+    then k_anchor is that of the stored keys.
 
     Raises ValueError for a layout without summaries.
 
@@ -274,14 +277,15 @@ def select_pages(
     query_block: int,
     shift_table: torch.Tensor | None = None,
 ) -> PagedBatch:
-    """Choose the pages of long contexts that queries read: sinks, local pages, and the best of those between (InfLLM, section 3).
+    """Choose the pages of long contexts that queries read: sinks, local pages, and the best of those between (InfLLM, section
+    3).
 
-    query: [tokens, heads, head_dim]. batch: the requests. memory: the policy. query_block: positions whose queries choose together; 0
-    for one choice per request, as in decoding, for which batch.max_query_len must be set where requests have several query tokens.
-    shift_table: `reference.rope_shift_table`, needed where memory.trained_tokens is not 0.
+    query: [tokens, heads, head_dim]. batch: the requests. memory: the policy. query_block: positions whose queries choose
+    together; 0 for one choice per request, as in decoding, for which batch.max_query_len must be set where requests have
+    several query tokens. shift_table: `reference.rope_shift_table`, needed where memory.trained_tokens is not 0.
 
-    Returns a batch to attend with in place of the given one: query blocks stand in the place of requests, and each KV head has its own
-    page list. Raises ValueError for a layout without summaries.
+    Returns a batch to attend with in place of the given one: query blocks stand in the place of requests, and each KV head has
+    its own page list. Raises ValueError for a layout without summaries.
 
         >>> import torch
         >>> from sage_kernels import Memory, PagedBatch, PageLayout, select_pages, store, store_summaries
@@ -302,14 +306,6 @@ def select_pages(
     from sage_kernels.portable import recall
 
     return recall.select_pages(query, pages, layout, batch, memory, query_block, shift_table)
-
-
-def _without_q_smoothing(modifiers: Modifiers) -> Modifiers:
-    if not modifiers.q_block:
-        return modifiers
-    return Modifiers(
-        modifiers.window, modifiers.soft_cap, modifiers.sinks, modifiers.k_anchor, modifiers.v_anchor
-    )
 
 
 # Checks look at shapes and dtypes only: they cost a few microseconds and never wait for the device.
@@ -340,15 +336,15 @@ def _check_attention(
     kv_heads = pages.shape[1]
     if query.dim() != 3 or query.shape[2] != layout.head_dim or query.shape[1] % kv_heads:
         raise ValueError(
-            f"query is {list(query.shape)}; these pages take [tokens, heads, {layout.head_dim}] with a multiple of {kv_heads} heads"
+            f"query is {list(query.shape)}; these pages take [tokens, heads, {layout.head_dim}], heads a multiple of {kv_heads}"
         )
     if out.shape != query.shape:
         raise ValueError(f"out is {list(out.shape)}; it must have the shape of query, {list(query.shape)}")
-    requests = batch.num_requests
-    if batch.query_start_loc.numel() != requests + 1 or len(batch.block_table) != requests:
+    requests, starts = batch.num_requests, batch.query_start_loc.numel()
+    if starts != requests + 1 or len(batch.block_table) != requests:
         raise ValueError(
-            f"the batch has {requests} seq_lens, {batch.query_start_loc.numel()} query_start_loc and {len(batch.block_table)} rows of "
-            f"block_table; it must have {requests}, {requests + 1} and {requests}"
+            f"the batch has {requests} seq_lens, {starts} query_start_loc and {len(batch.block_table)} rows of block_table; for "
+            f"{requests} requests it must have {requests}, {requests + 1} and {requests}"
         )
     if batch.block_table.dim() == 3 and batch.block_table.shape[1] != kv_heads:
         raise ValueError(f"block_table is {list(batch.block_table.shape)}; dimension 1 must be the {kv_heads} KV heads")

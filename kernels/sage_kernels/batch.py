@@ -10,8 +10,8 @@ import torch
 class RopeShift:
     """How far queries are rotated for each page, so that the page is read as if it were nearer.
 
-    InfLLM (Xiao et al., NeurIPS 2024, section 3.2) reads distant pages at positions that the model was trained for. A query that
-    is rotated back by n pages has the same logits as keys that were stored n pages later.
+    InfLLM (Xiao et al., NeurIPS 2024, section 3.2) reads distant pages at positions that the model was trained for. A query
+    that is rotated back by n pages has the same logits as keys that were stored n pages later.
 
     pages: int32 [requests, kv_heads, pages], the shift in pages, entry by entry of a block table. table: float32 [max_pages,
     head_dim], the cosines of a shift's angles and, in the second half of the channels, their sines
@@ -87,8 +87,8 @@ class Modifiers:
     sinks: float [heads], logits of an extra key without a value (attention sinks); None for none.
     k_anchor: float32 [kv_heads, head_dim], what was subtracted from the stored keys. Softmax is the same with and without, so
         that it matters only where logits are needed whole: with soft_cap, sinks, or a RopeShift.
-    v_anchor: float32 [kv_heads, head_dim], what was subtracted from the stored values.
-    q_block: query smoothing (SageAttention2, section 3.2): queries are quantized less the mean of their block of this many tokens,
+    v_anchor: float32 [kv_heads, head_dim], what was subtracted from the stored values. q_block: query smoothing
+    (SageAttention2, section 3.2): queries are quantized less the mean of their block of this many tokens,
         counted from a request's first query. 0 for none. Kernels support `api.smoothing_block` only.
     """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`reference.attention` for a CPU that serves requests: all heads of a request at once, and only the pages that it sees.
 
-The arithmetic is that of the kernels. INT8 products are exact in float32, which on a CPU is the fast way to compute them. Storing
-needs no version of its own: `reference.store` takes all tokens at once.
+The arithmetic is that of the kernels. INT8 products are exact in float32, which on a CPU is the fast way to compute them.
+Storing needs no version of its own: `reference.store` takes all tokens at once.
 """
 
 from collections.abc import Iterator

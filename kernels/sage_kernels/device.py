@@ -40,8 +40,8 @@ def gluon_available() -> bool:
 
 @functools.cache
 def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """Launch arguments of kernels that begin with `primitives.await_previous_kernel`: on sm_90 and later, these may start while the
-    kernel before them in the stream still runs (programmatic dependent launch, CUDA C++ Programming Guide)."""
+    """Launch arguments of kernels that begin with `primitives.await_previous_kernel`: on sm_90 and later, these may start while
+    the kernel before them in the stream still runs (programmatic dependent launch, CUDA C++ Programming Guide)."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
@@ -63,5 +63,6 @@ def shared_memory(device: torch.device) -> int:
 
 
 def pipeline_stages(device: torch.device, rows: int, channels: int, page_tokens: int) -> int:
-    """Pages that a program can have in flight, at most 3, next to `rows` query rows of `channels` (a power of two) in shared memory."""
+    """Pages that a program can have in flight, at most 3, next to `rows` query rows of `channels` (a power of two) in shared
+    memory."""
     return max(1, min((shared_memory(device) - 2 * rows * channels) // (2 * page_tokens * channels), 3))

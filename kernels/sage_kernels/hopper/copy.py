@@ -22,8 +22,8 @@ _v_token = gluon.jit(v_token)
 
 
 class PageDescriptors(NamedTuple):
-    """TMA descriptors of a cache, by section of a page: keys, values, INT4 groups (steps and zero points), scales. Keys and values
-    arrive as tensor cores read them, groups and scales as they lie in memory (`plain`)."""
+    """TMA descriptors of a cache, by section of a page: keys, values, INT4 groups (steps and zero points), scales. Keys and
+    values arrive as tensor cores read them, groups and scales as they lie in memory (`plain`)."""
 
     k: TensorDescriptor
     v: TensorDescriptor
@@ -72,8 +72,8 @@ def copy_scales(scale_rows, row, buffer, full, HEAD_DIM: gl.constexpr, K_BITS: g
 
 @gluon.jit
 def clear_v_behind(buffer, length, PAGE: gl.constexpr):
-    """Set the V codes behind the first `length` tokens of a page in shared memory to 0: an earlier owner of the cache may have left a NaN
-    there, and 0 * NaN would reach every row. A fence must follow."""
+    """Set the V codes behind the first `length` tokens of a page in shared memory to 0: an earlier owner of the cache may have
+    left a NaN there, and 0 * NaN would reach every row. A fence must follow."""
     V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // PAGE, PAGE // 16], [4, 1], [1, 0])
     filled = _v_token(gl.arange(0, PAGE, gl.SliceLayout(0, V_LAYOUT))) < length
     bits = buffer.load(V_LAYOUT).to(gl.uint8, bitcast=True)
@@ -86,8 +86,8 @@ def page_rows(pages: torch.Tensor, layout: PageLayout) -> tuple[int, int]:
 
 
 def descriptors(pages: torch.Tensor, layout: PageLayout) -> PageDescriptors:
-    """The TMA descriptors of a cache, uint8 [blocks, kv_heads, page_bytes]. Raises ValueError where its strides are none that TMA can
-    address."""
+    """The TMA descriptors of a cache, uint8 [blocks, kv_heads, page_bytes]. Raises ValueError where its strides are none that
+    TMA can address."""
     return _descriptors(pages.data_ptr(), pages.shape[0], pages.stride(0), pages.stride(1), layout)
 
 

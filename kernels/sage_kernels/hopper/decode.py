@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding for sm_90, in Gluon: pages arrive by TMA, and tensor cores read them where they lie.
 
-Decoding is bound by the bytes of the pages, so nothing else may hold them up. wgmma takes at least 64 rows from its A operand and as
-few as 8 columns from B. So the few query rows are the columns here: K Q^T gives transposed logits, V^T P^T a transposed output. K
-[tokens, channels] and V [channels, tokens] are A operands just as a page holds them. No thread ever touches a code, and a page costs
-the 128 threads a few hundred instructions. INT4 keys are widened to INT8 codes on the way, from shared memory to shared memory.
+Decoding is bound by the bytes of the pages, so nothing else may hold them up. wgmma takes at least 64 rows from its A operand
+and as few as 8 columns from B. So the few query rows are the columns here: K Q^T gives transposed logits, V^T P^T a transposed
+output. K [tokens, channels] and V [channels, tokens] are A operands just as a page holds them. No thread ever touches a code,
+and a page costs the 128 threads a few hundred instructions. INT4 keys are widened to INT8 codes on the way, from shared memory
+to shared memory.
 """
 
 from typing import NamedTuple
@@ -51,8 +52,8 @@ from sage_paged import PageLayout
 
 
 class PageSource(NamedTuple):
-    """What the copies of a decode read. k, v, groups, scales: TMA descriptors (`PageDescriptors`); block_rows, head_rows: `page_rows`;
-    block_table and its strides: see `PagedBatch`."""
+    """What the copies of a decode read. k, v, groups, scales: TMA descriptors (`PageDescriptors`); block_rows, head_rows:
+    `page_rows`; block_table and its strides: see `PagedBatch`."""
 
     k: gl.tensor
     v: gl.tensor
@@ -66,7 +67,8 @@ class PageSource(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Shared memory of STAGES pages as copied, and the barriers `full`, on which a page's copies arrive. groups: for INT4 keys."""
+    """Shared memory of STAGES pages as copied, and the barriers `full`, on which a page's copies arrive. groups: for INT4
+    keys."""
 
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
@@ -76,8 +78,8 @@ class Buffers(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Operands of matrix products in shared memory. q_low, q_high: codes of the query tile (INT8 keys: all in q_low); k_low, k_high: a
-    page of INT4 keys, widened; p: P of a page."""
+    """Operands of matrix products in shared memory. q_low, q_high: codes of the query tile (INT8 keys: all in q_low); k_low,
+    k_high: a page of INT4 keys, widened; p: P of a page."""
 
     q_low: gl.shared_memory_descriptor
     q_high: gl.shared_memory_descriptor
@@ -87,8 +89,8 @@ class Operands(NamedTuple):
 
 
 class QueryTile(NamedTuple):
-    """scale: float32 [rows], from code products to base-2 logits; bias: float32 [rows], Q times the anchor of K, base 2; position: int
-    [rows], counted from the first page that is read; length: tokens of the request, counted likewise."""
+    """scale: float32 [rows], from code products to base-2 logits; bias: float32 [rows], Q times the anchor of K, base 2;
+    position: int [rows], counted from the first page that is read; length: tokens of the request, counted likewise."""
 
     scale: gl.tensor
     bias: gl.tensor
@@ -97,8 +99,8 @@ class QueryTile(NamedTuple):
 
 
 class SoftmaxState(NamedTuple):
-    """acc: float32 [channels, rows]; l_i: float32 [tokens, rows], sums over pages (those over tokens come last); m_ref, m_i: float32
-    [rows], see `primitives.softmax_reference`."""
+    """acc: float32 [channels, rows]; l_i: float32 [tokens, rows], sums over pages (those over tokens come last); m_ref, m_i:
+    float32 [rows], see `primitives.softmax_reference`."""
 
     acc: gl.tensor
     l_i: gl.tensor
@@ -120,7 +122,8 @@ def _copy_page(source, buffers, slot, row, HEAD_DIM: gl.constexpr, K_BITS: gl.co
 
 @gluon.jit
 def _widen(k_buffer, group_buffer, low_buffer, high_buffer, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr):
-    """INT4 keys of a page as INT8 codes, one thread per token. The halves of the head go to buffers of their own, as their nibbles are apart."""
+    """INT4 keys of a page as INT8 codes, one thread per token. The halves of the head go to buffers of their own, as their
+    nibbles are apart."""
     HALF: gl.constexpr = HEAD_DIM // 2
     GROUPS: gl.constexpr = HALF // GROUP_BYTES
     BYTES: gl.constexpr = gl.BlockedLayout([1, GROUPS, GROUP_BYTES], [32, 1, 1], [4, 1, 1], [2, 1, 0])
@@ -217,7 +220,8 @@ def _next_page(item, seq_lens, query_start_loc, kv_heads, WINDOW: gl.constexpr, 
 def _row_of_page(item, source):
     """Where the page of a WorkItem begins in the cache, in rows of PAGE bytes."""
     table = source.block_table + item.request.to(gl.int64) * source.table_stride + item.kv_head * source.table_head_stride
-    return gl.load(table + item.first + item.page, mask=item.left > 0, other=0) * source.block_rows + item.kv_head * source.head_rows
+    block = gl.load(table + item.first + item.page, mask=item.left > 0, other=0)
+    return block * source.block_rows + item.kv_head * source.head_rows
 
 
 @gluon.jit
@@ -226,8 +230,8 @@ def _attend_page(
     WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: the query tile against page n of the span, whose copy is waited for. first_token: the page's first
-    token, counted from the first page that is read. Returns the new SoftmaxState."""
+    """One step of the online softmax: the query tile against page n of the span, whose copy is waited for. first_token: the
+    page's first token, counted from the first page that is read. Returns the new SoftmaxState."""
     COLUMN: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     SCALES: gl.constexpr = 2 if K_BITS == 8 else 1
     slot = n % STAGES
@@ -411,7 +415,8 @@ def supports(layout: PageLayout) -> bool:
 
 
 def count_programs(device: torch.device, layout: PageLayout) -> int:
-    """How many programs share the work of a step: two per multiprocessor, or one where pages of 256 channels leave no more room."""
+    """How many programs share the work of a step: two per multiprocessor, or one where pages of 256 channels leave no more
+    room."""
     return (2 if layout.head_dim <= 128 else 1) * multiprocessors(device)
 
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill for sm_90, in Gluon: the arithmetic of `portable.primitives.attend_page`, with the hardware's units scheduled by hand.
+"""Prefill for sm_90, in Gluon: the arithmetic of `portable.primitives.attend_page`, with the hardware's units scheduled by
+hand.
 
-Four partitions of warps work on a tile. One warp copies pages into shared memory (TMA), one prepares their scales, and two warpgroups
-of 64 query rows each share the pages: while one computes exponentials, the other has the tensor cores. Programs are persistent
-(`scheduler`), so that pages of the next tile arrive while one ends.
+Four partitions of warps work on a tile. One warp copies pages into shared memory (TMA), one prepares their scales, and two
+warpgroups of 64 query rows each share the pages: while one computes exponentials, the other has the tensor cores. Programs are
+persistent (`scheduler`), so that pages of the next tile arrive while one ends.
 
-The two halves of a softmax use different units: logits and their maximum take arithmetic, exponentials the special function units, and
-the second waits for the first. So a warpgroup computes the exponentials of one page together with the logits of the next, in one
-straight run of instructions. Heads of 256 channels leave no registers for that: there a page is finished before the logits of the
-next, and P V is accumulated a quarter of the channels at a time.
+The two halves of a softmax use different units: logits and their maximum take arithmetic, exponentials the special function
+units, and the second waits for the first. So a warpgroup computes the exponentials of one page together with the logits of the
+next, in one straight run of instructions. Heads of 256 channels leave no registers for that: there a page is finished before
+the logits of the next, and P V is accumulated a quarter of the channels at a time.
 
 What limits the speed, and what was tried: docs/developer/kernel-tuning.md.
 """
@@ -64,8 +65,8 @@ BLOCK_M = 128
 
 @triton.constexpr_function
 def _is_wide(head_dim):
-    """Whether the logits of a page and P V of the page before do not fit into registers together. Then one page is finished before the
-    next, and channels are accumulated in parts."""
+    """Whether the logits of a page and P V of the page before do not fit into registers together. Then one page is finished
+    before the next, and channels are accumulated in parts."""
     return head_dim > 128
 
 
@@ -77,20 +78,21 @@ def _channels_at_once(head_dim):
 
 @triton.constexpr_function
 def _stages(head_dim, page):
-    """Slots of shared memory. Slot n % stages holds what becomes free at the same time: V of page n with its scales, and K of page
-    n + 1. K of a tile's first page has a slot of its own, behind the others."""
+    """Slots of shared memory. Slot n % stages holds what becomes free at the same time: V of page n with its scales, and K of
+    page n + 1. K of a tile's first page has a slot of its own, behind the others."""
     room = 207 * 1024 - (BLOCK_M + page) * head_dim  # 20 KiB are left for conversions of layouts
     return min(1 << (room // (page * (2 * head_dim + 24))).bit_length() - 1, 8)  # a power of two divides fastest
 
 
 LOGIT_BIAS = gl.constexpr(1024.0)
-"""Added to all base-2 logits, to make a row's largest positive. The weights of a row are wrong in a page where all its logits are below
--LOGIT_BIAS (-710 in the exponent of e). It leaves 13 bits behind the binary point of logits and V's exponents; more would leave
-fewer."""
+"""Added to all base-2 logits, to make a row's largest positive. The weights of a row are wrong in a page where all its logits
+are below -LOGIT_BIAS (-710 in the exponent of e). It leaves 13 bits behind the binary point of logits and V's exponents; more
+would leave fewer."""
 
 
 class PageSource(NamedTuple):
-    """What the copies of a prefill read. k, v, scales: TMA descriptors (`PageDescriptors`); block_rows, head_rows: `page_rows`."""
+    """What the copies of a prefill read. k, v, scales: TMA descriptors (`PageDescriptors`); block_rows, head_rows:
+    `page_rows`."""
 
     k: gl.tensor
     v: gl.tensor
@@ -135,8 +137,8 @@ class Tensors(NamedTuple):
 
 class SoftmaxState(NamedTuple):
     """Between two pages. started: Q K^T of page n + 1 in flight, a tuple of one (none if the head is wide); logits: of page n;
-    m_ref, m_i: see `primitives.softmax_reference`; decay: rescales acc and l_i, sums over the pages before page n, to m_ref; acc: a
-    tuple, one tensor per part of the channels."""
+    m_ref, m_i: see `primitives.softmax_reference`; decay: rescales acc and l_i, sums over the pages before page n, to m_ref;
+    acc: a tuple, one tensor per part of the channels."""
 
     started: tuple
     logits: gl.tensor
@@ -212,9 +214,9 @@ def _prepare_scales(tile, n, buffers, barriers, PAGE: gl.constexpr, STAGES: gl.c
     """Prepare a tile's scales for the softmax, once for both warpgroups. n: pages of this program's tiles before.
 
     buffers.scales: for each pair of tokens, both scales of K, then both exponents of V plus LOGIT_BIAS. buffers.inverses:
-    2**-exponent times 2**-8, which is an e4m3 number, in the order of V and in eight equal columns. It is the B operand of a matrix
-    product with P, which leaves a row's sum in every thread that holds a part of the row. Tokens behind the last count nothing,
-    whatever their scales are.
+    2**-exponent times 2**-8, which is an e4m3 number, in the order of V and in eight equal columns. It is the B operand of a
+    matrix product with P, which leaves a row's sum in every thread that holds a part of the row. Tokens behind the last count
+    nothing, whatever their scales are.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([8, PAGE // 32], [1, 32], [1, 1], [1, 0])
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
@@ -260,7 +262,8 @@ def _qk_product(q, k, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _start_next(q, buffers, barriers, n, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Start Q K^T of the page after page n. Behind a tile's last page it takes whatever is in the slot, and nothing reads it."""
+    """Start Q K^T of the page after page n. Behind a tile's last page it takes whatever is in the slot, and nothing reads
+    it."""
     STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     wait_full(barriers.k_full, n, STAGES)
     return _qk_product(q, buffers.k.index(n % STAGES), PAGE, S_LAYOUT)
@@ -275,8 +278,8 @@ def _halves(x, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _row_max(logits, PAGE: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """Row maxima, float32 [ROWS], if they are positive: then they are also the largest as integers, of which one instruction compares
-    three. The tree keeps many comparisons in flight; in a chain, each would wait for the one before."""
+    """Row maxima, float32 [ROWS], if they are positive: then they are also the largest as integers, of which one instruction
+    compares three. The tree keeps many comparisons in flight; in a chain, each would wait for the one before."""
     left, right = _halves(logits.to(gl.int32, bitcast=True), PAGE)
     for level in gl.static_range(1, 4 if PAGE == 128 else 3):  # until eight columns are left of each
         first, second = _halves(left, PAGE >> level)
@@ -294,8 +297,8 @@ def _logits(
     codes, q_scale, q_bias, buffers, n, first_visible, last_visible, soft_cap,
     HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr, S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Base-2 logits of page n, plus LOGIT_BIAS and V's exponents, and their row maxima. codes: Q K^T of the page, whose prepared scales
-    are in their slot."""
+    """Base-2 logits of page n, plus LOGIT_BIAS and V's exponents, and their row maxima. codes: Q K^T of the page, whose
+    prepared scales are in their slot."""
     STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     # Of each 16 numbers (8 columns), each of four threads holds the four of its two columns.
@@ -350,8 +353,8 @@ def _add_page(
     p, acc, l_i, decay, buffers, barriers, n,
     HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, O_LAYOUT: gl.constexpr, T_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Returns decay * acc + P V and decay * l_i + the row sums of P, for page n, whose V is in its slot. acc: see `SoftmaxState`.
-    Releases the slot, unless the head is wide: then K in it is still to be read."""
+    """Returns decay * acc + P V and decay * l_i + the row sums of P, for page n, whose V is in its slot. acc: see
+    `SoftmaxState`. Releases the slot, unless the head is wide: then K in it is still to be read."""
     STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     PART: gl.constexpr = _channels_at_once(HEAD_DIM)
     slot = n % STAGES
@@ -379,8 +382,8 @@ def _attend_page(
     HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, T_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Finish page n and begin page n + 1. first_visible, last_visible: tokens of page n + 1 that a row sees. Returns the SoftmaxState
-    of page n + 1."""
+    """Finish page n and begin page n + 1. first_visible, last_visible: tokens of page n + 1 that a row sees. Returns the
+    SoftmaxState of page n + 1."""
     STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     started, acc, l_i = state.started, state.acc, state.l_i
     if _is_wide(HEAD_DIM):
@@ -465,8 +468,8 @@ def _attend_tile(
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
     K_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
-    """Quantize a warpgroup's query rows q of a tile, and attend to all its pages. q_codes: where the codes of q go. n: pages of this
-    program's tiles before. Returns acc, l_i and m_ref after the last page, and q_bias."""
+    """Quantize a warpgroup's query rows q of a tile, and attend to all its pages. q_codes: where the codes of q go. n: pages of
+    this program's tiles before. Returns acc, l_i and m_ref after the last page, and q_bias."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAGE, 32])
     STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     PART: gl.constexpr = _channels_at_once(HEAD_DIM)
@@ -684,8 +687,8 @@ def prefill(
 ) -> None:
     """`reference.attention` with the same arguments, where `supports` holds; writes `out`, which has query's shape.
 
-    There is no kernel for batch.rope_shift and modifiers.q_block. INT4 pages are widened to INT8 ones first (`widen`), SCRATCH bytes at
-    a time.
+    There is no kernel for batch.rope_shift and modifiers.q_block. INT4 pages are widened to INT8 ones first (`widen`), SCRATCH
+    bytes at a time.
     """
     modifiers = modifiers or Modifiers()
     if layout.k_bits == 8:

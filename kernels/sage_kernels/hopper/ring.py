@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rings of shared-memory slots between a producer and its consumers, with an mbarrier pair per slot.
 
-Item n takes slot n % SLOTS for the (n // SLOTS)-th time. A consumer waits until the slot is full, a producer until it is empty; an
-mbarrier counts as passed in the phase before its first, so that the first round finds every slot empty.
+Item n takes slot n % SLOTS for the (n // SLOTS)-th time. A consumer waits until the slot is full, a producer until it is empty;
+an mbarrier counts as passed in the phase before its first, so that the first round finds every slot empty.
 """
 
 from triton.experimental import gluon

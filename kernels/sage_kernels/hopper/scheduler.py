@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tiles of a prefill: which tile a program takes next, and how its warps learn of it.
 
-Programs are persistent. The first tile of a program is that of its own number; after that it takes the next number of a counter in
-global memory. One warp (the producer of pages) takes tiles and puts them into a queue of two slots in shared memory, from which the
-other partitions read them.
+Programs are persistent. The first tile of a program is that of its own number; after that it takes the next number of a counter
+in global memory. One warp (the producer of pages) takes tiles and puts them into a queue of two slots in shared memory, from
+which the other partitions read them.
 """
 
 import functools
@@ -25,8 +25,9 @@ FIELDS = gl.constexpr(9)
 
 class Tile(NamedTuple):
     """One query block of one request and KV head. q_start, q_len: the request's first query row and query tokens; seq_len: its
-    tokens; q_block: index of the block within the request; first_page: the first page that the block sees; full_pages: pages before
-    this one are seen whole by every row; pages: how many the block sees. No pages: a block behind the last query, or the end."""
+    tokens; q_block: index of the block within the request; first_page: the first page that the block sees; full_pages: pages
+    before this one are seen whole by every row; pages: how many the block sees. No pages: a block behind the last query, or the
+    end."""
 
     request: gl.tensor
     q_start: gl.tensor
@@ -64,9 +65,9 @@ def find_tile(
 ):  # fmt: skip
     """The tile of this number.
 
-    Tiles are ordered by request, and within a request by groups of KV heads, as many as fit into the L2 cache: their queries lie next
-    to each other in memory. Within a group the longest tiles come first. One head at a time, 16 prompts of 1024 tokens take a quarter
-    longer; eight at a time, one prompt of 131072 takes an eighth longer.
+    Tiles are ordered by request, and within a request by groups of KV heads, as many as fit into the L2 cache: their queries
+    lie next to each other in memory. Within a group the longest tiles come first. One head at a time, 16 prompts of 1024 tokens
+    take a quarter longer; eight at a time, one prompt of 131072 takes an eighth longer.
     """
     CACHED: gl.constexpr = (10 << 20) // (2 * HEAD_DIM + 8)  # tokens of a KV head
     last = q_blocks - 1 - number // kv_heads
@@ -118,7 +119,7 @@ def get_tile(queue, tile_index, WARPS: gl.constexpr):
     values = ()
     for k in gl.static_range(FIELDS):
         values += (gl.sum(gl.where(fields == k, packed, 0), 0),)  # type: ignore[assignment]
-    return Tile(*values)
+    return Tile(*values)  # type: ignore[call-arg]
 
 
 @gluon.jit
@@ -133,8 +134,8 @@ def _zeros(device: torch.device, stream: int) -> torch.Tensor:
 
 
 def counters(device: torch.device) -> torch.Tensor:
-    """The counters of tiles and of finished programs, int32 [2], both 0. A launch leaves them 0 again, so that the launches of a
-    stream share them."""
+    """The counters of tiles and of finished programs, int32 [2], both 0. A launch leaves them 0 again, so that the launches of
+    a stream share them."""
     if device.type != "cuda":
         return _zeros(device, 0)
     if torch.cuda.is_current_stream_capturing():  # a graph may be replayed in any stream

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding: a few query tokens per request, one for plain decoding, more to verify drafts. Triton, for every GPU from sm_80 on.
 
-Split-KV: the pages of a batch are divided evenly among programs whose number depends on the device (`scheduler`). A second kernel
-combines the partial results of split segments. All grids follow from shapes alone, nothing is read back, and the workspace is
-allocated once: both kernels can be captured in a CUDA graph and replayed with other lengths.
+Split-KV: the pages of a batch are divided evenly among programs whose number depends on the device (`scheduler`). A second
+kernel combines the partial results of split segments. All grids follow from shapes alone, nothing is read back, and the
+workspace is allocated once: both kernels can be captured in a CUDA graph and replayed with other lengths.
 """
 
 from dataclasses import dataclass
@@ -42,9 +42,9 @@ def _decode_kernel(
     V_ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (programs). partial: float32 [slots, slot_rows, HEAD_DIM], normalized partial results; partial_m, partial_l: float32
-    [slots, slot_rows], their m_ref and l_i. split: int32 [programs, 2], the segment whose first part ends a program's span, and
-    the number of its parts; 0 if there is none."""
+    """Grid: (programs). partial: float32 [slots, slot_rows, HEAD_DIM], normalized partial results; partial_m, partial_l:
+    float32 [slots, slot_rows], their m_ref and l_i. split: int32 [programs, 2], the segment whose first part ends a program's
+    span, and the number of its parts; 0 if there is none."""
     await_previous_kernel(PDL)
     program = tl.program_id(0)
     span, item = find_span(
@@ -185,8 +185,8 @@ class Workspace:
         needs = programs, 2 * programs * rows, head_dim
         if has[0] < needs[0] or has[1] < needs[1] or has[2] != needs[2]:
             raise ValueError(
-                f"workspace too small: it has {has[0]} programs and {has[1]} slots of {has[2]} channels; this call needs {needs[0]}, "
-                f"{needs[1]} and {needs[2]}"
+                f"workspace too small: it has {has[0]} programs and {has[1]} slots of {has[2]} channels; this call needs "
+                f"{needs[0]}, {needs[1]} and {needs[2]}"
             )
 
 
@@ -219,8 +219,8 @@ def decode(
 
     Rows of no request (padding of a CUDA graph) and requests of length 0 are left as they are. modifiers.q_block is ignored: a
     block of one token, or of a few, has no mean worth subtracting. workspace: for at least as many programs and rows; allocated
-    for this call if None. programs: how many share the work; `count_programs` if None. Raises ValueError where the workspace or a
-    tile is too small.
+    for this call if None. programs: how many share the work; `count_programs` if None. Raises ValueError where the workspace or
+    a tile is too small.
     """
     modifiers = modifiers or Modifiers()
     group, head_dim, kv_heads = query.shape[1] // pages.shape[1], query.shape[2], pages.shape[1]

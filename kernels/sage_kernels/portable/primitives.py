@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Building blocks of the Triton kernels: rounding and quantization, reading a page, and one step of the online softmax.
 
-The arithmetic is that of `reference`, bit by bit where that is possible. Where a line looks odd, the comment next to it says why.
+The arithmetic is that of `reference`, bit by bit where that is possible. Where a line looks odd, the comment next to it says
+why.
 """
 
 from typing import NamedTuple
@@ -35,11 +36,11 @@ fine_exponent = triton.constexpr_function(reference.fine_exponent)
 
 
 class QuantizedQuery(NamedTuple):
-    """A query tile in INT8 codes. Each code tensor is int8 [rows, channels]: for INT8 keys the whole head in `low` (`high` is the
-    same), for INT4 keys the two halves of the head. mean_*: the second term of Q smoothing; equal to the first without it.
+    """A query tile in INT8 codes. Each code tensor is int8 [rows, channels]: for INT8 keys the whole head in `low` (`high` is
+    the same), for INT4 keys the two halves of the head. mean_*: the second term of Q smoothing; equal to the first without it.
 
-    scale, mean_scale: float32 [rows], from code products to base-2 logits. bias: float32 [rows], Q times the anchor of K in base
-    2, which all logits of a row lack.
+    scale, mean_scale: float32 [rows], from code products to base-2 logits. bias: float32 [rows], Q times the anchor of K in
+    base 2, which all logits of a row lack.
     """
 
     low: tl.tensor
@@ -69,9 +70,9 @@ class SoftmaxState(NamedTuple):
 def await_previous_kernel(PDL: tl.constexpr):
     """Programmatic dependent launch (`device.dependent_launch`): wait for the kernel before, ahead of any read or write.
 
-    The programs of this kernel start when all programs of the kernel before have ended or left, and wait here for its writes. That
-    hides most of a launch. (griddepcontrol.launch_dependents, which starts them even earlier, made a layer's decode with memory
-    no faster.) Every program must call this: the next kernel relies on this kernel having waited.
+    The programs of this kernel start when all programs of the kernel before have ended or left, and wait here for its writes.
+    That hides most of a launch. (griddepcontrol.launch_dependents, which starts them even earlier, made a layer's decode with
+    memory no faster.) Every program must call this: the next kernel relies on this kernel having waited.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -141,8 +142,8 @@ def e4m3_bits_to_half(code):
 def first_block(query_start_loc, first_query, request, BLOCK_Q: tl.constexpr, SPARE: tl.constexpr = 1):
     """The first query block of a request. first_query: query_start_loc[0].
 
-    Request r has the blocks from start(r) // BLOCK_Q + SPARE * r on. These are at least as many as it needs, and no table has to
-    be built. Blocks that are aligned to a request's first query need one spare block, blocks aligned to positions two.
+    Request r has the blocks from start(r) // BLOCK_Q + SPARE * r on. These are at least as many as it needs, and no table has
+    to be built. Blocks that are aligned to a request's first query need one spare block, blocks aligned to positions two.
     """
     return (tl.load(query_start_loc + request) - first_query) // BLOCK_Q + SPARE * request
 
@@ -164,8 +165,8 @@ def find_request(query_start_loc, q_block, num_reqs, BLOCK_Q: tl.constexpr, SPAR
 
 @triton.jit
 def rotate_back(low, high, shift, mask, HALF: tl.constexpr):
-    """`reference.rotate_back` of the halves of a head. shift: pointers to the cosines in rows of a `rope_shift_table`; mask: which
-    are valid. Both broadcast with low and high."""
+    """`reference.rotate_back` of the halves of a head. shift: pointers to the cosines in rows of a `rope_shift_table`; mask:
+    which are valid. Both broadcast with low and high."""
     cos = tl.load(shift, mask=mask, other=1.0)
     sin = tl.load(shift + HALF, mask=mask, other=0.0)
     return low * cos + high * sin, high * cos - low * sin
@@ -183,9 +184,10 @@ def quantize_q(q, scale):
 def quantize_terms(q, valid, scale, SMOOTH_Q: tl.constexpr):
     """`reference.query_terms` of a tile that is one block of queries, of SMOOTH_Q heads in turn; SMOOTH_Q 0 for one term.
 
-    q: float32 [rows, channels], 0 in rows that are not valid. Returns int8 codes and scales like `quantize_q` for the queries less
-    the mean of their head, and for that mean. Each row of a head holds the mean: so both terms are multiplied by a page in the
-    same way, and no product has to move from a row of means to the rows of its head. Without smoothing, the second pair is unused.
+    q: float32 [rows, channels], 0 in rows that are not valid. Returns int8 codes and scales like `quantize_q` for the queries
+    less the mean of their head, and for that mean. Each row of a head holds the mean: so both terms are multiplied by a page in
+    the same way, and no product has to move from a row of means to the rows of its head. Without smoothing, the second pair is
+    unused.
     """
     if SMOOTH_Q:
         head = (tl.arange(0, q.shape[0]) % SMOOTH_Q)[:, None]
@@ -258,7 +260,8 @@ def load_v(section, tokens, channels, length, PAGE: tl.constexpr, HEAD_DIM: tl.c
 
 @triton.jit
 def add_v_anchor(acc, l_i, v_anchor, HEAD_DIM: tl.constexpr, V_ANCHOR: tl.constexpr):
-    """Add l_i times the anchor of V to acc [rows, channels], if V_ANCHOR. A sink has no value, so this comes before it joins l_i."""
+    """Add l_i times the anchor of V to acc [rows, channels], if V_ANCHOR. A sink has no value, so this comes before it joins
+    l_i."""
     if V_ANCHOR:
         channels = tl.arange(0, acc.shape[1])
         acc += l_i[:, None] * tl.load(v_anchor + channels, mask=channels < HEAD_DIM, other=0.0)[None, :]
@@ -271,8 +274,8 @@ def softmax_reference(page_max, m_i, m_ref, MASKED: tl.constexpr):
     page, the largest before it, and the reference before it. MASKED: whether rows may see nothing of the page.
 
     The reference is P_BITS below the page's own largest logit, so that the page's codes of P depend on nothing else. It is at
-    least FALL_BITS below m_i, for which acc and l_i have room. A row that sees nothing of the page keeps its reference: rescaling
-    would round its sums again, and which pages a tile walks depends on the rows that share it.
+    least FALL_BITS below m_i, for which acc and l_i have room. A row that sees nothing of the page keeps its reference:
+    rescaling would round its sums again, and which pages a tile walks depends on the rows that share it.
     """
     reference = tl.maximum(page_max, m_i - FALL_BITS) - P_BITS
     if MASKED:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A query tile and the pages of its request, for prefill and decode alike.
 
-The query heads that share a KV head are packed into the rows of one tile (row = token * group + head of the group), so that each
-page is read once for all of them.
+The query heads that share a KV head are packed into the rows of one tile (row = token * group + head of the group), so that
+each page is read once for all of them.
 """
 
 from typing import NamedTuple
@@ -68,8 +68,8 @@ def quantize_query(
 ):  # fmt: skip
     """Load and quantize a query tile. Returns QuantizedQuery.
 
-    k_anchor: pointer to the anchor of the KV head, if K_ANCHOR. shift: pointer to a row of a `rope_shift_table`, if SHIFT. rows:
-    QueryRows. SMOOTH_Q: see `primitives.quantize_terms`.
+    k_anchor: pointer to the anchor of the KV head, if K_ANCHOR. shift: pointer to a row of a `rope_shift_table`, if SHIFT.
+    rows: QueryRows. SMOOTH_Q: see `primitives.quantize_terms`.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     if K_BITS == 8:
@@ -112,8 +112,8 @@ def attend_pages(
 ):  # fmt: skip
     """A query tile against a range of its request's pages. Returns SoftmaxState and the bias of `QuantizedQuery`.
 
-    page_range: PageRange; rows: QueryRows. k_anchor: pointer to the anchor of the KV head, if K_ANCHOR. table, shifts: pointers to
-    the request's list of blocks and, if SHIFT, to its list of shifts in pages. head_offset: int64, bytes from the start of a
+    page_range: PageRange; rows: QueryRows. k_anchor: pointer to the anchor of the KV head, if K_ANCHOR. table, shifts: pointers
+    to the request's list of blocks and, if SHIFT, to its list of shifts in pages. head_offset: int64, bytes from the start of a
     block to the page of the KV head.
     """
     q = quantize_query(

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """InfLLM memory on a GPU: the summaries of full pages, and the choice of the pages that query blocks read.
 
-The choice takes two launches: one scores the pages of a context, one makes the best into a page list. The queries of a block are
-folded into two vectors first, for prompts by a launch of its own. In long contexts, one more launch finds the best pages of each
-thousand. All grids follow from shapes alone and nothing is read back, so that all of it can be captured in a CUDA graph.
+The choice takes two launches: one scores the pages of a context, one makes the best into a page list. The queries of a block
+are folded into two vectors first, for prompts by a launch of its own. In long contexts, one more launch finds the best pages of
+each thousand. All grids follow from shapes alone and nothing is read back, so that all of it can be captured in a CUDA graph.
 """
 
 from dataclasses import replace
-
 
 import torch
 import triton
@@ -106,8 +105,8 @@ def store_summaries(
 def _locate(
     query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK: tl.constexpr, LOCAL: tl.constexpr, PAGE: tl.constexpr
 ):
-    """Where a query block is. Returns its request, the position of its first query and the one past its last, its first local page,
-    and the index of its first query token."""
+    """Where a query block is. Returns its request, the position of its first query and the one past its last, its first local
+    page, and the index of its first query token."""
     if QUERY_BLOCK > 0:
         request, index = find_request(query_start_loc, row, num_reqs, QUERY_BLOCK, 2)
     else:
@@ -129,8 +128,8 @@ def _fold(
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr, LOCAL: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Means over the queries of a block, at positions low to high and from token `start` on: of the two halves of the head, and of their
-    squares. Four float32 [channels of a half]."""
+    """Means over the queries of a block, at positions low to high and from token `start` on: of the two halves of the head, and
+    of their squares. Four float32 [channels of a half]."""
     HALF: tl.constexpr = HEAD_DIM // 2
     half = tl.arange(0, BLOCK_D // 2)
     inside = (half < HALF)[None, :]
@@ -175,8 +174,8 @@ def _fold_kernel(
     BLOCK_T: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     SHIFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (query blocks, KV heads). folded: float32 [blocks, kv_heads, 2, HEAD_DIM], the means of a block's queries and of their
-    squares. row_starts, row_lens: query_start_loc and seq_lens of the result."""
+    """Grid: (query blocks, KV heads). folded: float32 [blocks, kv_heads, 2, HEAD_DIM], the means of a block's queries and of
+    their squares. row_starts, row_lens: query_start_loc and seq_lens of the result."""
     await_previous_kernel(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0)
@@ -200,8 +199,8 @@ def _fold_kernel(
 
 @triton.jit
 def _score_half(summary, valid, mean, squares, half, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Half of the channels' share of a page score: the products of mean keys with the mean query, and the squared extents toward the
-    queries. Two float32 [pages]. summary: pointers to these channels of the mean keys."""
+    """Half of the channels' share of a page score: the products of mean keys with the mean query, and the squared extents
+    toward the queries. Two float32 [pages]. summary: pointers to these channels of the mean keys."""
     mask = valid[:, None] & (half < HALF)[None, :]
     center = tl.load(summary[:, None] + half[None, :], mask=mask, other=0.0).to(tl.float32)
     radius = tl.load(summary[:, None] + HEAD_DIM + half[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -210,16 +209,17 @@ def _score_half(summary, valid, mean, squares, half, HALF: tl.constexpr, HEAD_DI
 
 @triton.jit(do_not_specialize=["num_reqs", "width"], do_not_specialize_on_alignment=TABLES)
 def _score_kernel(
-    query, folded, scores, row_starts, row_lens, cache_f16, block_table, seq_lens, query_start_loc, shift_table, num_reqs, width,
-    q_token_stride, q_head_stride, table_stride, block_stride, head_stride,
+    query, folded, scores, row_starts, row_lens, cache_f16, block_table, seq_lens, query_start_loc, shift_table, num_reqs,
+    width, q_token_stride, q_head_stride, table_stride, block_stride, head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr, SUMMARY: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (parts of a context, KV heads, query blocks). scores: float32 [blocks, kv_heads, width], of the pages behind the sinks.
+    """Grid: (parts of a context, KV heads, query blocks). scores: float32 [blocks, kv_heads, width], of the pages behind the
+    sinks.
 
-    The queries of prompts are folded already. The few queries of a decode are folded by each program itself: for one request of a
-    million tokens that took less time than another launch.
+    The queries of prompts are folded already. The few queries of a decode are folded by each program itself: for one request of
+    a million tokens that took less time than another launch.
     """
     await_previous_kernel(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -255,8 +255,8 @@ def _score_kernel(
 
 @triton.jit
 def _top_k(score, valid, TOPK: tl.constexpr):
-    """Top-k of scores, float32 [n]: which of the valid ones are chosen, and the rank by index of each among the chosen. Of scores that
-    agree in SCORE_BITS bits, the first ones are chosen."""
+    """Top-k of scores, float32 [n]: which of the valid ones are chosen, and the rank by index of each among the chosen. Of
+    scores that agree in SCORE_BITS bits, the first ones are chosen."""
     bits = score.to(tl.int32, bitcast=True)
     # Unsigned integers in the order of the floats; 0 is below all of them.
     ordered = tl.where(bits < 0, ~bits, bits | -0x80000000).to(tl.uint32, bitcast=True) >> (32 - SCORE_BITS)
@@ -288,8 +288,8 @@ def _finalists_kernel(
     PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (chunks of a context, KV heads, query blocks). best, best_pages: float32 and int32 [blocks, kv_heads, finalists], the scores
-    and indices of the TOPK best pages of each chunk, in its order, or of all if it has fewer."""
+    """Grid: (chunks of a context, KV heads, query blocks). best, best_pages: float32 and int32 [blocks, kv_heads, finalists],
+    the scores and indices of the TOPK best pages of each chunk, in its order, or of all if it has fewer."""
     await_previous_kernel(PDL)
     head = tl.program_id(1)
     row = tl.program_id(2)
@@ -311,9 +311,9 @@ def _list_kernel(
     PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     TRAINED: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (query blocks, KV heads). scores: float32 [blocks, kv_heads, width], of all pages behind the sinks, or, with a CHUNK, of
-    scored_pages (see `_finalists_kernel`). lists, shifts: int32 [blocks, kv_heads, list_width]; shifts are written where TRAINED
-    is not 0."""
+    """Grid: (query blocks, KV heads). scores: float32 [blocks, kv_heads, width], of all pages behind the sinks, or, with a
+    CHUNK, of scored_pages (see `_finalists_kernel`). lists, shifts: int32 [blocks, kv_heads, list_width]; shifts are written
+    where TRAINED is not 0."""
     await_previous_kernel(PDL)
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -367,8 +367,8 @@ def select_pages(
     shift = None if shift_table is None else RopeShift(torch.empty_like(lists), shift_table)
     row_lens, row_starts = (torch.empty(n, dtype=torch.int32, device=device) for n in (blocks, blocks + 1))
     policy = {
-        "PAGE": layout.tokens, "SINKS": memory.sink_pages(layout.tokens), "LOCAL": memory.local_tokens, "TOPK": memory.topk_pages,
-        "QUERY_BLOCK": query_block, **dependent_launch(device),
+        "PAGE": layout.tokens, "SINKS": memory.sink_pages(layout.tokens), "LOCAL": memory.local_tokens,
+        "TOPK": memory.topk_pages, "QUERY_BLOCK": query_block, **dependent_launch(device),
     }  # fmt: skip
     scores = _scores(query, pages, layout, batch, row_starts, row_lens, candidates, shift_table, query_block, policy)
     scored_pages, chunk = lists, 0
@@ -404,7 +404,8 @@ def _scores(
     query_block: int,
     policy: dict[str, int | bool],
 ) -> torch.Tensor:
-    """Score the pages behind the sinks, float32 [blocks, kv_heads, candidates], and write row_starts and row_lens on the way."""
+    """Score the pages behind the sinks, float32 [blocks, kv_heads, candidates], and write row_starts and row_lens on the
+    way."""
     kv_heads, blocks = pages.shape[1], row_lens.numel()
     group = query.shape[1] // kv_heads
     block_group = triton.next_power_of_2(group)

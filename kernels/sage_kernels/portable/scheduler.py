@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The split-KV schedule of decoding: every program reads as many pages as any other, whatever the lengths of the requests.
 
-Laid end to end, request by request and within a request KV head by KV head, the pages that a step reads are one line of work. It is
-cut into spans of equal length, one per program, as Stream-K cuts matrix products (Osama et al., PPoPP 2023). A segment is the pages
-of one request and KV head. A short segment lies whole in a span and is finished there. A long one is split: its first part ends a
-span, its last part begins one, and the parts between fill spans of their own. So a span has at most two partial results: one of a
-segment that began in an earlier span, and one of a segment that continues in the next span. `decode._merge_kernel` combines them.
+Laid end to end, request by request and within a request KV head by KV head, the pages that a step reads are one line of work.
+It is cut into spans of equal length, one per program, as Stream-K cuts matrix products (Osama et al., PPoPP 2023). A segment is
+the pages of one request and KV head. A short segment lies whole in a span and is finished there. A long one is split: its first
+part ends a span, its last part begins one, and the parts between fill spans of their own. So a span has at most two partial
+results: one of a segment that began in an earlier span, and one of a segment that continues in the next span.
+`decode._merge_kernel` combines them.
 """
 
 from typing import NamedTuple
@@ -20,8 +21,8 @@ LEAST_PAGES = tl.constexpr(2)
 
 
 class WorkItem(NamedTuple):
-    """Where a program is in its span. request, kv_head: the segment. first, seen: the segment's first visible page, and how many
-    are visible. page: index among the visible pages. left: pages left of the span, this one included."""
+    """Where a program is in its span. request, kv_head: the segment. first, seen: the segment's first visible page, and how
+    many are visible. page: index among the visible pages. left: pages left of the span, this one included."""
 
     request: tl.tensor
     kv_head: tl.tensor
@@ -47,8 +48,8 @@ def seen_pages(seq_lens, query_start_loc, request, valid, WINDOW: tl.constexpr, 
 def find_span(
     seq_lens, query_start_loc, num_reqs, kv_heads, program, programs, lanes, WINDOW: tl.constexpr, PAGE: tl.constexpr
 ):
-    """The length of a span in pages, and the WorkItem that the span of `program` of `programs` begins with. The last programs have
-    nothing left to do where pages are few. lanes: 0 to LANES - 1."""
+    """The length of a span in pages, and the WorkItem that the span of `program` of `programs` begins with. The last programs
+    have nothing left to do where pages are few. lanes: 0 to LANES - 1."""
     total = seen_pages(seq_lens, query_start_loc, 0, num_reqs == 1, WINDOW, PAGE)[1]
     if num_reqs > 1:
         for start in range(0, num_reqs, LANES):
@@ -79,8 +80,8 @@ def find_span(
 def next_segment(
     seq_lens, query_start_loc, request, kv_head, first, seen, kv_heads, more, WINDOW: tl.constexpr, PAGE: tl.constexpr
 ):
-    """The request, KV head, first visible page and number of visible pages of the segment after the one given. more: whether there
-    is one. Requests that see no page are skipped."""
+    """The request, KV head, first visible page and number of visible pages of the segment after the one given. more: whether
+    there is one. Requests that see no page are skipped."""
     kv_head += 1
     if kv_head == kv_heads:
         kv_head = 0

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from sage_kernels.device import dependent_launch, fp8_path
-from sage_kernels.reference import ANCHOR_TOKENS, V_EIGHTHS
 from sage_kernels.portable.primitives import (
     GROUP_BYTES,
     NO_FRACTION,
@@ -25,6 +24,7 @@ from sage_kernels.portable.primitives import (
     v_position,
     v_token,
 )
+from sage_kernels.reference import ANCHOR_TOKENS, V_EIGHTHS
 from sage_paged import PageLayout
 
 BLOCK_TOKENS = 16
@@ -79,8 +79,8 @@ def _write_rows(
 ):  # fmt: skip
     """Write the sections of pages that have one row per token: all but the codes of V.
 
-    page_i8, page_f32: pointers to the page of all tokens, or of each token. used: bool [tokens], which to write. k: the two halves
-    of INT8 codes, or packed INT4 codes, steps and zero points.
+    page_i8, page_f32: pointers to the page of all tokens, or of each token. used: bool [tokens], which to write. k: the two
+    halves of INT8 codes, or packed INT4 codes, steps and zero points.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
@@ -111,11 +111,11 @@ def _write_rows(
 
 @triton.jit
 def _levels(codes, step, zero, AT_LEAST: tl.constexpr, AT_MOST: tl.constexpr):
-    """The nearest levels of codes, [groups, channels], for the step and zero point of each group: whole numbers plus NO_FRACTION.
-    AT_LEAST, AT_MOST: whether codes may lie below level 0 or above level 15.
+    """The nearest levels of codes, [groups, channels], for the step and zero point of each group: whole numbers plus
+    NO_FRACTION. AT_LEAST, AT_MOST: whether codes may lie below level 0 or above level 15.
 
-    A code halfway between two levels belongs to the upper one. The inverse of the step is a little too large, so that this holds
-    whether product and sum are fused or not.
+    A code halfway between two levels belongs to the upper one. The inverse of the step is a little too large, so that this
+    holds whether product and sum are fused or not.
     """
     inverse = ((1.0 + 2.0**-20) / step)[:, None]
     levels = (codes - zero[:, None]) * inverse + NO_FRACTION
@@ -128,8 +128,8 @@ def _levels(codes, step, zero, AT_LEAST: tl.constexpr, AT_MOST: tl.constexpr):
 
 @triton.jit
 def _better(best, codes, step, zero, AT_LEAST: tl.constexpr, AT_MOST: tl.constexpr):
-    """The better quantizer of groups of codes, [groups, channels]: `best` (errors, steps, zero points; None at first) or this step
-    and zero point. All are float32. AT_LEAST, AT_MOST: see `_levels`."""
+    """The better quantizer of groups of codes, [groups, channels]: `best` (errors, steps, zero points; None at first) or this
+    step and zero point. All are float32. AT_LEAST, AT_MOST: see `_levels`."""
     zero = tl.minimum(tl.maximum(zero, -128.0), 127.0 - 15.0 * step)
     levels = _levels(codes, step, zero, AT_LEAST, AT_MOST) - NO_FRACTION
     miss = step[:, None] * levels - (codes - zero[:, None])
@@ -144,8 +144,9 @@ def _better(best, codes, step, zero, AT_LEAST: tl.constexpr, AT_MOST: tl.constex
 
 @triton.jit
 def _pack_int4(low, high, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
-    """`reference.pack_int4` of the codes of the two halves of a head, float32 [BLOCK_T, GROUPS * GROUP] each. Returns packed bytes of
-    that shape, and steps and zero points [BLOCK_T, GROUPS], all int8. Codes are whole numbers, which float32 holds exactly."""
+    """`reference.pack_int4` of the codes of the two halves of a head, float32 [BLOCK_T, GROUPS * GROUP] each. Returns packed
+    bytes of that shape, and steps and zero points [BLOCK_T, GROUPS], all int8. Codes are whole numbers, which float32 holds
+    exactly."""
     codes = tl.join(low, high).reshape([BLOCK_T * GROUPS, 2 * GROUP])
     least, largest = tl.min(codes, 1), tl.max(codes, 1)
     whole = tl.maximum((largest - least + 14.0).to(tl.int32) // 15, 1).to(tl.float32)
@@ -178,9 +179,9 @@ def _load_or_fix_anchor(k_anchor, key, slots, num_tokens, used, token_stride, ha
     """The two halves of a head's anchor of K, float32 [channels]. k_anchor, key: pointers to the head's own.
 
     If the head has no anchor yet (NaN), every program with tokens to store writes one. All compute the same mean from the same
-    tokens, so their order does not matter and none waits. Channel 0 is written last and read first: if it is set, all channels are.
-    One thread reads it, by an atomic operation, on behalf of all: with plain loads, some threads of a program could see the old
-    value and some the new one, and take different branches.
+    tokens, so their order does not matter and none waits. Channel 0 is written last and read first: if it is set, all channels
+    are. One thread reads it, by an atomic operation, on behalf of all: with plain loads, some threads of a program could see
+    the old value and some the new one, and take different branches.
     """
     inside = half < HALF
     channel_0 = k_anchor.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -213,7 +214,8 @@ def _store_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE)
 
-    # Tokens are taken in the order of V. So tokens with consecutive slots, as in most of a prompt, write consecutive bytes of V.
+    # Tokens are taken in the order of V. So tokens with consecutive slots, as in most of a prompt, write consecutive bytes of
+    # V.
     head = tl.program_id(1)
     begin = tl.program_id(0) * BLOCK_T
     lanes = tl.arange(0, BLOCK_T)
@@ -281,8 +283,8 @@ def store(
     k_anchor: torch.Tensor | None = None,
     v_anchor: torch.Tensor | None = None,
 ) -> None:
-    """`reference.store` on a GPU, with the same arguments. key and value need unit stride in head_dim only, and one row per slot,
-    padding included."""
+    """`reference.store` on a GPU, with the same arguments. key and value need unit stride in head_dim only, and one row per
+    slot, padding included."""
     num_tokens = slots.numel()
     if num_tokens == 0:
         return

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Widening: pages of INT4 keys as pages of INT8 keys, for kernels that read only these.
 
-INT4 keys stand for INT8 codes (`reference.unpack_int4`), so attention to either page gives the same result, bit for bit. Prefill reads
-each page of the history once for every 128 query rows; widening it once before costs a fraction of that.
+INT4 keys stand for INT8 codes (`reference.unpack_int4`), so attention to either page gives the same result, bit for bit.
+Prefill reads each page of the history once for every 128 query rows; widening it once before costs a fraction of that.
 """
 
 from dataclasses import replace
@@ -63,8 +63,8 @@ def widen(
 ) -> tuple[torch.Tensor, PageLayout, PagedBatch]:
     """Copies of the batch's pages with INT8 keys: the cache that holds them, its layout, and the batch with its block table.
 
-    max_seq_len: upper bound on the tokens of a request. Pages that no query of a request sees through the window are skipped; their
-    copies hold anything. head_dim must be a power of two.
+    max_seq_len: upper bound on the tokens of a request. Pages that no query of a request sees through the window are skipped;
+    their copies hold anything. head_dim must be a power of two.
     """
     requests, kv_heads = batch.num_requests, pages.shape[1]
     used = min(-(-max_seq_len // layout.tokens), batch.block_table.shape[-1])

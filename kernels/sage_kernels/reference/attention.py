@@ -52,7 +52,8 @@ def rope_shift_table(frequencies: torch.Tensor, max_pages: int, page_tokens: int
 
 
 def rotate_back(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Rotate x, float32 [..., head_dim], toward the start of the context. shift: rows of a `rope_shift_table` [..., head_dim]."""
+    """Rotate x, float32 [..., head_dim], toward the start of the context. shift: rows of a `rope_shift_table` [...,
+    head_dim]."""
     (low, high), (cos, sin) = x.chunk(2, -1), shift.chunk(2, -1)
     return torch.cat([low * cos + high * sin, high * cos - low * sin], -1)
 
@@ -67,8 +68,8 @@ def attention(
 ) -> torch.Tensor:
     """Causal attention of every request's query tokens over its pages.
 
-    query: [tokens, heads, head_dim]. pages: uint8 [blocks, kv_heads, page_bytes]. scale multiplies the logits. Returns float32 of
-    query's shape; rows of no request are 0.
+    query: [tokens, heads, head_dim]. pages: uint8 [blocks, kv_heads, page_bytes]. scale multiplies the logits. Returns float32
+    of query's shape; rows of no request are 0.
     """
     modifiers = modifiers or Modifiers()
     heads, group = query.shape[1], query.shape[1] // pages.shape[1]
@@ -83,9 +84,10 @@ def attention(
         visible = visible_keys(positions, torch.arange(length), modifiers.window)
         shift = batch.rope_shift and RopeShift(batch.rope_shift.pages[r, :, :used_pages], batch.rope_shift.table)
         for head in range(heads):
-            of_head = [x[head // group] for x in kv]
+            k, k_scale, v, v_exponent = (x[head // group] for x in kv)
+            q = query[start:end, head].float()
             out[start:end, head] = _attend(
-                query[start:end, head].float(), *of_head, visible, layout, scale, modifiers, shift, head, head // group
+                q, k, k_scale, v, v_exponent, visible, layout, scale, modifiers, shift, head, head // group
             )
     return out
 

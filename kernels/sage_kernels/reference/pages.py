@@ -7,8 +7,8 @@ from sage_kernels.reference.quantize import pack_int4, quantize_k, quantize_v, u
 from sage_paged import PageLayout, v_position
 
 ANCHOR_TOKENS = 32
-"""Tokens at the start of a batch whose mean key becomes the anchor. Few enough that a first prompt fixes the same anchor however
-it is cut into chunks."""
+"""Tokens at the start of a batch whose mean key becomes the anchor. Few enough that a first prompt fixes the same anchor
+however it is cut into chunks."""
 
 
 def fix_anchor(k_anchor: torch.Tensor, key: torch.Tensor, used: torch.Tensor) -> None:
@@ -36,9 +36,9 @@ def store(
     """Quantize tokens and write them into their pages.
 
     key, value: [tokens, kv_heads, head_dim], any float dtype. pages: uint8 [blocks, kv_heads, page_bytes], written in place.
-    slots: int [tokens]; token t goes to block slots[t] // layout.tokens, at slots[t] % layout.tokens; a negative slot is padding
-    and is skipped. k_anchor: float32 [kv_heads, head_dim], subtracted from keys; NaN entries are fixed first (`fix_anchor`).
-    v_anchor: the same for values, without NaN.
+    slots: int [tokens]; token t goes to block slots[t] // layout.tokens, at slots[t] % layout.tokens; a negative slot is
+    padding and is skipped. k_anchor: float32 [kv_heads, head_dim], subtracted from keys; NaN entries are fixed first
+    (`fix_anchor`). v_anchor: the same for values, without NaN.
     """
     used = slots >= 0
     if k_anchor is not None:

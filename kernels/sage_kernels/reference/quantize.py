@@ -12,15 +12,16 @@ the codes of P do not depend on the order in which a kernel walks the pages, on 
 of float32 sums does. Rows are normalized by the sum of the rounded P: a row that sees one token returns exactly its value.
 
 K smoothing subtracts a per-head vector, the anchor, from all keys of a head. All logits of a row change by the same number, so
-softmax does not change. SageAttention subtracts the mean of the keys at hand. Pages outlive a batch, so here the anchor is fixed
-once, by the first tokens (`pages.fix_anchor`) or by a calibration.
+softmax does not change. SageAttention subtracts the mean of the keys at hand. Pages outlive a batch, so here the anchor is
+fixed once, by the first tokens (`pages.fix_anchor`) or by a calibration.
 
-V smoothing (SageAttention2) works alike: the weights of a row add up to 1, so the anchor of V is added to the normalized output.
-It comes from a calibration only: where values have no common mean, the mean of a few tokens adds more error than it removes.
+V smoothing (SageAttention2) works alike: the weights of a row add up to 1, so the anchor of V is added to the normalized
+output. It comes from a calibration only: where values have no common mean, the mean of a few tokens adds more error than it
+removes.
 
 Q smoothing (SageAttention2, section 3.2) quantizes a block of queries less its mean, and adds the products of the mean with the
-keys to the logits. The mean is itself rounded to INT8 codes, and the rounded mean is what is subtracted: the two parts add up to
-the query exactly, and all products are integer products (`query_parts`).
+keys to the logits. The mean is itself rounded to INT8 codes, and the rounded mean is what is subtracted: the two parts add up
+to the query exactly, and all products are integer products (`query_parts`).
 """
 
 import math
@@ -39,8 +40,8 @@ LOG2E = 1.4426950408889634
 TILE_ROWS = 64
 """Least rows (query tokens times query heads per KV head) of a prefill tile."""
 V_SCALES = (2.0**-16, 2.0)
-"""Least and largest power of two among the scales of V; their inverses fit e4m3 too. V beyond +-896 saturates, and numbers below
-2**-26 become 0."""
+"""Least and largest power of two among the scales of V; their inverses fit e4m3 too. V beyond +-896 saturates, and numbers
+below 2**-26 become 0."""
 V_EIGHTHS = range(7, 4, -1)
 """Finer scales of V: 8/7, 8/6 and 8/5 of a power of two. Their inverses have three bits, which fit e4m3 up to V_SCALE_FINE."""
 V_SCALE_FINE = 0.25
@@ -80,8 +81,8 @@ QueryTerms = list[tuple[torch.Tensor, torch.Tensor]]
 def query_terms(query: torch.Tensor, scale: float, q_block: int = 0) -> QueryTerms:
     """Quantize scale * query, query [..., queries, head_dim].
 
-    One term (`quantize_q`) without smoothing. With q_block, two: the queries less the mean of their block, and that mean. A block
-    is q_block queries, counted from the first; the last block may be shorter.
+    One term (`quantize_q`) without smoothing. With q_block, two: the queries less the mean of their block, and that mean. A
+    block is q_block queries, counted from the first; the last block may be shorter.
     """
     query, mean = query.float(), None
     if q_block:
@@ -98,8 +99,8 @@ def quantize_k(key: torch.Tensor, k_bits: int = 8) -> tuple[torch.Tensor, torch.
 
 
 def pack_int4(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """INT8 codes in 4 bits: int8 [..., head_dim] -> packed nibbles, int8 [..., head_dim // 2], and the integer scales (steps) and
-    zero points of groups, int8 [..., 2, groups] (see `sage_paged.layout`).
+    """INT8 codes in 4 bits: int8 [..., head_dim] -> packed nibbles, int8 [..., head_dim // 2], and the integer scales (steps)
+    and zero points of groups, int8 [..., 2, groups] (see `sage_paged.layout`).
 
     Six quantizers of a group compete, and the one with the least sum of squared errors wins (the first of equals). The step is
     the smallest whose 16 levels reach from the least code to the largest, or one less. The levels start at the least code, end
@@ -178,8 +179,8 @@ def quantize_v(value: torch.Tensor, fine: bool = True) -> tuple[torch.Tensor, to
 def quantize_p(logits: torch.Tensor, page_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Round P to e4m3. logits: base-2, float32 [..., queries, tokens]; the first token is the first of a page.
 
-    Returns the weights 2**(logits - m_ref) after rounding, float32 of the same shape, and m_ref, float32 [..., queries, 1], which
-    is P_BITS below the row's largest logit m_i.
+    Returns the weights 2**(logits - m_ref) after rounding, float32 of the same shape, and m_ref, float32 [..., queries, 1],
+    which is P_BITS below the row's largest logit m_i.
 
     A page's codes are relative to the row's largest logit in that page. So the page's largest weight is exact, and the codes
     depend on nothing outside the page. The reference of a page is at least m_i - FALL_BITS.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InfLLM memory in plain torch: summaries of full pages, and the choice of the pages that queries read (`sage_paged.memory`)."""
+"""InfLLM memory in plain torch: summaries of full pages, and the choice of the pages that queries read
+(`sage_paged.memory`)."""
 
 from dataclasses import replace
 
@@ -26,8 +27,8 @@ def store_summaries(
     """Write the summaries of the pages that a step has filled: each channel's mean key and half the range of its keys.
 
     batch: the step's, with one page list for all heads; the step's tokens are stored already. With a shift_table
-    (`rope_shift_table`), keys are rotated to where they would be if the page were the first of its context, for which k_anchor is
-    needed. A page whose last token is stored again (a rejected draft) gets a new summary.
+    (`rope_shift_table`), keys are rotated to where they would be if the page were the first of its context, for which k_anchor
+    is needed. A page whose last token is stored again (a rejected draft) gets a new summary.
     """
     views = layout.views(pages)
     assert views.summary is not None
@@ -43,7 +44,8 @@ def store_summaries(
 
 
 def max_query_blocks(tokens: int, requests: int, query_block: int) -> int:
-    """Upper bound on the query blocks of a step: blocks of query_block positions in which a request has a token. 0: requests."""
+    """Upper bound on the query blocks of a step: blocks of query_block positions in which a request has a token. 0:
+    requests."""
     return tokens // query_block + 2 * requests if query_block else requests
 
 
@@ -62,9 +64,9 @@ def select_pages(
     block; 0 for one block per request. shift_table: `rope_shift_table`, needed where memory.trained_tokens is not 0.
 
     A page's score is the largest product that a query could have with keys in an ellipsoid around the page's mean key. Its half
-    axes are REACH half ranges. Over the queries of a block and of all heads of a KV head, the score takes the mean of the center's
-    products, and the root mean square of what the extent adds. With a shift_table, queries and pages are compared at the distance
-    at which the page would be read: right before the local pages, for a query in the first local_tokens behind it.
+    axes are REACH half ranges. Over the queries of a block and of all heads of a KV head, the score takes the mean of the
+    center's products, and the root mean square of what the extent adds. With a shift_table, queries and pages are compared at
+    the distance at which the page would be read: right before the local pages, for a query in the first local_tokens behind it.
     """
     kv_heads, tokens = pages.shape[1], layout.tokens
     first_token = int(batch.query_start_loc[0])
