@@ -1,42 +1,53 @@
-"""Memory on a GPU: the summaries of full pages, and the choice of the pages that rows of queries read.
+# SPDX-License-Identifier: Apache-2.0
+"""InfLLM memory on a GPU: the summaries of full pages, and the choice of the pages that query blocks read.
 
-The choice takes two launches: the pages of a context are scored, and the best become a page list. The queries of a row are
-folded into two vectors first, by a launch of their own for prompts, whose rows have many. Before the best of many pages are
-found, one more launch finds the best of each thousand. All grids follow from shapes alone and nothing is read back, so that it
-can be captured in a CUDA graph.
+The choice takes two launches: one scores the pages of a context, one makes the best into a page list. The queries of a block
+are folded into two vectors first, for prompts by a launch of its own. In long contexts, one more launch finds the best pages of
+each thousand. All grids follow from shapes alone and nothing is read back, so that all of it can be captured in a CUDA graph.
 """
+
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
+from sage_kernels.batch import PagedBatch, RopeShift
 from sage_kernels.device import dependent_launch
+from sage_kernels.portable.primitives import (
+    TABLES,
+    await_previous_kernel,
+    find_request,
+    load_int4_k,
+    load_k,
+    rotate_back,
+    section_offset,
+)
 from sage_kernels.reference import REACH as _REACH
 from sage_kernels.reference import SCORE_BITS as _SCORE_BITS
-from sage_kernels.reference import PageLists, Turns, max_rows
-from sage_kernels.tiles import TABLES, await_kernel_before, find_request, load_k, load_wide_k, section_offset, turned
+from sage_kernels.reference import max_query_blocks
 from sage_paged import Memory, PageLayout
 
 _PART_PAGES = 64
 """Pages that one program scores."""
 REACH = tl.constexpr(_REACH)
 _CHUNK_PAGES = 1024
-"""Pages whose best one program finds."""
+"""Pages among which one program finds the best."""
 SCORE_BITS = tl.constexpr(_SCORE_BITS)
 LARGEST_SCORE = tl.constexpr(1 << _SCORE_BITS)
 _FOLD_ROWS = 64
-"""Queries, tokens times heads of a group, that a program holds while it folds them."""
+"""Query rows (tokens times query heads per KV head) that a program folds at a time."""
 
 
 @triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
 def _summary_kernel(
-    cache_i8, cache_f32, cache_f16, block_table, seq_lens, query_start_loc, turn_table, anchor, num_reqs,
+    cache_i8, cache_f32, cache_f16, block_table, seq_lens, query_start_loc, shift_table, k_anchor, num_reqs,
     table_stride, block_stride, head_stride,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, SUMMARY: tl.constexpr, BLOCK_D: tl.constexpr,
-    TURN: tl.constexpr, ANCHOR: tl.constexpr, PDL: tl.constexpr,
+    SHIFT: tl.constexpr, K_ANCHOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (pages that a step may fill, KV heads)."""
-    await_kernel_before(PDL)
+    await_previous_kernel(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
     SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
     head = tl.program_id(1)
@@ -56,14 +67,14 @@ def _summary_kernel(
         low = load_k(cache_i8 + offset, tokens, half, HEAD_DIM, HALF).to(tl.float32) * scale
         high = load_k(cache_i8 + offset + HALF, tokens, half, HEAD_DIM, HALF).to(tl.float32) * scale
     else:
-        low, high = load_wide_k(cache_i8 + offset, tokens, half, PAGE, HEAD_DIM)
+        low, high = load_int4_k(cache_i8 + offset, tokens, half, PAGE, HEAD_DIM)
         low = low.to(tl.float32) * scale
         high = high.to(tl.float32) * scale
-    if TURN:
-        if ANCHOR:
-            low += tl.load(anchor + head * HEAD_DIM + half, mask=inside, other=0.0)[:, None]
-            high += tl.load(anchor + head * HEAD_DIM + HALF + half, mask=inside, other=0.0)[:, None]
-        low, high = turned(low, high, (turn_table + page * HEAD_DIM + half)[:, None], inside[:, None], HALF)
+    if SHIFT:
+        if K_ANCHOR:
+            low += tl.load(k_anchor + head * HEAD_DIM + half, mask=inside, other=0.0)[:, None]
+            high += tl.load(k_anchor + head * HEAD_DIM + HALF + half, mask=inside, other=0.0)[:, None]
+        low, high = rotate_back(low, high, (shift_table + page * HEAD_DIM + half)[:, None], inside[:, None], HALF)
     center = cache_f16 + offset // 2 + SUMMARY + half
     tl.store(center, (tl.sum(low, 1) / PAGE).to(tl.float16), mask=inside)
     tl.store(center + HALF, (tl.sum(high, 1) / PAGE).to(tl.float16), mask=inside)
@@ -74,22 +85,19 @@ def _summary_kernel(
 def store_summaries(
     pages: torch.Tensor,
     layout: PageLayout,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    tokens: int,
-    turn_table: torch.Tensor | None = None,
-    anchor: torch.Tensor | None = None,
+    batch: PagedBatch,
+    num_tokens: int,
+    shift_table: torch.Tensor | None = None,
+    k_anchor: torch.Tensor | None = None,
 ) -> None:
-    """`reference.store_summaries` on a GPU, with the same arguments. tokens: at least those of the step."""
-    requests = seq_lens.numel()
-    _summary_kernel[(tokens // layout.tokens + requests, pages.shape[1])](
-        pages.view(torch.int8), pages.view(torch.float32), pages.view(torch.float16), block_table, seq_lens, query_start_loc,
-        pages if turn_table is None else turn_table, pages if anchor is None else anchor, requests,
-        block_table.stride(0), pages.stride(0), pages.stride(1),
+    """`reference.store_summaries` on a GPU, with the same arguments. num_tokens: at least the query tokens of the step."""
+    _summary_kernel[(num_tokens // layout.tokens + batch.num_requests, pages.shape[1])](
+        pages.view(torch.int8), pages.view(torch.float32), pages.view(torch.float16), batch.block_table, batch.seq_lens,
+        batch.query_start_loc, pages if shift_table is None else shift_table, pages if k_anchor is None else k_anchor,
+        batch.num_requests, batch.block_table.stride(0), pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens, SUMMARY=layout.summary_offset // 2,
-        BLOCK_D=triton.next_power_of_2(layout.head_dim), TURN=turn_table is not None, ANCHOR=anchor is not None, num_warps=4,
-        **dependent_launch(pages.device),
+        BLOCK_D=triton.next_power_of_2(layout.head_dim), SHIFT=shift_table is not None, K_ANCHOR=k_anchor is not None,
+        num_warps=4, **dependent_launch(pages.device),
     )  # fmt: skip
 
 
@@ -97,18 +105,18 @@ def store_summaries(
 def _locate(
     query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK: tl.constexpr, LOCAL: tl.constexpr, PAGE: tl.constexpr
 ):
-    """A row's request, the position of its first query and the one past its last, its first local page, and where its queries
-    start."""
+    """Where a query block is. Returns its request, the position of its first query and the one past its last, its first local
+    page, and the index of its first query token."""
     if QUERY_BLOCK > 0:
-        request, nth = find_request(query_start_loc, row, num_reqs, QUERY_BLOCK, 2)
+        request, index = find_request(query_start_loc, row, num_reqs, QUERY_BLOCK, 2)
     else:
-        request, nth = row, 0
+        request, index = row, 0
     start = tl.load(query_start_loc + request)
     length = tl.load(seq_lens + request)
     begin = length - (tl.load(query_start_loc + request + 1) - start)
     low, high = begin, length
     if QUERY_BLOCK > 0:
-        block = begin // QUERY_BLOCK + nth
+        block = begin // QUERY_BLOCK + index
         low = tl.minimum(tl.maximum(block * QUERY_BLOCK, begin), length)
         high = tl.maximum(tl.minimum((block + 1) * QUERY_BLOCK, length), low)
     return request, low, high, tl.maximum(low - LOCAL + 1, 0) // PAGE, start + low - begin
@@ -116,12 +124,12 @@ def _locate(
 
 @triton.jit
 def _fold(
-    query, turn_table, low, high, start, head, q_token_stride, q_head_stride,
+    query, shift_table, low, high, start, head, q_token_stride, q_head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, LOCAL: tl.constexpr, TURN: tl.constexpr,
+    BLOCK_T: tl.constexpr, LOCAL: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Of a row's queries, at positions low to high and from token `start` on, the means of the halves of the head and of their
-    squares, four float32 [channels of a half]."""
+    """Means over the queries of a block, at positions low to high and from token `start` on: of the two halves of the head, and
+    of their squares. Four float32 [channels of a half]."""
     HALF: tl.constexpr = HEAD_DIM // 2
     half = tl.arange(0, BLOCK_D // 2)
     inside = (half < HALF)[None, :]
@@ -137,14 +145,14 @@ def _fold(
         mask = valid[:, None] & inside
         q_low = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         q_high = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
-        if TURN:
+        if SHIFT:
             nearer = tl.maximum(token // PAGE - LOCAL // PAGE - 1, 0)
-            q_low, q_high = turned(q_low, q_high, turn_table + nearer[:, None] * HEAD_DIM + half[None, :], mask, HALF)
+            q_low, q_high = rotate_back(q_low, q_high, shift_table + nearer[:, None] * HEAD_DIM + half[None, :], mask, HALF)
         low_sum += q_low
         low_squares += q_low * q_low
         high_sum += q_high
         high_squares += q_high * q_high
-    share = 1.0 / (tl.maximum(high - low, 1) * GROUP)  # rows that nobody has get here too
+    share = 1.0 / (tl.maximum(high - low, 1) * GROUP)  # query blocks of no request get here too
     return (
         tl.sum(low_sum, 0) * share, tl.sum(high_sum, 0) * share, tl.sum(low_squares, 0) * share, tl.sum(high_squares, 0) * share
     )  # fmt: skip
@@ -152,7 +160,7 @@ def _fold(
 
 @triton.jit
 def _store_row(row_starts, row_lens, row, rows, low, high, local, start, PAGE: tl.constexpr, FAR: tl.constexpr):
-    """What `PageLists` tells of a row: where its queries start, and how many tokens its pages hold."""
+    """Write the query_start_loc and the seq_len of a query block."""
     tl.store(row_starts + row, start)
     tl.store(row_lens + row, tl.where(high > low, tl.minimum(local, FAR) * PAGE + high - local * PAGE, 0))
     if row == rows - 1:
@@ -161,14 +169,14 @@ def _store_row(row_starts, row_lens, row, rows, low, high, local, start, PAGE: t
 
 @triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
 def _fold_kernel(
-    query, folded, row_starts, row_lens, seq_lens, query_start_loc, turn_table, num_reqs, q_token_stride, q_head_stride,
+    query, folded, row_starts, row_lens, seq_lens, query_start_loc, shift_table, num_reqs, q_token_stride, q_head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    TURN: tl.constexpr, PDL: tl.constexpr,
+    SHIFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, KV heads). folded: float32 [rows, kv_heads, 2, HEAD_DIM], the means of a row's queries and of their squares.
-    row_starts, row_lens: `PageLists.query_start_loc` and `seq_lens`."""
-    await_kernel_before(PDL)
+    """Grid: (query blocks, KV heads). folded: float32 [blocks, kv_heads, 2, HEAD_DIM], the means of a block's queries and of
+    their squares. row_starts, row_lens: query_start_loc and seq_lens of the result."""
+    await_previous_kernel(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -178,8 +186,8 @@ def _fold_kernel(
     if local <= SINKS + TOPK:
         return
     low_mean, high_mean, low_squares, high_squares = _fold(
-        query, turn_table, low, high, start, head, q_token_stride, q_head_stride,
-        GROUP, BLOCK_G, HEAD_DIM, PAGE, BLOCK_D, BLOCK_T, LOCAL, TURN,
+        query, shift_table, low, high, start, head, q_token_stride, q_head_stride,
+        GROUP, BLOCK_G, HEAD_DIM, PAGE, BLOCK_D, BLOCK_T, LOCAL, SHIFT,
     )  # fmt: skip
     half = tl.arange(0, BLOCK_D // 2)
     target = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + half
@@ -190,10 +198,10 @@ def _fold_kernel(
 
 
 @triton.jit
-def _score_half(summary, there, mean, squares, half, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The parts that half of the channels have in the products of pages' mean keys with a mean query, and in the squares of how
-    far they extend towards queries: two float32 [pages]. summary: pointers to those channels of the means."""
-    mask = there[:, None] & (half < HALF)[None, :]
+def _score_half(summary, valid, mean, squares, half, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Half of the channels' share of a page score: the products of mean keys with the mean query, and the squared extents
+    toward the queries. Two float32 [pages]. summary: pointers to these channels of the mean keys."""
+    mask = valid[:, None] & (half < HALF)[None, :]
     center = tl.load(summary[:, None] + half[None, :], mask=mask, other=0.0).to(tl.float32)
     radius = tl.load(summary[:, None] + HEAD_DIM + half[None, :], mask=mask, other=0.0).to(tl.float32)
     return tl.sum(center * mean[None, :], 1), tl.sum(radius * radius * squares[None, :], 1)
@@ -201,18 +209,19 @@ def _score_half(summary, there, mean, squares, half, HALF: tl.constexpr, HEAD_DI
 
 @triton.jit(do_not_specialize=["num_reqs", "width"], do_not_specialize_on_alignment=TABLES)
 def _score_kernel(
-    query, folded, scores, row_starts, row_lens, cache_f16, block_table, seq_lens, query_start_loc, turn_table, num_reqs, width,
-    q_token_stride, q_head_stride, table_stride, block_stride, head_stride,
+    query, folded, scores, row_starts, row_lens, cache_f16, block_table, seq_lens, query_start_loc, shift_table, num_reqs,
+    width, q_token_stride, q_head_stride, table_stride, block_stride, head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr, SUMMARY: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr, TURN: tl.constexpr, PDL: tl.constexpr, PART: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (parts of a context, KV heads, rows). scores: float32 [rows, kv_heads, width], of the pages behind the sinks.
+    """Grid: (parts of a context, KV heads, query blocks). scores: float32 [blocks, kv_heads, width], of the pages behind the
+    sinks.
 
-    Prompts have been folded. A decode has few queries, which each program folds for itself: for one request of a million tokens
-    that took less time than the launch of a kernel.
+    The queries of prompts are folded already. The few queries of a decode are folded by each program itself: for one request of
+    a million tokens that took less time than another launch.
     """
-    await_kernel_before(PDL)
+    await_previous_kernel(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
     part = tl.program_id(0)
     head = tl.program_id(1)
@@ -223,14 +232,14 @@ def _score_kernel(
     page = SINKS + part * PART + tl.arange(0, PART)
     if local <= SINKS + TOPK or SINKS + part * PART >= local:
         return
-    there = page < local
-    blocks = tl.load(block_table + request.to(tl.int64) * table_stride + page, mask=there, other=0).to(tl.int64)
+    valid = page < local
+    blocks = tl.load(block_table + request.to(tl.int64) * table_stride + page, mask=valid, other=0).to(tl.int64)
     summary = cache_f16 + (blocks * block_stride + head.to(tl.int64) * head_stride) // 2 + SUMMARY
     half = tl.arange(0, BLOCK_D // 2)
     if QUERY_BLOCK == 0:
         low_mean, high_mean, low_squares, high_squares = _fold(
-            query, turn_table, low, high, start, head, q_token_stride, q_head_stride,
-            GROUP, BLOCK_G, HEAD_DIM, PAGE, BLOCK_D, BLOCK_T, LOCAL, TURN,
+            query, shift_table, low, high, start, head, q_token_stride, q_head_stride,
+            GROUP, BLOCK_G, HEAD_DIM, PAGE, BLOCK_D, BLOCK_T, LOCAL, SHIFT,
         )  # fmt: skip
     else:
         source = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + half
@@ -238,21 +247,21 @@ def _score_kernel(
         high_mean = tl.load(source + HALF, mask=half < HALF, other=0.0)
         low_squares = tl.load(source + HEAD_DIM, mask=half < HALF, other=0.0)
         high_squares = tl.load(source + HEAD_DIM + HALF, mask=half < HALF, other=0.0)
-    low_product, low_extent = _score_half(summary, there, low_mean, low_squares, half, HALF, HEAD_DIM)
-    high_product, high_extent = _score_half(summary + HALF, there, high_mean, high_squares, half, HALF, HEAD_DIM)
+    low_product, low_extent = _score_half(summary, valid, low_mean, low_squares, half, HALF, HEAD_DIM)
+    high_product, high_extent = _score_half(summary + HALF, valid, high_mean, high_squares, half, HALF, HEAD_DIM)
     score = low_product + high_product + REACH * tl.sqrt(low_extent + high_extent)
-    tl.store(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page - SINKS, score, mask=there)
+    tl.store(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page - SINKS, score, mask=valid)
 
 
 @triton.jit
-def _places(score, there, TOPK: tl.constexpr):
-    """Of scores, float32 [n]: which are among the TOPK largest that are there, of equals the first ones, and the how manieth of
-    these each is. Scores count as equal where they agree in SCORE_BITS bits."""
+def _top_k(score, valid, TOPK: tl.constexpr):
+    """Top-k of scores, float32 [n]: which of the valid ones are chosen, and the rank by index of each among the chosen. Of
+    scores that agree in SCORE_BITS bits, the first ones are chosen."""
     bits = score.to(tl.int32, bitcast=True)
-    # Unsigned integers in the order of the numbers; 0 is below all of them.
+    # Unsigned integers in the order of the floats; 0 is below all of them.
     ordered = tl.where(bits < 0, ~bits, bits | -0x80000000).to(tl.uint32, bitcast=True) >> (32 - SCORE_BITS)
-    ordered = tl.where(there, ordered + 1, 0).to(tl.int32)
-    # The TOPK-th largest, two bits at a time: how many reach each of the three next candidates, counted in one sum.
+    ordered = tl.where(valid, ordered + 1, 0).to(tl.int32)
+    # Find the TOPK-th largest two bits at a time: one sum counts how many scores reach each of the three next candidates.
     limit = tl.full([], 0, tl.int32)
     one = tl.full([], LARGEST_SCORE, tl.int32)
     for _ in range(SCORE_BITS // 2 + 1):
@@ -274,38 +283,38 @@ def _places(score, there, TOPK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_reqs", "width", "finalists"], do_not_specialize_on_alignment=TABLES)
-def _narrow_kernel(
+def _finalists_kernel(
     scores, best, best_pages, seq_lens, query_start_loc, num_reqs, width, finalists,
     PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (chunks of a context, KV heads, rows). best, best_pages: float32 and int32 [rows, kv_heads, finalists], the TOPK
-    best pages of each chunk, in its order, or as many as it has, and their scores."""
-    await_kernel_before(PDL)
+    """Grid: (chunks of a context, KV heads, query blocks). best, best_pages: float32 and int32 [blocks, kv_heads, finalists],
+    the scores and indices of the TOPK best pages of each chunk, in its order, or of all if it has fewer."""
+    await_previous_kernel(PDL)
     head = tl.program_id(1)
     row = tl.program_id(2)
     _, _, _, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
     page = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     if local <= SINKS + TOPK or SINKS + tl.program_id(0) * CHUNK >= local:
         return
-    there = page < local - SINKS
-    score = tl.load(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page, mask=there, other=0.0)
-    chosen, place = _places(score, there, TOPK)
+    valid = page < local - SINKS
+    score = tl.load(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page, mask=valid, other=0.0)
+    chosen, place = _top_k(score, valid, TOPK)
     target = (row * tl.num_programs(1) + head).to(tl.int64) * finalists + tl.program_id(0) * TOPK + place
-    tl.store(best + target, score, mask=chosen & there)
-    tl.store(best_pages + target, page, mask=chosen & there)
+    tl.store(best + target, score, mask=chosen & valid)
+    tl.store(best_pages + target, page, mask=chosen & valid)
 
 
 @triton.jit(do_not_specialize=["num_reqs", "width", "list_width"], do_not_specialize_on_alignment=TABLES)
 def _list_kernel(
-    scores, scored_pages, lists, turns, block_table, seq_lens, query_start_loc, num_reqs, width, list_width, table_stride,
+    scores, scored_pages, lists, shifts, block_table, seq_lens, query_start_loc, num_reqs, width, list_width, table_stride,
     PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     TRAINED: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, KV heads). scores: float32 [rows, kv_heads, width], of all pages behind the sinks, or, with a CHUNK, of
-    scored_pages (see `_narrow_kernel`). lists, turns: int32 [rows, kv_heads, list_width]; turns are written where TRAINED is
-    not 0."""
-    await_kernel_before(PDL)
+    """Grid: (query blocks, KV heads). scores: float32 [blocks, kv_heads, width], of all pages behind the sinks, or, with a
+    CHUNK, of scored_pages (see `_finalists_kernel`). lists, shifts: int32 [blocks, kv_heads, list_width]; shifts are written
+    where TRAINED is not 0."""
+    await_previous_kernel(PDL)
     row = tl.program_id(0)
     head = tl.program_id(1)
     request, low, high, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
@@ -314,94 +323,110 @@ def _list_kernel(
     far = tl.minimum(local, SINKS + TOPK)
     pages = tl.where(high > low, far + tl.cdiv(high, PAGE) - local, 0)
     choosing = local > SINKS + TOPK
-    turning = (TRAINED > 0) & (high > TRAINED)
+    shifting = (TRAINED > 0) & (high > TRAINED)
     for first in range(0, list_width, BLOCK):
         entry = first + tl.arange(0, BLOCK)
         page = tl.where(entry < far, entry, local + entry - far)
         write = (entry < list_width) & ~(choosing & (entry >= SINKS) & (entry < far))
         tl.store(lists + target + entry, tl.load(table + page, mask=entry < pages, other=0), mask=write)
         if TRAINED > 0:
-            tl.store(turns + target + entry, tl.where(turning & (entry < far), local - 1 - page, 0), mask=write)
+            tl.store(shifts + target + entry, tl.where(shifting & (entry < far), local - 1 - page, 0), mask=write)
     if choosing:
         candidate = tl.arange(0, CANDIDATES)
         source = (row * tl.num_programs(1) + head).to(tl.int64) * width + candidate
         if CHUNK > 0:
-            there = candidate % TOPK < local - SINKS - candidate // TOPK * CHUNK
+            valid = candidate % TOPK < local - SINKS - candidate // TOPK * CHUNK
         else:
-            there = candidate < local - SINKS
-        chosen, place = _places(tl.load(scores + source, mask=there, other=0.0), there, TOPK)
+            valid = candidate < local - SINKS
+        chosen, place = _top_k(tl.load(scores + source, mask=valid, other=0.0), valid, TOPK)
         page = SINKS + candidate
         if CHUNK > 0:
             page = SINKS + tl.load(scored_pages + source, mask=chosen, other=0)
         entry = target + SINKS + place
         tl.store(lists + entry, tl.load(table + page, mask=chosen, other=0), mask=chosen)
         if TRAINED > 0:
-            tl.store(turns + entry, tl.where(turning, local - 1 - page, 0), mask=chosen)
+            tl.store(shifts + entry, tl.where(shifting, local - 1 - page, 0), mask=chosen)
 
 
-def recall(
+def select_pages(
     query: torch.Tensor,
     pages: torch.Tensor,
     layout: PageLayout,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    batch: PagedBatch,
     memory: Memory,
     query_block: int,
-    turn_table: torch.Tensor | None = None,
-    *,
-    max_query_len: int = 1,
-) -> PageLists:
-    """`reference.recall` on a GPU, with the same arguments. max_query_len: the most query tokens of a request, where
-    query_block is 0."""
-    requests, kv_heads, device = seq_lens.numel(), pages.shape[1], query.device
-    rows = max_rows(query.shape[0], requests, query_block)
-    sinks = memory.sink_pages(layout.tokens)
+    shift_table: torch.Tensor | None = None,
+) -> PagedBatch:
+    """`reference.select_pages` on a GPU, with the same arguments. batch.max_query_len matters where query_block is 0."""
+    requests, kv_heads, device = batch.num_requests, pages.shape[1], query.device
+    max_query_len = batch.max_query_len or 1
+    blocks = max_query_blocks(query.shape[0], requests, query_block)
     list_width = memory.list_pages(layout.tokens, query_block or max_query_len)
-    candidates = max(1, block_table.shape[1] - sinks)
-    lists = torch.empty(rows, kv_heads, list_width, dtype=torch.int32, device=device)
-    turns = None if turn_table is None else Turns(torch.empty_like(lists), turn_table)
-    row_lens, row_starts = (torch.empty(n, dtype=torch.int32, device=device) for n in (rows, rows + 1))
-    scores = torch.empty(rows, kv_heads, candidates, dtype=torch.float32, device=device)
-    group = query.shape[1] // kv_heads
-    block_group = triton.next_power_of_2(group)
+    candidates = max(1, batch.block_table.shape[1] - memory.sink_pages(layout.tokens))
+    lists = torch.empty(blocks, kv_heads, list_width, dtype=torch.int32, device=device)
+    shift = None if shift_table is None else RopeShift(torch.empty_like(lists), shift_table)
+    row_lens, row_starts = (torch.empty(n, dtype=torch.int32, device=device) for n in (blocks, blocks + 1))
     policy = {
-        "PAGE": layout.tokens, "SINKS": sinks, "LOCAL": memory.local_tokens, "TOPK": memory.topk_pages,
-        "QUERY_BLOCK": query_block, **dependent_launch(device),
+        "PAGE": layout.tokens, "SINKS": memory.sink_pages(layout.tokens), "LOCAL": memory.local_tokens,
+        "TOPK": memory.topk_pages, "QUERY_BLOCK": query_block, **dependent_launch(device),
     }  # fmt: skip
-    of_queries = {
-        "GROUP": group, "BLOCK_G": block_group, "HEAD_DIM": layout.head_dim,
-        "BLOCK_D": triton.next_power_of_2(layout.head_dim), "TURN": turn_table is not None,
-        "BLOCK_T": min(triton.next_power_of_2(query_block or max_query_len), max(1, _FOLD_ROWS // block_group)),
-    }  # fmt: skip
-    turned_by = query if turn_table is None else turn_table
-    folded = scores
-    if query_block:
-        folded = scores.new_empty(rows, kv_heads, 2, layout.head_dim)
-        _fold_kernel[(rows, kv_heads)](
-            query, folded, row_starts, row_lens, seq_lens, query_start_loc, turned_by, requests,
-            query.stride(0), query.stride(1), num_warps=4, **of_queries, **policy,
-        )  # fmt: skip
-    _score_kernel[(triton.cdiv(candidates, _PART_PAGES), kv_heads, rows)](
-        query, folded, scores, row_starts, row_lens, pages.view(torch.float16), block_table, seq_lens, query_start_loc,
-        turned_by, requests, candidates, query.stride(0), query.stride(1), block_table.stride(0), pages.stride(0),
-        pages.stride(1), SUMMARY=layout.summary_offset // 2, PART=_PART_PAGES, num_warps=8, **of_queries, **policy,
-    )  # fmt: skip
+    scores = _scores(query, pages, layout, batch, row_starts, row_lens, candidates, shift_table, query_block, policy)
     scored_pages, chunk = lists, 0
     if candidates > _CHUNK_PAGES:
         every, chunk = scores, _CHUNK_PAGES
         chunks = triton.cdiv(candidates, chunk)
         finalists = chunks * memory.topk_pages
-        scores, scored_pages = torch.empty(rows, kv_heads, finalists, device=device), lists.new_empty(rows, kv_heads, finalists)
-        _narrow_kernel[(chunks, kv_heads, rows)](
-            every, scores, scored_pages, seq_lens, query_start_loc, requests, candidates, finalists,
+        scores = torch.empty(blocks, kv_heads, finalists, device=device)
+        scored_pages = lists.new_empty(blocks, kv_heads, finalists)
+        _finalists_kernel[(chunks, kv_heads, blocks)](
+            every, scores, scored_pages, batch.seq_lens, batch.query_start_loc, requests, candidates, finalists,
             CHUNK=chunk, num_warps=4, **policy,
         )  # fmt: skip
         candidates = finalists
-    _list_kernel[(rows, kv_heads)](
-        scores, scored_pages, lists, lists if turns is None else turns.pages, block_table, seq_lens, query_start_loc, requests,
-        candidates, list_width, block_table.stride(0),
-        TRAINED=0 if turns is None else memory.trained_tokens, CANDIDATES=triton.next_power_of_2(candidates), CHUNK=chunk,
+    _list_kernel[(blocks, kv_heads)](
+        scores, scored_pages, lists, lists if shift is None else shift.pages, batch.block_table, batch.seq_lens,
+        batch.query_start_loc, requests, candidates, list_width, batch.block_table.stride(0),
+        TRAINED=0 if shift is None else memory.trained_tokens, CANDIDATES=triton.next_power_of_2(candidates), CHUNK=chunk,
         BLOCK=64, num_warps=4, **policy,
     )  # fmt: skip
-    return PageLists(lists, row_lens, row_starts, turns)
+    return replace(batch, block_table=lists, seq_lens=row_lens, query_start_loc=row_starts, rope_shift=shift)
+
+
+def _scores(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    batch: PagedBatch,
+    row_starts: torch.Tensor,
+    row_lens: torch.Tensor,
+    candidates: int,
+    shift_table: torch.Tensor | None,
+    query_block: int,
+    policy: dict[str, int | bool],
+) -> torch.Tensor:
+    """Score the pages behind the sinks, float32 [blocks, kv_heads, candidates], and write row_starts and row_lens on the
+    way."""
+    kv_heads, blocks = pages.shape[1], row_lens.numel()
+    group = query.shape[1] // kv_heads
+    block_group = triton.next_power_of_2(group)
+    of_queries = {
+        "GROUP": group, "BLOCK_G": block_group, "HEAD_DIM": layout.head_dim,
+        "BLOCK_D": triton.next_power_of_2(layout.head_dim), "SHIFT": shift_table is not None,
+        "BLOCK_T": min(triton.next_power_of_2(query_block or batch.max_query_len or 1), max(1, _FOLD_ROWS // block_group)),
+    }  # fmt: skip
+    table_or_any = query if shift_table is None else shift_table
+    scores = torch.empty(blocks, kv_heads, candidates, dtype=torch.float32, device=query.device)
+    folded = scores
+    if query_block:
+        folded = scores.new_empty(blocks, kv_heads, 2, layout.head_dim)
+        _fold_kernel[(blocks, kv_heads)](
+            query, folded, row_starts, row_lens, batch.seq_lens, batch.query_start_loc, table_or_any, batch.num_requests,
+            query.stride(0), query.stride(1), num_warps=4, **of_queries, **policy,
+        )  # fmt: skip
+    _score_kernel[(triton.cdiv(candidates, _PART_PAGES), kv_heads, blocks)](
+        query, folded, scores, row_starts, row_lens, pages.view(torch.float16), batch.block_table, batch.seq_lens,
+        batch.query_start_loc, table_or_any, batch.num_requests, candidates, query.stride(0), query.stride(1),
+        batch.block_table.stride(0), pages.stride(0), pages.stride(1),
+        SUMMARY=layout.summary_offset // 2, PART=_PART_PAGES, num_warps=8, **of_queries, **policy,
+    )  # fmt: skip
+    return scores

@@ -1,15 +1,18 @@
-"""Pages of INT4 keys as pages of INT8 keys: the same codes, scales and values, for kernels that read nothing else.
+# SPDX-License-Identifier: Apache-2.0
+"""Widening: pages of INT4 keys as pages of INT8 keys, for kernels that read only these.
 
-INT4 keys stand for INT8 codes (`reference.widen`), so attention to either kind of page gives the same, bit for bit. A prompt
-reads each page of its history once for every 128 rows of queries; widening it once before costs a part of that.
+INT4 keys stand for INT8 codes (`reference.unpack_int4`), so attention to either page gives the same result, bit for bit.
+Prefill reads each page of the history once for every 128 query rows; widening it once before costs a fraction of that.
 """
+
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.prefill import table_strides
-from sage_kernels.tiles import GROUP_BYTES, TABLE_STRIDES, TABLES, section_offset, v_exponent_beside
+from sage_kernels.batch import PagedBatch
+from sage_kernels.portable.primitives import GROUP_BYTES, TABLE_STRIDES, TABLES, section_offset, v_exponent_in_scale
 from sage_paged import PageLayout
 
 
@@ -35,48 +38,42 @@ def _widen_kernel(
     block = tl.load(block_table + request.to(tl.int64) * table_stride + head * table_head_stride + page)
     source = block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride
     target = ((request.to(tl.int64) * pages + page) * tl.num_programs(1) + head) * WIDE_BYTES
-    # Four bytes at a time: with 128 added to bases, no byte of base + step * nibble leaves its place.
+    # Four bytes at a time: with 128 added to zero points, no byte of zero + step * nibble carries into the next.
     tokens = tl.arange(0, PAGE)
     groups = tl.arange(0, GROUPS)
     in_group = groups[None, :, None] * (GROUP_BYTES // 4) + tl.arange(0, GROUP_BYTES // 4)[None, None, :]
     packed = tl.load(narrow_i32 + source // 4 + tokens[:, None, None] * (K_ROW // 4) + in_group)
     steps = narrow_i8 + source + section_offset("k_groups", HEAD_DIM, 4, PAGE) + tokens[:, None] * 2 * GROUPS + groups[None, :]
     step = tl.load(steps).to(tl.int32)[:, :, None]
-    base = ((tl.load(steps + GROUPS).to(tl.int32) + 128) * 0x01010101)[:, :, None]
+    zero = ((tl.load(steps + GROUPS).to(tl.int32) + 128) * 0x01010101)[:, :, None]
     k = wide_i32 + target // 4 + tokens[:, None, None] * (HEAD_DIM // 4) + in_group
-    tl.store(k, ((packed & 0x0F0F0F0F) * step + base) ^ -0x7F7F7F80)
-    tl.store(k + K_ROW // 4, (((packed >> 4) & 0x0F0F0F0F) * step + base) ^ -0x7F7F7F80)
+    tl.store(k, ((packed & 0x0F0F0F0F) * step + zero) ^ -0x7F7F7F80)
+    tl.store(k + K_ROW // 4, (((packed >> 4) & 0x0F0F0F0F) * step + zero) ^ -0x7F7F7F80)
     words = tl.arange(0, PAGE * HEAD_DIM // 4)
     v = tl.load(narrow_i32 + (source + section_offset("v", HEAD_DIM, 4, PAGE)) // 4 + words)
     tl.store(wide_i32 + (target + section_offset("v", HEAD_DIM, 8, PAGE)) // 4 + words, v)
     k_scale = tl.load(narrow_i32 + (source + section_offset("k_scale", HEAD_DIM, 4, PAGE)) // 4 + tokens)
     tl.store(wide_i32 + (target + section_offset("k_scale", HEAD_DIM, 8, PAGE)) // 4 + tokens, k_scale)
     v_exponent = wide_i32 + (target + section_offset("v_exponent", HEAD_DIM, 8, PAGE)) // 4 + tokens
-    tl.store(v_exponent, v_exponent_beside(k_scale).to(tl.int32, bitcast=True))
+    tl.store(v_exponent, v_exponent_in_scale(k_scale).to(tl.int32, bitcast=True))
 
 
-def widened(
-    pages: torch.Tensor,
-    layout: PageLayout,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    max_seq_len: int,
-    window: int = 0,
-) -> tuple[torch.Tensor, PageLayout, torch.Tensor]:
-    """The pages of requests of at most max_seq_len tokens, their layout, and the block table that leads to them. Pages that
-    none of a request's queries sees through the window are left out; what stands in their place may be anything.
+def widen(
+    pages: torch.Tensor, layout: PageLayout, batch: PagedBatch, max_seq_len: int, window: int = 0
+) -> tuple[torch.Tensor, PageLayout, PagedBatch]:
+    """Copies of the batch's pages with INT8 keys: the cache that holds them, its layout, and the batch with its block table.
 
-    The other arguments are those of `reference.attention`; head_dim has to be a power of two.
+    max_seq_len: upper bound on the tokens of a request. Pages that no query of a request sees through the window are skipped;
+    their copies hold anything. head_dim must be a power of two.
     """
-    requests, kv_heads = seq_lens.numel(), pages.shape[1]
-    used = min(-(-max_seq_len // layout.tokens), block_table.shape[-1])
+    requests, kv_heads = batch.num_requests, pages.shape[1]
+    used = min(-(-max_seq_len // layout.tokens), batch.block_table.shape[-1])
     wide_layout = PageLayout(layout.head_dim, 8, layout.tokens)
     wide = torch.empty(requests * used, kv_heads, wide_layout.page_bytes, dtype=torch.uint8, device=pages.device)
     _widen_kernel[(used, kv_heads, requests)](
-        pages.view(torch.int8), pages.view(torch.int32), wide.view(torch.int32), block_table, seq_lens, query_start_loc,
-        used, *table_strides(block_table), pages.stride(0), pages.stride(1),
+        pages.view(torch.int8), pages.view(torch.int32), wide.view(torch.int32), batch.block_table, batch.seq_lens,
+        batch.query_start_loc, used, *batch.table_strides, pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, PAGE=layout.tokens, WIDE_BYTES=wide_layout.page_bytes, WINDOW=window, num_warps=4,
     )  # fmt: skip
     table = torch.arange(requests * used, dtype=torch.int32, device=pages.device).view(requests, used)
-    return wide, wide_layout, table
+    return wide, wide_layout, replace(batch, block_table=table)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launches that are compiled without a GPU (machine_code.py does it): every kernel, head size and key precision, and each
+feature that changes a kernel's code.
+
+This is the one list of them. Whoever adds a kernel, or a feature that is a constant of a kernel, adds a launch here.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+"""Shared memory that a program may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+HEAD_DIMS = dict.fromkeys((80, 89, 90, 100), (64, 80, 128, 256))
+HEAD_DIMS[86] = (256,)  # the code of sm_80 in the shared memory of sm_89: what matters is whether the largest tiles fit
+
+Launch = tuple[str, Callable[[], Any]]
+"""The name of a case, unique for its kernel, head size and key precision, and the call that launches the kernels."""
+
+
+def imitate_device(capability: int) -> None:
+    """Make sage_kernels choose for a GPU of this compute capability, although its tensors are on the CPU."""
+    from sage_kernels import device
+
+    early = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
+    device.fp8_path = lambda _: "native" if capability >= 89 else "half"  # type: ignore[assignment]
+    device.dependent_launch = lambda _: early  # type: ignore[assignment]
+    device.shared_memory = lambda _: SHARED_KIB[capability] * 1024  # type: ignore[assignment]
+
+
+def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
+    """Every launch of this head size and key precision. Call `imitate_device` first."""
+    import torch
+
+    from sage_kernels import Memory, Modifiers, PagedBatch, PageLayout, RopeShift
+    from sage_kernels.portable import decode, prefill, recall, store
+
+    starts, lengths, table = (torch.zeros(*shape, dtype=torch.int32) for shape in ((2,), (1,), (1, 2)))
+    batch = PagedBatch(table, lengths, starts)
+    layout = PageLayout(head_dim, k_bits)
+    pages = layout.empty(2, 2)
+    key, query = torch.zeros(1, 2, head_dim, dtype=torch.bfloat16), torch.zeros(1, 8, head_dim, dtype=torch.bfloat16)
+    anchor = torch.zeros(2, head_dim)
+
+    slots = torch.zeros(1, dtype=torch.int64)
+    for name, anchors in {"": (), "anchor": (anchor,), "values": (anchor, anchor)}.items():
+        yield name, partial(store.store, key, key, pages, slots, layout, *anchors)
+
+    block = prefill.tile(query.device, layout, 4, smooth_q=True)[0] // 4
+    cases: dict[str, tuple[PagedBatch, Modifiers]] = {"": (batch, Modifiers())}
+    if head_dim == 256:  # whose tiles leave the least shared memory
+        cases["means"] = batch, Modifiers(q_block=block)
+    if head_dim == 128:
+        sinks = torch.zeros(8)
+        cases["sinks"] = batch, Modifiers(sinks=sinks, k_anchor=anchor)
+        cases["values"] = batch, Modifiers(v_anchor=anchor)
+        cases["all"] = batch, Modifiers(100, 30.0, sinks, anchor, anchor)
+        shifted = replace(batch, rope_shift=RopeShift(table.expand(2, 2).unsqueeze(0), torch.zeros(2, 128)))
+        cases["turns"] = shifted, Modifiers(k_anchor=anchor)
+        cases["turned means"] = shifted, Modifiers(k_anchor=anchor, q_block=block)
+        with_summary = PageLayout(head_dim, k_bits, has_summary=True)
+        cache = with_summary.empty(2, 2), with_summary
+        yield "", partial(recall.store_summaries, *cache, batch, 1, torch.zeros(2, 128), anchor)
+        yield "", partial(recall.select_pages, query, *cache, batch, Memory(), 512)
+        long = replace(batch, block_table=torch.zeros(1, 2000, dtype=torch.int32))
+        for query_block in (0, 512):
+            trained = Memory(trained_tokens=8192)
+            yield f"long {query_block}", partial(recall.select_pages, query, *cache, long, Memory(), query_block)
+            table_of = torch.zeros(2, 128)
+            yield f"trained {query_block}", partial(recall.select_pages, query, *cache, batch, trained, query_block, table_of)
+
+    attentions: list[Callable[..., Any]] = [prefill.prefill, decode.decode]
+    if capability == 90:
+        from sage_kernels.hopper import decode as hopper_decode
+        from sage_kernels.hopper import prefill as hopper_prefill
+
+        if hopper_prefill.supports(layout, 4):
+            attentions.append(hopper_prefill.prefill)
+        if hopper_decode.supports(layout):
+            attentions.append(hopper_decode.decode)
+    for name, (where, modifiers) in cases.items():
+        # Only the portable kernels rotate queries, and of these only that for prefill smooths them.
+        for attention in attentions[: 1 if modifiers.q_block else 2 if where.rope_shift else None]:
+            yield name, partial(attention, query, pages, layout, where, 0.1, torch.empty_like(query), modifiers)
