@@ -50,7 +50,7 @@ def test_layers_and_heads_take_turns() -> None:
         assert not planned(canary, batch((1, 9), (5, 100)), 1), "a later chunk, or a prompt that is cached in part"
         checks = planned(canary, batch((1, 9), (30, 30)), 1)
         assert len(checks) == (step % 3 == 0)
-        turns += [(check.layer, check.turn) for check in checks]
+        turns += [(check.layer, check.check_index) for check in checks]
     assert turns == [(layer, head) for head in (0, 1) for layer in LAYERS]
 
 
@@ -226,12 +226,12 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
             context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
             impls = [layer.impl for layer in context.values() if isinstance(getattr(layer, "impl", None), SageImpl)]
             for impl in impls:
-                impl.watch = observers.PageErrors(impl)
+                impl.observer = observers.PageErrors(impl)
             # Each layer and KV head once. The first half of a prompt is cached when it comes again, which is not checked.
             prompts = heldout_prompts(llm, [TOKENS] * len(impls) * impls[0].num_kv_heads)
             greedy(llm, [*prompts, prompts[0]], tokens=2, together=False)
             values = scraped(sinks.directory(llm.llm_engine.vllm_config))
-            squares = [impl.watch.squares for impl in impls]
+            squares = [impl.observer.squares for impl in impls]
         count = values[("sage_canary_relative_error_count",)]
         assert count == len(prompts)
         means[bits] = values[("sage_canary_relative_error_sum",)] / count

@@ -278,7 +278,7 @@ def test_positions_that_cannot_be_turned_are_refused(rope: dict[str, Any], form:
 def test_a_layer_whose_rotary_embedding_is_unknown_is_refused() -> None:
     model = torch.nn.Module()
     model.attention = torch.nn.Module()
-    layers = {"attention.attn": SimpleNamespace(impl=SimpleNamespace(turns_pages=True, head_size=64))}
+    layers = {"attention.attn": SimpleNamespace(impl=SimpleNamespace(rotates_pages=True, head_size=64))}
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context=layers), model_config=SimpleNamespace(model="m")
     )

@@ -24,12 +24,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from server import Server
 
 from sage_backend import plugin
+from sage_backend.engine.patches import pages_gauge
 from sage_backend.observability import definitions, exporter, sinks
 from sage_backend.observability import recorder as recording
 from sage_backend.observability.definitions import COMMON_LABELS, METRICS, SAMPLE_EVERY, Metric
 from sage_backend.observability.recorder import Recorder
 from sage_backend.observability.sinks import FileValues
-from sage_backend.observability.work import Rows, Work
+from sage_backend.observability.work import QueryBlocks, Work
 from sage_backend.options import SageOptions
 from sage_kernels import reference
 from sage_paged import Memory, PageLayout
@@ -105,7 +106,7 @@ def test_rows_are_those_that_are_read(lengths: tuple[int, int], query_block: int
     starts, ends = torch.tensor([0, queries, queries]), torch.tensor([tokens, 0])
     query, table = torch.randn(queries, 1, 64), torch.arange(20).expand(2, -1)
     lists = reference.recall(query, layout.empty(20, 1), layout, table, ends, starts, memory, query_block)
-    rows = Rows.of(memory, 64, np.array([queries, 0]), np.array([tokens, 0]), query_block)
+    rows = QueryBlocks.of(memory, 64, np.array([queries, 0]), np.array([tokens, 0]), query_block)
     read = [length for length in lists.seq_lens.tolist() if length]
     assert rows.read.tolist() == read
     assert (rows.end - rows.first).tolist() == [n for n in lists.query_start_loc.diff().tolist() if n]
@@ -374,7 +375,7 @@ def test_ray_replica(temporary: Path, ray_metrics: type[RayMetric], monkeypatch:
 def test_who_gets_a_configuration_may_show_its_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though it has not made it, as replicas of Ray Serve on GPUs."""
     shown = []
-    monkeypatch.setattr(exporter, "follow_schedulers", lambda: shown.append(True))
+    monkeypatch.setattr(pages_gauge, "apply", lambda: shown.append(True))
     member = plugin.backend_member(plugin.BACKEND)
     assert pickle.loads(pickle.dumps(member)) is member
     assert shown

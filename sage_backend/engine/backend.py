@@ -8,7 +8,6 @@ first, and prefills; then for each layer `do_kv_cache_update` writes the new tok
 from dataclasses import replace
 from typing import Any
 
-from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -17,7 +16,6 @@ from sage_backend import BACKEND, options
 from sage_backend.engine import checks
 from sage_backend.engine.impl import SageImpl
 from sage_backend.engine.metadata import SageMetadataBuilder
-from sage_backend.features import calibration_file
 
 
 class SageBackend(AttentionBackend):
@@ -64,17 +62,3 @@ class SageBackend(AttentionBackend):
     @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
-
-
-def choose_pages(specs: dict[str, Any], config: VllmConfig) -> dict[str, Any]:
-    """A worker's KV cache specs, by layer, with the pages that a calibration has chosen. Its layers are told of them."""
-    file = options.current().calibration
-    chosen = calibration_file.k_bits(file) if file is not None else {}
-    for name, layer in config.compilation_config.static_forward_context.items():
-        owner = getattr(layer, "kv_sharing_target_layer_name", None) or name
-        impl = getattr(layer, "impl", None)
-        if owner in chosen and isinstance(impl, SageImpl):
-            impl.layout = options.current().layout(impl.head_size, chosen[owner])
-            if name in specs:
-                specs[name] = replace(specs[name], state_content_bytes=impl.layout.bytes_per_token)
-    return specs

@@ -13,11 +13,29 @@ import torch
 from sage_backend import BACKEND
 from sage_backend.engine.checkpoint import check_model_folder, check_weight_files
 from sage_backend.features import calibration_file, positions
-from sage_backend.options import SageOptions
+from sage_backend.options import MemoryOptions, SageOptions, VariatorOptions
+from sage_backend.variator import files
 from sage_backend.variator.checks import check_compression
 from sage_paged import HEAD_DIMS
 
 _INSTEAD = "use vLLM's default backend for it"
+
+
+_UNSUPPORTED = {
+    "use_mla": f"multi-head latent attention has its own compressed cache; {_INSTEAD}",
+    "use_sparse": f"sparse attention of the model's own is not supported; {_INSTEAD}",
+    "attention_free": f"the model has no attention layers; {_INSTEAD}",
+    "use_alibi": f"attention biased by distance (ALiBi) is not supported; {_INSTEAD}",
+    "use_mm_prefix": f"bidirectional attention inside image tokens is not supported; {_INSTEAD}",
+    "use_per_head_quant_scales": f"per-head KV scales of a checkpoint are not used, pages scale each token; {_INSTEAD}",
+    "use_non_causal": f"non-causal attention is not supported; {_INSTEAD}",
+    "use_batch_invariant": f"VLLM_BATCH_INVARIANT is not supported; {_INSTEAD}",
+    "use_pcp": "prefill context parallelism is not supported; use --tensor-parallel-size",
+    "use_dcp": "decode context parallelism is not supported; use --tensor-parallel-size",
+    "use_rswa": f"reference sliding window attention is not supported; {_INSTEAD}",
+    "use_adaptive_verification": "adaptive verification is not supported; turn it off in --speculative-config",
+}
+"""Flags of vLLM's selector that cannot be served if they are set. Others make no difference."""
 
 
 def reasons(
@@ -29,51 +47,43 @@ def reasons(
     *,
     capability: Any = None,
     attn_type: str = "decoder",
-    use_mla: bool = False,
-    use_sparse: bool = False,
-    attention_free: bool = False,
-    use_mm_prefix: bool = False,
-    use_alibi: bool = False,
-    use_per_head_quant_scales: bool = False,
-    use_non_causal: bool = False,
-    use_batch_invariant: bool = False,
-    use_pcp: bool = False,
-    use_dcp: bool = False,
-    use_rswa: bool = False,
-    use_adaptive_verification: bool = False,
     use_kv_transfer: bool = False,
-    **_supported: Any,
+    **flags: Any,
 ) -> list[str]:
-    """Why this layer cannot be served, in words for the user; empty if it can. Arguments are vLLM's selector's."""
-    found = {
-        f"attention of type {attn_type} keeps no KV pages; {_INSTEAD}": attn_type != "decoder",
-        "multi-head latent attention has its own compressed cache; " + _INSTEAD: use_mla,
-        "sparse attention of the model's own is not supported; " + _INSTEAD: use_sparse,
-        f"head size {head_size} has no page format (there is {', '.join(map(str, HEAD_DIMS))}); {_INSTEAD}": (
-            not use_mla and not attention_free and head_size not in HEAD_DIMS
+    """Why this layer cannot be served, in words for the user; empty if it can. Arguments are those of vLLM's selector.
+
+    capability: the GPU's compute capability, None on CPU; flags: those of _UNSUPPORTED and others.
+    """
+    has_heads = not (flags.get("use_mla") or flags.get("attention_free"))
+    rows = [
+        (attn_type != "decoder", f"attention of type {attn_type} keeps no KV pages; {_INSTEAD}"),
+        *((flags.get(flag), reason) for flag, reason in _UNSUPPORTED.items()),
+        (
+            has_heads and head_size not in HEAD_DIMS,
+            f"head size {head_size} has no page format (there is {', '.join(map(str, HEAD_DIMS))}); {_INSTEAD}",
         ),
-        "the model has no attention layers; " + _INSTEAD: attention_free,
-        "attention biased by distance (ALiBi) is not supported; " + _INSTEAD: use_alibi,
-        "float32 models are served on CPU only; add --dtype bfloat16": dtype == torch.float32 and capability is not None,
-        f"--kv-cache-dtype {kv_cache_dtype} does not apply, the pages have their own format; leave it at auto and choose "
-        'the precision of keys with --additional-config \'{"sage": {"k_bits": 8}}\'': kv_cache_dtype not in (None, "auto"),
-        f"--block-size {block_size} is not a multiple of the {options.page_tokens} tokens of a page; leave it out": (
-            block_size is not None and block_size % options.page_tokens != 0
+        (
+            dtype == torch.float32 and capability is not None,
+            "float32 models are served on CPU only; add --dtype bfloat16",
         ),
-        f"compute capability {capability} is below 8.0; {_INSTEAD}": capability is not None and capability < (8, 0),
-        "bidirectional attention inside image tokens is not supported; " + _INSTEAD: use_mm_prefix,
-        "per-head KV scales of a checkpoint are not used, pages scale each token; " + _INSTEAD: use_per_head_quant_scales,
-        "non-causal attention is not supported; " + _INSTEAD: use_non_causal,
-        "VLLM_BATCH_INVARIANT is not supported; " + _INSTEAD: use_batch_invariant,
-        "prefill context parallelism is not supported; use --tensor-parallel-size": use_pcp,
-        "decode context parallelism is not supported; use --tensor-parallel-size": use_dcp,
-        "reference sliding window attention is not supported; " + _INSTEAD: use_rswa,
-        "adaptive verification is not supported; turn it off in --speculative-config": use_adaptive_verification,
-        "keys are smoothed by what this process sees first, so their pages cannot leave it (--kv-transfer-config, "
-        '--kv-offloading-size); make a calibration with sage calibrate, or add --additional-config '
-        '\'{"sage": {"smooth_k": false}}\'': use_kv_transfer and options.smooth_k and options.calibration is None,
-    }
-    return [reason for reason, applies in found.items() if applies]
+        (
+            kv_cache_dtype not in (None, "auto"),
+            f"--kv-cache-dtype {kv_cache_dtype} does not apply, the pages have their own format; leave it at auto and choose "
+            'the precision of keys with --additional-config \'{"sage": {"k_bits": 8}}\'',
+        ),
+        (
+            block_size is not None and block_size % options.page_tokens != 0,
+            f"--block-size {block_size} is not a multiple of the {options.page_tokens} tokens of a page; leave it out",
+        ),
+        (capability is not None and capability < (8, 0), f"compute capability {capability} is below 8.0; {_INSTEAD}"),
+        (
+            use_kv_transfer and options.smooth_k and options.calibration is None,
+            "keys are smoothed by the first tokens that this process sees, so their pages cannot leave it "
+            "(--kv-transfer-config, --kv-offloading-size); make a calibration with sage calibrate, or add --additional-config "
+            '\'{"sage": {"smooth_k": false}}\'',
+        ),
+    ]
+    return [reason for applies, reason in rows if applies]
 
 
 def is_chosen(config: Any) -> bool:
@@ -81,6 +91,16 @@ def is_chosen(config: Any) -> bool:
     attention = config.attention_config
     chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
     return any(getattr(backend, "name", None) == BACKEND for backend in chosen)
+
+
+def compression(config: Any) -> tuple[VariatorOptions, list[int]] | None:
+    """The option `variator` of an engine of this configuration (VllmConfig) and the ratios of its plugins, or None.
+
+    Raises ValueError for what is no plugin file.
+    """
+    if not is_chosen(config) or (options := SageOptions.parse(config.additional_config).variator) is None:
+        return None
+    return options, files.contents(options.plugins)[1]
 
 
 def check_config(config: Any, has_metrics: bool = True) -> None:
@@ -91,10 +111,28 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
     """
     if not is_chosen(config):
         return
-    options = SageOptions.parse(config.additional_config)
-    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    options, model = SageOptions.parse(config.additional_config), config.model_config
+    if found := _reasons_of(config, options):
+        raise ValueError(f"--attention-backend sage cannot serve {model.model}: {'; '.join(found)}")
+    if options.memory is not None:
+        _check_memory(options, options.memory, model)
+    if options.calibration is not None:
+        _check_calibration(options.calibration, config)
+    if options.canary is not None and not has_metrics:
+        raise ValueError(
+            'option "canary" in --additional-config "sage" reports to a metric, and --disable-log-stats turns metrics off; '
+            "leave one of them out"
+        )
+    if options.variator is not None:
+        check_compression(config, options.variator)
+
+
+def _reasons_of(config: Any, options: SageOptions) -> list[str]:
+    """`reasons` for the model and the settings of a configuration (VllmConfig)."""
+    # Not at the top: vLLM may be choosing its platform while this module is imported.
     from vllm.platforms import current_platform
 
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     if current_platform.is_cpu() and type(current_platform).__name__ != "SageCpuPlatform":
         # vLLM's own CPU platform would take CPU_ATTN without a word.
         raise ValueError("VLLM_TARGET_DEVICE=cpu keeps vLLM from loading this backend's CPU platform; unset it")
@@ -103,7 +141,7 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
         attn_type = "encoder_decoder"
     elif model.attn_type in ("encoder_only", "encoder"):
         attn_type = "encoder_only"
-    found = reasons(
+    return reasons(
         model.get_head_size(),
         model.dtype,
         cache.cache_dtype,
@@ -119,37 +157,32 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
         use_dcp=parallel.decode_context_parallel_size > 1,
         use_kv_transfer=config.kv_transfer_config is not None,
     )
-    if found:
-        raise ValueError(f"--attention-backend sage cannot serve {model.model}: {'; '.join(found)}")
-    if options.memory is not None:
-        memory = options.memory.policy
-        listed = memory.list_pages(options.page_tokens, memory.query_block) * options.page_tokens
-        if listed >= model.max_model_len:
-            raise ValueError(
-                f'option "memory" in --additional-config "sage" reads up to {listed} tokens, which is all of the '
-                f"{model.max_model_len} of --max-model-len; lower local_tokens or topk_pages, or leave it out"
-            )
-        if options.memory.extrapolate:
-            positions.check(model)
-    if options.calibration is not None:
-        calibration_file.check(options.calibration, model)
-        chosen = calibration_file.k_bits(options.calibration)
-        if chosen and "k_bits" in config.additional_config["sage"]:
-            raise ValueError(
-                f'the calibration {options.calibration} has chosen the bits of keys; leave out option "k_bits" in '
-                '--additional-config "sage"'
-            )
-    if options.canary is not None and not has_metrics:
+
+
+def _check_memory(options: SageOptions, memory: MemoryOptions, model: Any) -> None:
+    """Raises ValueError for memory that reads every context of a model (ModelConfig) whole, or cannot move its positions."""
+    policy = memory.policy
+    listed = policy.list_pages(options.page_tokens, policy.query_block) * options.page_tokens
+    if listed >= model.max_model_len:
         raise ValueError(
-            'option "canary" in --additional-config "sage" is told as a metric, and --disable-log-stats turns metrics off; '
-            "leave one of them out"
+            f'option "memory" in --additional-config "sage" reads up to {listed} tokens, which is all of the '
+            f"{model.max_model_len} of --max-model-len; lower local_tokens or topk_pages, or leave it out"
         )
-    if options.variator is not None:
-        check_compression(config, options.variator)
+    if memory.extrapolate:
+        positions.check(model)
+
+
+def _check_calibration(file: str, config: Any) -> None:
+    """Raises ValueError for a calibration that is unusable, or has chosen what an option sets as well."""
+    calibration_file.check(file, config.model_config)
+    if calibration_file.k_bits(file) and "k_bits" in config.additional_config["sage"]:
+        raise ValueError(
+            f'the calibration {file} has chosen the bits of keys; leave out option "k_bits" in --additional-config "sage"'
+        )
 
 
 def check_arguments(arguments: Any) -> None:
-    """Check what vLLM itself stumbles over while it makes a configuration of `arguments` (EngineArgs).
+    """Check what would fail inside vLLM while it makes a configuration of `arguments` (EngineArgs).
 
     Raises ValueError with one line for a folder that holds no model or broken weight files, if this backend is chosen.
     """

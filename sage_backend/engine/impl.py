@@ -64,7 +64,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         self.smooth_k, self.smooth_v = options.current().smooth_k, options.current().smooth_v
         self.smooth_q = options.current().smooth_q
         self.calibration = options.current().calibration
-        self.watch: observers.Watch | None = None
+        self.observer: observers.Observer | None = None
         """Is shown what this layer works on, if it is there."""
         self.anchor: torch.Tensor | None = None
         """What is subtracted from this layer's keys, float32 [kv_heads, head_size]; all NaN until the first tokens fix it."""
@@ -81,7 +81,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         """Of the model's positions and of the longest context, if pages are turned (see `sage_backend.positions`)."""
 
     @property
-    def turns_pages(self) -> bool:
+    def rotates_pages(self) -> bool:
         return self.memory is not None and bool(self.memory.extrapolate)
 
     def smoothing_of_prompts(self, device_: torch.device) -> dict[str, Any]:
@@ -129,8 +129,8 @@ class SageImpl(AttentionImpl[SageMetadata]):
             self.make_anchors(layer, key.device)
         tokens = slot_mapping.numel()
         pages = self.layout.pages(kv_cache)
-        if self.watch is not None:
-            self.watch.stored(key[:tokens], value[:tokens], slot_mapping)
+        if self.observer is not None:
+            self.observer.stored(key[:tokens], value[:tokens], slot_mapping)
         if key.device.type == "cpu":
             store = reference.store
         else:
@@ -164,8 +164,8 @@ class SageImpl(AttentionImpl[SageMetadata]):
         m = attn_metadata
         pages = self.layout.pages(kv_cache)
         query, out = query[: m.num_tokens], output[: m.num_tokens]
-        if self.watch is not None:
-            self.watch.attended(query)
+        if self.observer is not None:
+            self.observer.attended(query)
         memory = self.memory_of(layer)
         # The keys and values may be another layer's.
         target = layer.kv_sharing_target_layer_name
@@ -174,7 +174,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         mask: dict[str, Any] = {
             "window": self.window, "soft_cap": self.soft_cap, "sinks": self.sinks, "v_anchor": owner.v_anchor,
         }  # fmt: skip
-        if self.soft_cap or self.sinks is not None or self.turns_pages:
+        if self.soft_cap or self.sinks is not None or self.rotates_pages:
             mask["anchor"] = anchor  # elsewhere, attention comes out the same with any
         decode: Callable[..., None]
         prefill: Callable[..., None]
@@ -225,7 +225,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         return None if dense and extract_layer_index(layer.layer_name) in dense else self.memory.policy
 
     def turn_table(self, device_: torch.device) -> torch.Tensor | None:
-        if not self.turns_pages:
+        if not self.rotates_pages:
             return None
         return positions.turn_table(self.frequencies, self.max_pages, self.layout.tokens, device_)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step's batch looks like to attention, and its making out of vLLM's common metadata."""
+"""The metadata of a step for attention, and their builder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,9 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from sage_backend import options
-from sage_backend.observability import canary, recorder
+from sage_backend.observability.canary import Check
+from sage_backend.observability.observer import NOT_OBSERVED, StepObserver
+from sage_backend.observability.recorder import Sample, recorder
 from sage_backend.variator.groups import COMPRESSOR
 
 
@@ -40,13 +42,19 @@ class SageMetadata(AttentionMetadata):
     block_table: torch.Tensor
     max_seq_len: int
     max_prefill_len: int
-    """The most tokens of a request that is no decode."""
-    sample: recorder.Sample | None = None
-    """What to time of this step, if anything."""
-    check: canary.Check | None = None
-    """What to hold against exact attention of this step, if anything."""
+    """The largest number of tokens, cached ones included, of a request that is no decode."""
+    observer: StepObserver = NOT_OBSERVED
+    """Reports the step's attention to metrics and the canary."""
     segments: Sequence[Any] = ()
-    """Which rows FFNs compress, if any (see `sage_backend.variator`)."""
+    """The rows that FFNs compress, if any (see `sage_backend.variator.groups.Segment`)."""
+
+    @property
+    def sample(self) -> Sample | None:
+        return self.observer.sample
+
+    @property
+    def check(self) -> Check | None:
+        return self.observer.check
 
 
 class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
@@ -60,7 +68,7 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         self.heads = get_num_attention_heads_from_layers(vllm_config, layer_names) or self.kv_heads
         self.memory = options.current().memory
         self.reorder_batch_threshold: int = max_decode_query_len(vllm_config)
-        self.recorder = recorder.recorder(vllm_config)
+        self.recorder = recorder(vllm_config)
         if self.recorder is not None:
             known = vllm_config.compilation_config.static_forward_context
             owners = [name for name in layer_names if known[name].kv_sharing_target_layer_name is None]
@@ -73,7 +81,7 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         self.compressor = vllm_config.compilation_config.static_forward_context.get(COMPRESSOR)
         self.workspace = None
         if device_.type != "cpu":
-            from sage_kernels import decode
+            from sage_kernels import decode  # needs Triton, which a CPU build of vLLM lacks
 
             limit = max(1, decode.MAX_ROWS * self.kv_heads // self.heads)
             self.reorder_batch_threshold = min(self.reorder_batch_threshold, limit)
@@ -89,10 +97,12 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         common = common_attn_metadata
         threshold = self.reorder_batch_threshold
         num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
-        sample = check = None
-        if self.recorder is not None and not fast_build:  # which is how vLLM's first model runner builds drafts
-            sample = self.recorder.step(self.layer_names, common, num_decodes)
-            check = self.recorder.check(self.layer_names, common, num_decodes)
+        observer = NOT_OBSERVED
+        if self.recorder is not None and not fast_build:  # model runner V1 builds drafts' metadata with it
+            observer = StepObserver(
+                self.recorder.step(self.layer_names, common, num_decodes),
+                self.recorder.check(self.layer_names, common, num_decodes),
+            )
         segments: Sequence[Any] = ()
         if self.compressor is not None and not fast_build:
             segments = self.compressor.segments(common, num_decodes)
@@ -110,8 +120,7 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             block_table=common.block_table_tensor,
             max_seq_len=common.max_seq_len,
             max_prefill_len=max_prefill_len,
-            sample=sample,
-            check=check,
+            observer=observer,
             segments=segments,
         )
 

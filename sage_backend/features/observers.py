@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Observers of one layer's attention, which calibration and tests attach to it."""
+"""Observers of one layer, which see its keys, values and queries before quantization. `SageImpl.observer` is one."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -12,18 +12,19 @@ from sage_paged import K_BITS, PageLayout
 _ERROR_QUERIES = 256
 
 
-class Watch:
-    """Is shown what a layer works on."""
+class Observer(Protocol):
+    """What a layer calls in each step if it has an observer."""
 
     def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-        """key, value: [tokens, kv_heads, head_dim]; slots: [tokens], negative for padding."""
+        """New tokens were stored. key, value: [tokens, kv_heads, head_dim] in the model's dtype; slots: int64 [tokens],
+        negative for padding."""
 
     def attended(self, query: torch.Tensor) -> None:
-        """query: [tokens, heads, head_dim], after the same tokens have been stored."""
+        """The layer attended. query: [tokens, heads, head_dim] in the model's dtype, for the tokens stored last."""
 
 
-class Means(Watch):
-    """Sums up the keys and values that a layer stores, and the squares of values."""
+class Means:
+    """Sums the keys and values that a layer stores, and the squares of values."""
 
     def __init__(self) -> None:
         self.sum: torch.Tensor | float = 0.0
@@ -35,23 +36,26 @@ class Means(Watch):
         self.sum = self.sum + torch.stack([key.sum(0), value.sum(0), value.square().sum(0)], 1)
         self.count += len(key)
 
+    def attended(self, query: torch.Tensor) -> None:
+        """Nothing is to be learned from queries."""
+
     def result(self) -> torch.Tensor | None:
-        """float32 [kv_heads, 3, head_dim] on the CPU, the means of keys, values and squares of values; or None if the layer has
-        stored nothing."""
+        """The means of keys, of values and of squares of values, float32 [kv_heads, 3, head_dim] on the CPU, or None if the
+        layer has stored nothing."""
         return (self.sum / self.count).float().cpu() if self.count and isinstance(self.sum, torch.Tensor) else None
 
 
-class PageErrors(Watch):
+class PageErrors:
     """Squared errors of a layer's attention with each kind of page, over prompts that come whole and one at a time.
 
-    The last _ERROR_QUERIES queries of a prompt are judged, against exact attention to what was stored for them.
+    The last _ERROR_QUERIES queries of a prompt count, compared with exact attention to the keys and values before quantization.
     """
 
     def __init__(self, impl: Any) -> None:
         self.impl = impl
         self.key = self.value = torch.empty(0)
         self.squares = dict.fromkeys((*K_BITS, "exact"), 0.0)
-        """By bits of keys, the sum of squared errors; and that of the exact outputs' squares."""
+        """By bits of keys, the sum of squared errors; by "exact", the sum of the exact outputs' squares."""
 
     def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         self.key, self.value = key[slots >= 0], value[slots >= 0]
@@ -64,6 +68,7 @@ class PageErrors(Watch):
         if device.type == "cpu":
             store, attention = reference.store, cpu.attention
         else:
+            # They need Triton, which a CPU build of vLLM lacks.
             from sage_kernels.prefill import prefill as attention
             from sage_kernels.store import store
 

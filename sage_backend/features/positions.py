@@ -39,7 +39,7 @@ def find_frequencies(model: torch.nn.Module, config: Any) -> None:
     """
     for name, layer in config.compilation_config.static_forward_context.items():
         impl: Any = getattr(layer, "impl", None)
-        if not getattr(impl, "turns_pages", False):
+        if not getattr(impl, "rotates_pages", False):
             continue
         try:
             rotary: Any = model.get_submodule(name.rpartition(".")[0]).get_submodule("rotary_emb")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A canary: on a sample of prompts, what attention made of quantized pages, held against the exact one.
+"""The canary: for a sample of prompts, the error of attention over quantized pages against exact attention.
 
-Keys and values are exact only in the step that computes them. So what is checked is a prompt, or its first chunk, none of which
-the prefix cache supplied: one layer, one KV head, the last few queries among its first tokens. The work is the same for every
+Keys and values are exact only in the step that computes them. So a check takes a prompt, or its first chunk, no part of which
+came from the prefix cache: one layer, one KV head, the last few queries among the first tokens. The work is the same for every
 prompt, however long, and nothing waits for the device. docs/metrics.md is the user's side.
 """
 
@@ -18,61 +18,61 @@ from sage_backend.options import SageOptions
 from sage_kernels import reference
 
 TOKENS = 512
-"""The first tokens of a prompt, which is all that a check reads."""
+"""A check reads this many tokens of a prompt, from its start."""
 QUERIES = 16
-"""How many of the last of these are attended from."""
+"""A check attends from this many of them, the last ones."""
 LARGEST = 2.0
-"""Errors are told up to here. Two outputs that have nothing in common are sqrt(2) apart; what is no number counts as this."""
+"""Errors are reported up to here, and NaN as this. Two outputs that have nothing in common are sqrt(2) apart."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What is to be checked of a step: in `layer`, the prompt whose first `tokens` tokens stand in the batch from `start` on.
+    """A check of one step: in `layer`, of the prompt whose first `tokens` tokens are rows of the batch from `start` on.
 
-    turn: counts up; the KV heads take turns.
+    check_index: the number of earlier checks of this layer, by which KV heads alternate.
     """
 
     canary: "Canary"
     layer: str
-    turn: int
+    check_index: int
     start: int
     tokens: int
 
     def compare(self, impl: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
-        """impl: the layer's SageImpl; query, out: [tokens, heads, head_size]; key, value: [tokens, kv_heads, head_size], before
-        they are quantized."""
-        head, group = self.turn % impl.num_kv_heads, impl.num_heads // impl.num_kv_heads
+        """Compute the relative L2 error and hand it to the canary. impl: the layer's SageImpl; query, out: [tokens, heads,
+        head_size]; key, value: [tokens, kv_heads, head_size], before quantization."""
+        head, group = self.check_index % impl.num_kv_heads, impl.num_heads // impl.num_kv_heads
         heads = slice(head * group, (head + 1) * group)
-        known = slice(self.start, self.start + self.tokens)
-        asked = slice(known.stop - min(QUERIES, self.tokens), known.stop)
+        rows = slice(self.start, self.start + self.tokens)
+        queries = slice(rows.stop - min(QUERIES, self.tokens), rows.stop)
         sinks = None if impl.sinks is None else impl.sinks[heads]
-        key, value = key[known, head : head + 1], value[known, head : head + 1]
-        exact = reference.exact_attention(query[asked, heads], key, value, impl.scale, impl.window, impl.soft_cap, sinks)
-        error = (out[asked, heads].float() - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float32).tiny)
+        key, value = key[rows, head : head + 1], value[rows, head : head + 1]
+        exact = reference.exact_attention(query[queries, heads], key, value, impl.scale, impl.window, impl.soft_cap, sinks)
+        error = (out[queries, heads].float() - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float32).tiny)
         self.canary.put(error.nan_to_num(nan=LARGEST).clamp(max=LARGEST))
 
 
 class Canary:
-    """Chooses what is checked. All methods take microseconds."""
+    """Chooses the checks. Every method takes microseconds."""
 
-    def __init__(self, options: SageOptions, tell: Callable[[float], None]) -> None:
-        """tell: takes each relative error."""
+    def __init__(self, options: SageOptions, report: Callable[[float], None]) -> None:
+        """report: takes each relative error."""
         assert options.canary is not None
         self._every, self._memory, self._page_tokens = options.canary, options.memory, options.page_tokens
-        self._tell = tell
+        self._report = report
         self._groups: dict[tuple[str, ...], Sequence[str]] = {}
         self._readout: Readout | None = None
         self._steps = 0
         self._due: tuple[str, int] | None = None
-        """Of the step that is being built, the layer to check and the turn of its KV heads."""
+        """Of the step whose metadata are being built, the layer to check and the check's index."""
 
     def add_layers(self, names: Sequence[str], owners: Sequence[str], device: torch.device) -> None:
-        """Tell of a group of layers, of which the owners have keys of their own. Those of a draft model come last."""
+        """Add a group of layers that share metadata. owners: those with keys of their own. A draft model's layers come last."""
         self._groups[tuple(names)] = owners
         self._readout = self._readout or Readout(device)
 
     def plan(self, names: Sequence[str], common: Any, num_decodes: int) -> Check | None:
-        """What is to be checked of a step in the layers `names`, for which `common` (CommonAttentionMetadata) was made."""
+        """The check that is due in the layers `names` of a step, if any. common: their CommonAttentionMetadata."""
         prompt = self._prompt(common, num_decodes)
         if tuple(names) == next(iter(self._groups)):
             self.collect()
@@ -82,13 +82,13 @@ class Canary:
         return Check(self, *self._due, *prompt)
 
     def _next(self) -> tuple[str, int] | None:
-        """Count a step that has a prompt to check. One whose turn comes before the last check could be read goes without."""
+        """Count a step that has a prompt to check. There is no check while the result of the last one is still pending."""
         self._steps += 1
         if self._steps % self._every or self._readout is None or self._readout.pending:
             return None
         layers = [layer for owners in self._groups.values() for layer in owners]
-        heads, layer = divmod(self._steps // self._every - 1, len(layers))
-        return layers[layer], heads
+        check_index, layer = divmod(self._steps // self._every - 1, len(layers))
+        return layers[layer], check_index
 
     def _prompt(self, common: Any, num_decodes: int) -> tuple[int, int] | None:
         """Of the prompts that begin in this step and are read whole, the longest one's first row and tokens to check."""
@@ -107,12 +107,12 @@ class Canary:
         return int(starts[longest]), min(int(begun[longest]), TOKENS)
 
     def put(self, error: torch.Tensor) -> None:
-        """Take the error of a check, a number on the device."""
+        """Take the error of a check, float [] on the device."""
         assert self._readout is not None
         self._readout.put(error)
         self.collect()
 
     def collect(self) -> None:
-        """Tell the error of the last check, once it is there."""
+        """Report the error of the last check if it has been computed."""
         if self._readout is not None and (error := self._readout.take()) is not None:
-            self._tell(error)
+            self._report(error)

@@ -8,22 +8,22 @@ from sage_backend.options import RATIOS as PLUGIN_RATIOS
 
 PHASES = ("prefill", "decode")
 SAMPLE_EVERY = {"prefill": 4, "decode": 16}
-"""Steps of a phase from one whose attention is timed to the next. Prefills are fewer and longer."""
+"""One step of a phase in this many is timed. Prefills are fewer and longer."""
 
 FALLBACKS = ("gluon_missing", "page_format", "smooth_q")
-"""Why `sage_kernels.prefill.choose_kernel` takes the portable kernel."""
+"""The reasons for which `sage_kernels.prefill.choose_kernel` takes the portable kernel."""
 
 RATIOS = ("1", *map(str, PLUGIN_RATIOS))
-"""How many vectors become one in FFNs with compression plugins, and 1 for none."""
+"""Ratios of compression plugins, and 1 for none."""
 
 COMMON_LABELS = ("model_name", "engine")
-"""Labels of every metric, as vLLM's own have them: the served model's name, and the engine's data parallel rank."""
+"""Labels of every metric, as in vLLM: the served model's name, and the engine's data parallel rank."""
 
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """labels: its labels beside the common ones, each with the values it takes; empty where that is a line of text. buckets:
-    of a histogram, their upper bounds, the last of which no value exceeds."""
+    """name, text: as Prometheus takes them. labels: those besides COMMON_LABELS, each with its possible values, or none if it
+    is free text. buckets: the upper bounds of a histogram's buckets, the last of which no value exceeds."""
 
     name: str
     text: str
@@ -39,7 +39,7 @@ class Metric:
 
 BUILD = Metric(
     "sage_build_info",
-    "Always 1; the labels say what serves.",
+    "Always 1; the labels identify the software and the page format.",
     dict.fromkeys(("version", "vllm_version", "page_format", "kernels", "architecture"), ()),
 )
 TOKENS = Metric("sage_attended_tokens_total", "Query tokens that attention was computed for.", {"phase": PHASES})
@@ -53,13 +53,15 @@ OPERATIONS = Metric("sage_attention_sampled_operations_total", "Operations of Q 
 BYTES = Metric("sage_attention_sampled_bytes_total", "Bytes of KV pages that these calls had to read.", {"phase": PHASES})
 TOKEN_BYTES = Metric("sage_kv_bytes_per_token", "Bytes of one token's keys and values in all layers of one worker.")
 COMPRESSION = Metric("sage_kv_compression_ratio", "Bytes of the same keys and values in BF16, over sage_kv_bytes_per_token.")
-CONTEXT = Metric("sage_memory_context_tokens_total", "Tokens of context before the end of rows of queries.", {"phase": PHASES})
-READ = Metric("sage_memory_read_tokens_total", "Those of them that each KV head reads.", {"phase": PHASES})
-SCORED = Metric("sage_memory_scored_pages_total", "Pages that each KV head scores for rows of queries.", {"phase": PHASES})
-RECALLED = Metric("sage_memory_recalled_pages_total", "Those of them that it recalls.", {"phase": PHASES})
+CONTEXT = Metric(
+    "sage_memory_context_tokens_total", "Tokens of context before the end of blocks of queries.", {"phase": PHASES}
+)
+READ = Metric("sage_memory_read_tokens_total", "Tokens of that context that each KV head reads.", {"phase": PHASES})
+SCORED = Metric("sage_memory_scored_pages_total", "Pages that each KV head scores for blocks of queries.", {"phase": PHASES})
+RECALLED = Metric("sage_memory_recalled_pages_total", "Scored pages that it recalls.", {"phase": PHASES})
 COVERED = Metric(
     "sage_memory_attention_mass_covered",
-    "Share of exact attention that falls on the pages that were read, in sampled calls that read a part.",
+    "Fraction of exact attention on the pages that were read, in sampled calls that did not read all.",
     {"phase": PHASES},
     buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0),
 )
@@ -68,7 +70,7 @@ CANARY_ERROR = Metric(
     "Relative L2 error of attention over quantized pages, in checks of one KV head.",
     buckets=(0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, LARGEST),
 )
-READINGS = Metric(
+REQUESTS = Metric(
     "sage_variator_requests_total", "Requests whose prompts were read in groups of this many tokens.", {"ratio": RATIOS}
 )
 COMPRESSED = Metric(
@@ -80,5 +82,5 @@ PAGES_IN_USE = Metric("sage_kv_pages_in_use", "Pages that requests hold.")
 
 METRICS = (
     BUILD, TOKENS, STEPS, FALLBACK_STEPS, SAMPLES, SECONDS, OPERATIONS, BYTES, TOKEN_BYTES, COMPRESSION,
-    CONTEXT, READ, SCORED, RECALLED, COVERED, CANARY_ERROR, READINGS, COMPRESSED, SAVED, PAGES, PAGES_IN_USE,
+    CONTEXT, READ, SCORED, RECALLED, COVERED, CANARY_ERROR, REQUESTS, COMPRESSED, SAVED, PAGES, PAGES_IN_USE,
 )  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine tells of its steps, as counters and gauges that Prometheus can read. docs/metrics.md is the user's side."""
+"""Per-step attention metrics: the recorder that counts an engine's steps. docs/metrics.md is the user's side."""
 
 import itertools
 import platform
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sage_backend import __version__ as version
 from sage_backend.features import calibration_file
 from sage_backend.observability.canary import Canary, Check
 from sage_backend.observability.coverage import Coverage
@@ -28,8 +29,8 @@ from sage_backend.observability.definitions import (
     OPERATIONS,
     PHASES,
     READ,
-    READINGS,
     RECALLED,
+    REQUESTS,
     SAMPLE_EVERY,
     SAMPLES,
     SAVED,
@@ -40,14 +41,15 @@ from sage_backend.observability.definitions import (
     TOKENS,
 )
 from sage_backend.observability.sinks import Values, open_values
-from sage_backend.observability.work import Rows, Work
+from sage_backend.observability.work import QueryBlocks, Work
 from sage_backend.options import SageOptions
 from sage_paged import Memory
 
 
 @dataclass
 class Sample:
-    """A step of which one layer's attention is timed, in `phases`. query_lens, seq_lens: int64 [requests]."""
+    """A step in which one layer's attention is timed, in `phases`. query_lens, seq_lens: int64 [requests], query tokens and all
+    tokens."""
 
     recorder: "Recorder"
     layer: str
@@ -58,15 +60,15 @@ class Sample:
 
     @contextmanager
     def timed(self, phase: str, impl: Any, memory: Memory | None, device: torch.device) -> Iterator[None]:
-        """Time what is called inside, which attends for `phase` in the layer of `impl` (SageImpl), with its memory."""
+        """Time the block, which attends for `phase` in the layer of `impl` (SageImpl), with its memory."""
         if phase not in self.phases:
             yield
             return
-        (query_lens, seq_lens), rows = self._of(phase), None
+        (query_lens, seq_lens), blocks = self._lengths(phase), None
         if memory is not None:
             query_block = 0 if phase == "decode" else memory.query_block
-            rows = Rows.of(memory, impl.layout.tokens, query_lens, seq_lens, query_block)
-        work = Work.of(impl, query_lens, seq_lens, rows)
+            blocks = QueryBlocks.of(memory, impl.layout.tokens, query_lens, seq_lens, query_block)
+        work = Work.of(impl, query_lens, seq_lens, blocks)
         if device.type == "cpu":
             began = time.perf_counter()
             yield
@@ -79,13 +81,13 @@ class Sample:
             self.recorder.pending.append((phase, work, begin, end))
 
     def cover(self, phase: str, layer: Any, *args: Any) -> None:
-        """Tell how much of exact attention falls on what memory read for `phase` in `layer` (vLLM's Attention), if that is to
-        be sampled. args: the last ones of `Coverage.measure`."""
+        """Measure the fraction of exact attention on the pages that memory read for `phase` in `layer` (vLLM's Attention), if
+        this is the sampled layer. args: the last ones of `Coverage.measure`."""
         if phase in self.phases and layer.layer_name == self.layer and self.recorder.coverage is not None:
-            self.recorder.coverage.measure(phase, layer.impl, *self._of(phase), *args)
+            self.recorder.coverage.measure(phase, layer.impl, *self._lengths(phase), *args)
 
-    def _of(self, phase: str) -> tuple[np.ndarray, np.ndarray]:
-        """Query tokens and tokens in all of the requests in `phase`."""
+    def _lengths(self, phase: str) -> tuple[np.ndarray, np.ndarray]:
+        """query_lens and seq_lens of the requests in `phase`."""
         requests = slice(self.num_decodes) if phase == "decode" else slice(self.num_decodes, None)
         return self.query_lens[requests], self.seq_lens[requests]
 
@@ -94,34 +96,34 @@ _NOT_TIMED = nullcontext()
 
 
 def timed(sample: Sample | None, phase: str, layer: Any, device: torch.device) -> AbstractContextManager[None]:
-    """What `layer` (vLLM's Attention) has to attend for `phase` inside of, so that it is timed where `sample` says so."""
+    """The context in which `layer` (vLLM's Attention) attends for `phase`; it takes the time if `sample` has this layer."""
     if sample is None or sample.layer != layer.layer_name:
         return _NOT_TIMED
     return sample.timed(phase, layer.impl, layer.impl.memory_of(layer), device)
 
 
 class Recorder:
-    """Counts the steps of one engine. All methods take microseconds and none waits for the device."""
+    """Counts the steps of one engine. Every method takes microseconds, and none waits for the device."""
 
     def __init__(self, values: Values, options: SageOptions | None = None) -> None:
         """options: those of the engine, unless they are the defaults."""
         self.canary: Canary | None = None
-        """What checks attention, if it is asked for."""
+        """Present with the option `canary`."""
         self.coverage: Coverage | None = None
-        """What measures what the counted layers' memory leaves out, if they have one."""
+        """Present if the counted layers have memory."""
         if options is not None and options.canary is not None:
             values.observe(CANARY_ERROR, [])
             self.canary = Canary(options, lambda error: values.observe(CANARY_ERROR, [error]))
         self.paused = True
-        """Whether steps are made up: those of the warm-up, and those that keep idle data parallel engines in step."""
+        """Whether steps are dummy ones: those of the warm-up, and those that keep idle data parallel engines in step."""
         self.pending: list[tuple[str, Work, Any, Any]] = []
-        """What was timed and whose CUDA events may not have passed yet: phase, work, begin, end."""
+        """Timed calls whose CUDA events may not have passed yet: phase, work, begin, end."""
         self._values, self._calibration = values, options and options.calibration
         self._smooth_q = options is not None and options.smooth_q
         self._group: list[str] = []
         self._fallback: str | None = None
         self._memory: tuple[Memory, int] | None = None
-        """That of the counted layers, and the tokens of their pages."""
+        """The memory of the counted layers, and the tokens of their pages."""
         self._steps = dict.fromkeys(PHASES, 0)
         self._group_bytes: dict[tuple[str, ...], np.ndarray] = {}
         # A counter that appears with its first event has no rate at that event.
@@ -140,10 +142,8 @@ class Recorder:
         device: torch.device,
         memory: Memory | None = None,
     ) -> None:
-        """Tell of a group of layers, of which `owners` have pages of their own, in `layout` (PageLayout), and their memory.
-
-        kv_heads, heads: of one layer in this worker.
-        """
+        """Add a group of layers that share metadata. owners: the number of them with pages of their own; layout: PageLayout;
+        kv_heads, heads: of one layer in this worker; memory: that of the layers, if they have one."""
         if not self._group or self._group == names:
             # Steps are counted where the first group's metadata are built. A draft model's groups come later.
             self._group = names
@@ -152,20 +152,20 @@ class Recorder:
                 self.coverage = Coverage(memory, layout.tokens, device, self._add_covered)
                 for phase in PHASES:
                     self._values.observe(COVERED, [], phase)
-            self._tell_build(layout, heads // kv_heads, device)
+            self._record_build_info(layout, heads // kv_heads, device)
         # By name, for vLLM may make a group's metadata builder more than once.
         self._group_bytes[tuple(names)] = np.array([layout.bytes_per_token, 2 * 2 * layout.head_dim]) * (kv_heads * owners)
         token_bytes, bf16_bytes = np.sum(list(self._group_bytes.values()), axis=0).tolist()
         self._values.set(TOKEN_BYTES, token_bytes)
         self._values.set(COMPRESSION, bf16_bytes / token_bytes)
 
-    def _tell_build(self, layout: Any, group: int, device: torch.device) -> None:
+    def _record_build_info(self, layout: Any, group: int, device: torch.device) -> None:
+        # Not at the top: the exporter's processes and tests use this module without starting vLLM.
         from vllm import __version__ as vllm_version
-
-        from sage_backend import __version__ as version
 
         kernels, architecture = "torch", platform.machine()
         if device.type == "cuda":
+            # They need Triton, which a CPU build of vLLM lacks.
             from sage_kernels import decode, prefill
 
             own, self._fallback = prefill.choose_kernel(device, layout, group, self._smooth_q)
@@ -177,10 +177,7 @@ class Recorder:
         self._values.set(BUILD, 1, version, vllm_version, page_format, kernels, architecture)
 
     def step(self, names: list[str], common: Any, num_decodes: int) -> Sample | None:
-        """Count a step, of which `common` (CommonAttentionMetadata) was made for the layers `names`.
-
-        Returns what is to be timed of it, if anything.
-        """
+        """Count a step. common: the CommonAttentionMetadata of the layers `names`. Returns the calls to time, if any."""
         if self.paused or names != self._group:
             return None
         self._collect()
@@ -205,8 +202,8 @@ class Recorder:
             memory, page_tokens = self._memory
             for phase, requests in (("prefill", slice(num_decodes, None)), ("decode", slice(num_decodes))):
                 query_block = memory.query_block if phase == "prefill" else 0
-                rows = Rows.of(memory, page_tokens, query_lens[requests], seq_lens[requests], query_block)
-                counted = {CONTEXT: rows.end, READ: rows.read, SCORED: rows.scored, RECALLED: rows.recalled}
+                blocks = QueryBlocks.of(memory, page_tokens, query_lens[requests], seq_lens[requests], query_block)
+                counted = {CONTEXT: blocks.end, READ: blocks.read, SCORED: blocks.scored, RECALLED: blocks.recalled}
                 for metric, numbers in counted.items():
                     self._values.add(metric, int(numbers.sum()), phase)
         if not sampled or self.pending:
@@ -214,15 +211,15 @@ class Recorder:
         return Sample(self, names[-1], sampled, num_decodes, query_lens, seq_lens)
 
     def check(self, names: list[str], common: Any, num_decodes: int) -> Check | None:
-        """What is to be held against exact attention of a step (see `step`), if anything."""
+        """The check of a step against exact attention, if one is due. Arguments as for `step`."""
         if self.canary is None or self.paused:
             return None
         return self.canary.plan(names, common, num_decodes)
 
-    def add_reading(self, ratio: int) -> None:
+    def add_request(self, ratio: int) -> None:
         """Count a request that has been given a ratio."""
         if not self.paused:
-            self._values.add(READINGS, 1, str(ratio))
+            self._values.add(REQUESTS, 1, str(ratio))
 
     def add_compressed(self, ratio: int, tokens: int, saved_operations: int) -> None:
         """Count tokens of a step that FFNs computed in groups of `ratio`."""
@@ -238,10 +235,11 @@ class Recorder:
         if self.coverage is not None:
             self.coverage.collect()
 
-    def _add_covered(self, phase: str, share: float) -> None:
-        self._values.observe(COVERED, [share], phase)
+    def _add_covered(self, phase: str, fraction: float) -> None:
+        self._values.observe(COVERED, [fraction], phase)
 
     def add_sample(self, phase: str, work: Work, seconds: float) -> None:
+        """Count a timed call of one layer."""
         self._values.add(SAMPLES, 1, phase)
         self._values.add(SECONDS, seconds, phase)
         self._values.add(OPERATIONS, work.operations, phase)
@@ -252,7 +250,7 @@ _current: tuple[str, Recorder | None] = ("", None)
 
 
 def recorder(config: Any) -> Recorder | None:
-    """The recorder of the engine that this worker runs, or None if it has nothing to tell. config: the worker's VllmConfig."""
+    """The recorder of the engine that this worker runs, or None if it exports nothing. config: the worker's VllmConfig."""
     global _current
     if _current[0] != config.instance_id:
         values = open_values(config)
@@ -263,7 +261,7 @@ def recorder(config: Any) -> Recorder | None:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Do not count the steps inside, whose requests are made up. Counting begins with the first end of this."""
+    """Do not count the steps inside, which are dummy ones. Counting begins when the first such block ends."""
     if _current[1] is not None:
         _current[1].paused = True
     yield

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the values of metrics go.
+"""Sinks of metric values: files that a server reads, or Ray.
 
 Workers serve no HTTP. The first worker of each engine keeps its values in files of prometheus_client's multiprocess format,
-which `exporter` shows at the server's /metrics. Under Ray Serve, where no server of vLLM's is scraped, it hands them to Ray.
-The other workers of an engine attend to the same tokens, with other heads or layers, and so have nothing to add.
+which `exporter` exports at the server's /metrics. Under Ray Serve, where no server of vLLM's is scraped, it reports them to
+Ray. The other workers of an engine attend to the same tokens, with other heads or layers, and have nothing to add.
 """
 
 import functools
@@ -21,9 +21,9 @@ from sage_backend.observability.definitions import COMMON_LABELS, METRICS, Metri
 
 
 def directory(config: Any) -> Path:
-    """Where an engine of this configuration (VllmConfig) keeps its values, if the folder exists.
+    """The folder in which an engine of this configuration (VllmConfig) keeps its values, if it exists.
 
-    Several API servers share a folder of vLLM's already, which each of them shows. A single one makes its own.
+    Several API servers share a folder of vLLM's, which each of them exports. A single server makes its own.
     """
     shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     # The number is the time at which the configuration was made, in ns, and goes with it to all processes. Data parallel
@@ -37,7 +37,7 @@ def common_labels(config: Any) -> tuple[str, str]:
 
 
 class Values(Protocol):
-    """Where values go. `labels` are the values of the metric's own labels, in their order."""
+    """A sink. labels: the values of the metric's own labels, in their order."""
 
     def add(self, metric: Metric, amount: float, *labels: str) -> None: ...
 
@@ -51,6 +51,7 @@ class FileValues:
 
     def __init__(self, folder: Path, writer: str, common: Sequence[str]) -> None:
         """writer: a name, without underscores, that no other process and no other engine of this one has."""
+        # It chooses its storage when it is imported, by a variable that vLLM sets after loading plugins.
         from prometheus_client.mmap_dict import MmapedDict
 
         self._common = tuple(common)
@@ -66,25 +67,25 @@ class FileValues:
         self._gauges.write_value(self._key(metric, labels), value, time.time())
 
     def observe(self, metric: Metric, values: Sequence[float], *labels: str) -> None:
-        """With no values, the histogram is there and empty."""
-        from prometheus_client.utils import floatToGoString
+        """Without values, an empty histogram is exported."""
+        from prometheus_client.utils import floatToGoString  # see __init__
 
         bounds = np.array((*metric.buckets, np.inf))
         counts = np.bincount(np.searchsorted(bounds, values), minlength=len(bounds))
-        for bound, count in zip(bounds.tolist(), counts.tolist(), strict=True):  # of each bucket alone; the reader adds up
+        for bound, count in zip(bounds.tolist(), counts.tolist(), strict=True):  # not cumulative; the reader adds up
             _grow(self._histograms, self._key(metric, labels, "_bucket", floatToGoString(bound)), count)
         _grow(self._histograms, self._key(metric, labels, "_sum"), sum(values))
 
-    def _key(self, metric: Metric, labels: tuple[str, ...], part: str = "", bound: str = "") -> str:
-        """part, bound: of a histogram, which of its numbers, and the upper bound of a bucket."""
-        key = self._keys.get((metric.name, part, bound, *labels))
+    def _key(self, metric: Metric, labels: tuple[str, ...], suffix: str = "", bound: str = "") -> str:
+        """suffix, bound: for a histogram, the suffix of the series, and the upper bound of a bucket."""
+        key = self._keys.get((metric.name, suffix, bound, *labels))
         if key is None:
-            from prometheus_client.mmap_dict import mmap_key
+            from prometheus_client.mmap_dict import mmap_key  # see __init__
 
             own = dict(zip((*COMMON_LABELS, *metric.labels), (*self._common, *labels), strict=True))
             own |= {"le": bound} if bound else {}
-            key = mmap_key(metric.name.removesuffix("_total"), metric.name + part, list(own), list(own.values()), metric.text)
-            self._keys[(metric.name, part, bound, *labels)] = key
+            key = mmap_key(metric.name.removesuffix("_total"), metric.name + suffix, list(own), list(own.values()), metric.text)
+            self._keys[(metric.name, suffix, bound, *labels)] = key
         return key
 
 
@@ -94,14 +95,14 @@ def _grow(numbers: Any, key: str, amount: float) -> None:
 
 
 REPEAT_SECONDS = 1.0
-"""How often Ray is told again what gauges are at: it forgets one that was not set in its last two reports."""
+"""Seconds after which gauges are set again: Ray drops a gauge that was not set in its last two reports."""
 
 
 class RayValues:
     """Values in Ray's own metrics, for a process that is a Ray actor: a worker, or a replica of Ray Serve."""
 
     def __init__(self, common: Sequence[str]) -> None:
-        from ray.util import metrics as ray
+        from ray.util import metrics as ray  # an optional package
 
         self._gauges: dict[tuple[Metric, tuple[str, ...]], float] = {}
         threading.Thread(target=self._repeat, name="sage-gauges", daemon=True).start()
@@ -138,18 +139,18 @@ class RayValues:
 
 @functools.cache
 def ray_values(common: tuple[str, ...]) -> RayValues:
-    """The only one of this process with these values of COMMON_LABELS."""
+    """The sink of this process for these values of COMMON_LABELS."""
     return RayValues(common)
 
 
 def open_values(config: Any) -> Values | None:
-    """Where this worker's values go, or None if nobody asked for them or another worker tells them."""
+    """This worker's sink, or None if there is no exporter or another worker of the engine reports."""
     if config.parallel_config.rank != 0:
         return None
     common = common_labels(config)
     folder = directory(config)
     if folder.is_dir():
         return FileValues(folder, f"sage-{os.getpid()}-{config.instance_id.replace('_', '-')}", common)
-    from vllm.ray.lazy_utils import is_in_ray_actor
+    from vllm.ray.lazy_utils import is_in_ray_actor  # not at the top, for tests without vLLM
 
     return ray_values(common) if is_in_ray_actor() else None

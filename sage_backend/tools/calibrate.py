@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sage_backend.demo import HELDOUT
-from sage_backend.features.calibration_file import OF_VALUES, save, share_of
+from sage_backend.features.calibration_file import OF_VALUES, save, worker_anchors
 from sage_backend.features.layers import own_impls
 from sage_backend.features.observers import Means, PageErrors
 from sage_backend.tools.command import run_command
@@ -58,9 +58,9 @@ def _can_differ(worker: Any) -> bool:
     return UniformTypeKVCacheSpecs.is_uniform_type(worker.get_kv_cache_spec())
 
 
-def _watch(worker: Any) -> None:
+def _observe(worker: Any) -> None:
     for impl in own_impls(worker.vllm_config).values():
-        impl.watch = Means()
+        impl.observer = Means()
 
 
 @torch.inference_mode()  # in which anchors were allocated
@@ -70,20 +70,20 @@ def _judge(worker: Any, anchors: dict[str, torch.Tensor]) -> None:
 
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     for name, impl in own_impls(worker.vllm_config).items():
-        impl.watch = None
-        key, value = share_of(anchors, name, impl.num_kv_heads, rank, ranks)
+        impl.observer = None
+        key, value = worker_anchors(anchors, name, impl.num_kv_heads, rank, ranks)
         if key is not None:
             impl.anchor.copy_(key)
             impl.v_anchor = None if value is None else value.to(impl.anchor.device)
-            impl.watch = PageErrors(impl)
+            impl.observer = PageErrors(impl)
 
 
 def _squares(worker: Any) -> dict[str, dict[Any, float]]:
-    return {name: impl.watch.squares for name, impl in own_impls(worker.vllm_config).items() if impl.watch is not None}
+    return {name: impl.observer.squares for name, impl in own_impls(worker.vllm_config).items() if impl.observer is not None}
 
 
 def _means(worker: Any) -> dict[str, torch.Tensor]:
-    means = {name: impl.watch.result() for name, impl in own_impls(worker.vllm_config).items()}
+    means = {name: impl.observer.result() for name, impl in own_impls(worker.vllm_config).items()}
     return {name: mean for name, mean in means.items() if mean is not None}
 
 
@@ -129,7 +129,7 @@ def calibrate(model: str, text: str, tokens: int, context: int, judge: bool = Fa
                 "--k-bits auto is for models whose layers all attend to all tokens: elsewhere, vLLM gives every layer as many "
                 "bytes as the largest"
             )
-        llm.collective_rpc(_watch)
+        llm.collective_rpc(_observe)
         llm.generate(prompts, once)
         of_workers = llm.collective_rpc(_means)
         found = _anchors_of(of_workers, config.get_total_num_kv_heads())

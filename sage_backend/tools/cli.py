@@ -8,7 +8,7 @@ _COMMANDS = {
     "eval": ("sage_backend.tools.quality", "compare attention backends and KV formats on a text"),
     "calibrate": ("sage_backend.tools.calibrate", "find the anchors of a model's keys and values and write them to a file"),
     "needle": ("sage_backend.tools.needle", "recall pass keys from long contexts, and draw what is recalled"),
-    "variator": ("sage_backend.variator.train", "train compression plugins for a model's FFNs"),
+    "variator": ("sage_backend.tools.variator", "train compression plugins for a model's FFNs"),
     "doctor": ("sage_backend.tools.doctor", "say whether this machine can serve, and what to do if not"),
 }
 """Where each command's `main` is, imported only when it is asked for: doctor has to work where torch and vLLM do not."""

@@ -19,17 +19,21 @@ def check_compression(config: Any, options: VariatorOptions) -> None:
     options.choices(files.check(options.plugins, config.model_config))
     parallel, scheduler, compilation = config.parallel_config, config.scheduler_config, config.compilation_config
     chunk = min(scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold or CHUNK)
-    found = {
-        "pipeline parallelism is not supported; use --tensor-parallel-size": parallel.pipeline_parallel_size > 1,
-        "batches that overlap are not supported; leave --enable-dbo and --ubatch-size out": parallel.use_ubatching,
-        "LoRA is not supported; leave --enable-lora out": config.lora_config is not None,
-        "blocks that leave the engine are not told apart by ratio; leave --kv-transfer-config and --kv-offloading-size out": (
-            config.kv_transfer_config is not None
+    rows = [
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported; use --tensor-parallel-size"),
+        (parallel.use_ubatching, "batches that overlap are not supported; leave --enable-dbo and --ubatch-size out"),
+        (config.lora_config is not None, "LoRA is not supported; leave --enable-lora out"),
+        (
+            config.kv_transfer_config is not None,
+            "blocks that leave the engine do not carry their ratio; leave --kv-transfer-config and --kv-offloading-size out",
         ),
-        f"chunks of {chunk} tokens have no room for groups; --max-num-batched-tokens and --long-prefill-token-threshold can be "
-        f"{CHUNK} or more": chunk < CHUNK,
-    }
-    if reasons := [reason for reason, applies in found.items() if applies]:
+        (
+            chunk < CHUNK,
+            f"chunks of {chunk} tokens have no room for groups; --max-num-batched-tokens and --long-prefill-token-threshold "
+            f"can be {CHUNK} or more",
+        ),
+    ]
+    if reasons := [reason for applies, reason in rows if applies]:
         raise ValueError(f"the option variator cannot be used: {'; '.join(reasons)}")
     if compilation.splitting_ops and FFN_OP not in compilation.splitting_ops:
         compilation.splitting_ops.append(FFN_OP)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from sage_backend.model_file import Kind
+from sage_backend.model_file import ModelFileFormat
 from sage_backend.options import RATIOS
 from sage_backend.variator.plugin import CompressionPlugin
 
-FILE = Kind("plugin file", "sage variator train", "sage-variator-1")
+FILE = ModelFileFormat("plugin file", "sage variator train", "sage-variator-1")
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type` of the models whose FFNs are called model.layers.N.mlp and turn one hidden vector a token into another."""

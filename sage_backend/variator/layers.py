@@ -19,8 +19,8 @@ from sage_backend.features.layers import own_impls
 from sage_backend.observability.recorder import Recorder, recorder
 from sage_backend.options import VariatorOptions
 from sage_backend.variator import files
-from sage_backend.variator.admission import READING
-from sage_backend.variator.groups import COMPRESSOR, PLAIN, Reading, Segment, compressed, segments
+from sage_backend.variator.admission import PLAN_KEY
+from sage_backend.variator.groups import COMPRESSOR, PLAIN, CompressionPlan, Segment, compressed, segments
 from sage_backend.variator.plugin import BOTTLENECK, CompressionPlugin
 
 _LIBRARY = torch.library.Library("sage", "FRAGMENT")
@@ -58,12 +58,12 @@ class CompressedFFN:
 
 
 class Compressor:
-    """What a worker knows of the readings of its requests."""
+    """The compression plans of a worker's requests, and the segments of its steps."""
 
     def __init__(self, layers: int, hidden: int, intermediate: int, recorder: Recorder | None) -> None:
-        """layers: how many FFNs have plugins."""
+        """layers: the number of FFNs with plugins; hidden, intermediate: their sizes."""
         self.recorder = recorder
-        self.readings: dict[str, Reading] = {}
+        self.plans: dict[str, CompressionPlan] = {}
         self.order: Callable[[], Sequence[str]] = list
         """The requests of the step in the order of the batch."""
         self._shape = layers, hidden, intermediate
@@ -71,15 +71,15 @@ class Compressor:
 
     @contextmanager
     def step(self, scheduled: Any) -> Iterator[None]:
-        """Inside, a step of users' requests is run. scheduled: vLLM's SchedulerOutput."""
+        """Around a step of users' requests. scheduled: vLLM's SchedulerOutput."""
         for request in scheduled.finished_req_ids:
-            self.readings.pop(request, None)
+            self.plans.pop(request, None)
         for request in scheduled.scheduled_new_reqs:
             arguments = (request.sampling_params and request.sampling_params.extra_args) or {}
-            reading = Reading(*arguments.get(READING, PLAIN))
-            if self.recorder is not None and request.req_id not in self.readings:
-                self.recorder.add_reading(reading.ratio)
-            self.readings[request.req_id] = reading
+            plan = CompressionPlan(*arguments.get(PLAN_KEY, PLAIN))
+            if self.recorder is not None and request.req_id not in self.plans:
+                self.recorder.add_request(plan.ratio)
+            self.plans[request.req_id] = plan
         self._in_step, self._counted = True, False
         try:
             yield
@@ -93,9 +93,9 @@ class Compressor:
         starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound.tolist()
         requests = []
         for i, name in enumerate(self.order()):
-            reading = self.readings[name] if i >= num_decodes else PLAIN
+            plan = self.plans[name] if i >= num_decodes else PLAIN
             first, end = starts[i], starts[i + 1]
-            requests.append((first, end, lengths[i] - (end - first), reading))
+            requests.append((first, end, lengths[i] - (end - first), plan))
         cut = segments(requests)
         if self.recorder is not None and not self._counted:  # layers of several kinds have metadata of their own
             self._counted = True
@@ -105,17 +105,18 @@ class Compressor:
 
 
 def saved_operations(tokens: int, ratio: int, layers: int, hidden: int, intermediate: int) -> int:
-    """Operations of gated FFNs that plugins save for so many tokens, less their own; a multiply-add is two."""
+    """Operations of gated FFNs that plugins save for `tokens` tokens, less their own; a multiply-add is two."""
     rows = tokens // ratio
     of_ffns = 2 * 3 * hidden * intermediate * (tokens - rows)
     of_plugins = 2 * hidden * (tokens * (ratio + 1) + BOTTLENECK * (2 * tokens + rows))
     return layers * (of_ffns - of_plugins)
 
 
-def attach(worker: Any, config: Any, options: VariatorOptions, ratios: list[int]) -> None:
+def attach(worker: Any, config: Any, options: VariatorOptions, ratios: list[int]) -> Compressor:
     """Give the FFNs of a worker's model, which has been loaded, plugins of these ratios. config: VllmConfig.
 
-    Raises ValueError for a model that lacks one of its FFNs.
+    Returns the compressor, which has yet to be told of steps (`engine.patches.model_runner`). Raises ValueError for a model
+    that lacks one of the FFNs.
     """
     runner, known = worker.model_runner, config.compilation_config.static_forward_context
     model, hf_config = runner.get_model(), config.model_config.hf_config
@@ -133,7 +134,10 @@ def attach(worker: Any, config: Any, options: VariatorOptions, ratios: list[int]
             plugin.to(runner.device, config.model_config.dtype)
         known[layer] = CompressedFFN(ffn.forward, plugins, attention)
         ffn.forward = _call(layer)
-    _follow(runner, Compressor(len(layers), hf_config.hidden_size, hf_config.intermediate_size, recorder(config)), known)
+    compressor = known[COMPRESSOR] = Compressor(
+        len(layers), hf_config.hidden_size, hf_config.intermediate_size, recorder(config)
+    )
+    return compressor
 
 
 def _call(layer: str) -> Callable[[Tensor], Tensor]:
@@ -143,28 +147,3 @@ def _call(layer: str) -> Callable[[Tensor], Tensor]:
         return out
 
     return forward
-
-
-def _follow(runner: Any, compressor: Compressor, known: dict[str, Any]) -> None:
-    """Have the compressor told what a model runner runs, and find it where attention's metadata are made."""
-    known[COMPRESSOR] = compressor
-    execute_model = runner.execute_model
-
-    def execute(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("dummy_run"):
-            return execute_model(scheduled, *args, **kwargs)
-        with compressor.step(scheduled):
-            return execute_model(scheduled, *args, **kwargs)
-
-    runner.execute_model = execute
-    if not hasattr(runner, "prepare_inputs"):  # vLLM's first model runner, which keeps the batch
-        compressor.order = lambda: runner.input_batch.req_ids
-        return
-    prepare_inputs = runner.prepare_inputs
-
-    def prepare(*args: Any, **kwargs: Any) -> Any:
-        batch = prepare_inputs(*args, **kwargs)
-        compressor.order = lambda: batch.req_ids
-        return batch
-
-    runner.prepare_inputs = prepare
