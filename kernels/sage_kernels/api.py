@@ -343,8 +343,8 @@ def _check_attention(
     requests, starts = batch.num_requests, batch.query_start_loc.numel()
     if starts != requests + 1 or len(batch.block_table) != requests:
         raise ValueError(
-            f"the batch has {requests} seq_lens, {starts} query_start_loc and {len(batch.block_table)} rows of block_table; for "
-            f"{requests} requests it must have {requests}, {requests + 1} and {requests}"
+            f"the batch has {requests} seq_lens, {starts} query_start_loc and {len(batch.block_table)} rows of block_table; "
+            f"it must have {requests}, {requests + 1} and {requests}"
         )
     if batch.block_table.dim() == 3 and batch.block_table.shape[1] != kv_heads:
         raise ValueError(f"block_table is {list(batch.block_table.shape)}; dimension 1 must be the {kv_heads} KV heads")

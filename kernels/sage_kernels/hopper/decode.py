@@ -226,13 +226,12 @@ def _row_of_page(item, source):
 
 @gluon.jit
 def _attend_page(
-    q, state, operands, buffers, n, first_token, soft_cap,
+    q, state, tokens, operands, buffers, n, first_token, soft_cap,
     WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: the query tile against page n of the span, whose copy is waited for. first_token: the
-    page's first token, counted from the first page that is read. Returns the new SoftmaxState."""
-    COLUMN: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    """One step of the online softmax: the query tile against page n of the span, once its copy has arrived. tokens: 0 to PAGE - 1.
+    first_token: the page's first token, counted from the first page that is read. Returns the new SoftmaxState."""
     SCALES: gl.constexpr = 2 if K_BITS == 8 else 1
     slot = n % STAGES
     wait_full(buffers.full, n, STAGES)
@@ -260,7 +259,6 @@ def _attend_page(
         logits = (soft_cap * LOG2E) * (1.0 - 2.0 / (capped + 1.0)) + v_exponent  # tanh(x) = 1 - 2 / (exp(2x) + 1)
     else:
         logits = logits * q.scale[None, :] + v_exponent
-    tokens = gl.arange(0, PAGE, COLUMN)
     last_visible = q.position - first_token
     visible = tokens[:, None] <= last_visible[None, :]
     if WINDOW > 0:
@@ -354,6 +352,7 @@ def _decode_kernel(
             query, k_anchor, operands, q_start, q_len, seq_len, kv_head, first + page, scale, q_token_stride, q_head_stride,
             GROUP, K_ANCHOR, HEAD_DIM, K_BITS, PAGE, BLOCK_M, PART, ROWS,
         )  # fmt: skip
+        tokens = gl.arange(0, PAGE, COLUMN)
         nothing = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
         state = SoftmaxState(
             gl.zeros([HEAD_DIM, BLOCK_M], gl.float32, LAYOUT), gl.zeros([PAGE, BLOCK_M], gl.float32, LAYOUT), nothing, nothing
@@ -361,7 +360,7 @@ def _decode_kernel(
         for i in range(part):
             row = _row_of_page(ahead, source)
             state = _attend_page(
-                q, state, operands, buffers, n, i * PAGE, soft_cap,
+                q, state, tokens, operands, buffers, n, i * PAGE, soft_cap,
                 WINDOW, SOFT_CAP, HEAD_DIM, K_BITS, PAGE, BLOCK_M, STAGES, LAYOUT,
             )  # fmt: skip
             gl.thread_barrier()  # no warp reads this slot any more
