@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Engines for the tests: `vllm.LLM` in this process, so that vLLM is imported once and not three times an engine."""
 
 import os

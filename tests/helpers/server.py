@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A server for the tests, started as a user does it: `deploy/serve.sh` with the embedded model."""
 
 import http.client
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 API_KEY = "a key for the tests"
 OPTIONS = {"canary": 1, "memory": {"local_tokens": 512, "topk_pages": 4, "query_block": 128}}

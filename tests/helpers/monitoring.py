@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Prometheus for the tests, with the configurations of deploy/prometheus."""
 
 import shutil
