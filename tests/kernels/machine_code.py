@@ -88,6 +88,7 @@ def compile_unit(unit: Unit, folder: Path | None = None) -> list[dict[str, Any]]
     imitate_device(unit.capability)
     compiled: list[dict[str, Any]] = []
     names: Counter[str] = Counter()
+    texts: dict[str, tuple[str, str]] = {}
     run = JITFunction.run
     case = ""
 
@@ -111,7 +112,10 @@ def compile_unit(unit: Unit, folder: Path | None = None) -> list[dict[str, Any]]
             names[label] += 1
             if names[label] > 1:
                 label += f"-{names[label]}"
-            write_machine_code(kernel, self.__name__, folder / label)
+            if kernel.hash not in texts:
+                texts[kernel.hash] = disassembled(kernel, self.__name__)
+            suffix, text = texts[kernel.hash]
+            (folder / f"{label}{suffix}").write_text(text)
 
     JITFunction.run = compile_only
     try:
@@ -131,22 +135,21 @@ def disassembler(name: str) -> str | None:
     return shutil.which(name) or (str(bundled) if bundled and bundled.exists() else None)
 
 
-def write_machine_code(kernel: Any, name: str, path: Path) -> None:
-    """Write `path`.sass, or `path`.ptx where there is no disassembler, behind a line that tells the kernel's resources."""
-    resources = {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
+def disassembled(kernel: Any, name: str) -> tuple[str, str]:
+    """".sass" and the kernel's machine code, or ".ptx" and its PTX where there is no disassembler. The first line is a comment
+    with `name` and the kernel's resources as JSON."""
+    resources = {"kernel": name, "warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
     nvdisasm, cuobjdump = disassembler("nvdisasm"), disassembler("cuobjdump")
-    if nvdisasm and cuobjdump:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(kernel.asm["cubin"])
-            cubin.flush()
-            text = subprocess.run([nvdisasm, "-c", cubin.name], check=True, capture_output=True, text=True).stdout
-            usage = subprocess.run([cuobjdump, "-res-usage", cubin.name], check=True, capture_output=True, text=True).stdout
-        for resource, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage):
-            resources[{"REG": "registers", "STACK": "stack", "LOCAL": "local"}[resource]] = int(value)
-    else:
-        text = kernel.asm["ptx"]
-    header = json.dumps({"kernel": name, **resources})
-    path.with_name(path.name + (".sass" if nvdisasm and cuobjdump else ".ptx")).write_text(f"// {header}\n{text}")
+    if not nvdisasm or not cuobjdump:
+        return ".ptx", f"// {json.dumps(resources)}\n{kernel.asm['ptx']}"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        text = subprocess.run([nvdisasm, "-c", cubin.name], check=True, capture_output=True, text=True).stdout
+        usage = subprocess.run([cuobjdump, "-res-usage", cubin.name], check=True, capture_output=True, text=True).stdout
+    for resource, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage):
+        resources[{"REG": "registers", "STACK": "stack", "LOCAL": "local"}[resource]] = int(value)
+    return ".sass", f"// {json.dumps(resources)}\n{text}"
 
 
 # --- The cache of results -----------------------------------------------------------------------------------------------------
@@ -252,7 +255,7 @@ class Code:
 
     @staticmethod
     def read(path: Path) -> "Code":
-        """The instructions of a file that `write_machine_code` wrote, without addresses, comments, names and line numbers."""
+        """The instructions of a file that `disassembled` made, without addresses, comments, names and line numbers."""
         header, text = path.read_text().split("\n", 1)
         resources = json.loads(header.removeprefix("// "))
         text = text.replace(resources.pop("kernel"), "KERNEL")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kernel against the reference, on the GPU if there is one and in Triton's interpreter otherwise."""
 
 import hypothesis

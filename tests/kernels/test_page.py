@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page: its bytes, and what a round trip through it keeps."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory: which pages are read, by the specification and by the kernels, and that reading all of them changes nothing."""
 
 import pytest

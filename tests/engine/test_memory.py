@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory in an engine: keys recalled past the trained length, pages that are shared, what is left out, and options that are
 refused."""
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from engines import engine, environment
 from paged_batch import Batch, make_batch
-from test_metrics import Event, batch, scraped
+from recording import Event, batch, scraped
 
 from sage_backend.demo.passkey import make_passkey
 from sage_backend.features import positions

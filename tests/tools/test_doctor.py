@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sage doctor`: what it says of this machine, of others, and where things are missing or broken."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prometheus and Grafana: the files of deploy/, and what a real Prometheus makes of a server under load."""
 
 import math

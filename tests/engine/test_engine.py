@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The backend inside vLLM: whatever way a request goes through the engine, its tokens are the same."""
 
 from collections.abc import Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ray Serve: the configurations of deploy/ray, and one of them for real, on a cluster of two nodes on this machine."""
 
 import http.client

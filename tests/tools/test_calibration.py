@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calibrations: `sage calibrate` on a real engine, and what becomes of files that are not what they should be."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is counted, what is exported, and that docs/metrics.md says so."""
 
 import pickle
@@ -19,8 +20,7 @@ import pytest
 import torch
 from engines import environment
 from prometheus_client import REGISTRY, CollectorRegistry
-from prometheus_client.multiprocess import MultiProcessCollector
-from prometheus_client.parser import text_string_to_metric_families
+from recording import Event, batch, exported, scraped
 from server import Server
 
 from sage_backend import plugin
@@ -35,18 +35,11 @@ from sage_backend.options import SageOptions
 from sage_kernels import reference
 from sage_paged import Memory, PageLayout
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ["layers.0", "layers.1"]
 IMPL = SimpleNamespace(
     num_heads=4, num_kv_heads=2, head_size=64, window=0, layout=PageLayout(64), memory_of=lambda layer: None
 )
-
-
-def scraped(folder: Path) -> dict[tuple[str, ...], float]:
-    """What a scrape of `folder` shows, by name and own labels."""
-    samples = (sample for family in MultiProcessCollector.merge(map(str, folder.glob("*.db"))) for sample in family.samples)
-    common = set(COMMON_LABELS)
-    return {(s.name, *(value for name, value in s.labels.items() if name not in common)): s.value for s in samples}
 
 
 def config(rank: int = 0) -> Any:
@@ -56,15 +49,6 @@ def config(rank: int = 0) -> Any:
         additional_config={},
         parallel_config=SimpleNamespace(rank=rank, data_parallel_index=1, distributed_executor_backend="mp"),
         model_config=SimpleNamespace(served_model_name="a model"),
-    )
-
-
-def batch(*requests: tuple[int, int], padded: int = 0) -> Any:
-    """What is asked of a CommonAttentionMetadata: requests of (query tokens, tokens in all), then padding."""
-    query_lens, seq_lens = zip(*requests, *[(0, 0)] * padded, strict=True)
-    return SimpleNamespace(
-        query_start_loc_cpu=torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        seq_lens_cpu_upper_bound=torch.tensor(seq_lens, dtype=torch.int32),
     )
 
 
@@ -178,26 +162,6 @@ def test_one_layer_is_timed_now_and_then(recorder: Recorder, tmp_path: Path) -> 
     assert values["sage_attention_sampled_operations_total", "decode"] == work.operations
     assert values["sage_attention_sampled_bytes_total", "decode"] == work.bytes
     assert 0.01 <= values["sage_attention_sampled_seconds_total", "decode"] < 1
-
-
-class Event:
-    """A CUDA event that passes when it is told to, and cannot be waited for."""
-
-    made: list["Event"]
-
-    def __init__(self, enable_timing: bool = False) -> None:
-        self.passed = False
-        self.made.append(self)
-
-    def record(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return self.passed
-
-    def elapsed_time(self, end: "Event") -> float:
-        assert end.passed
-        return 3.0  # ms
 
 
 def test_the_device_is_not_waited_for(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,16 +343,6 @@ def test_who_gets_a_configuration_may_show_its_metrics(monkeypatch: pytest.Monke
     member = plugin.backend_member(plugin.BACKEND)
     assert pickle.loads(pickle.dumps(member)) is member
     assert shown
-
-
-def exported(server: Server, prefix: str = "sage_") -> dict[str, list[Any]]:
-    """The samples of metrics with names that begin so, by name."""
-    samples: dict[str, list[Any]] = {}
-    for family in text_string_to_metric_families(server.read("/metrics")):
-        for sample in family.samples:
-            if sample.name.startswith(prefix):
-                samples.setdefault(sample.name, []).append(sample)
-    return samples
 
 
 def series(metric: Metric) -> list[str]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The canary: what is checked and when, that its errors are right, what it costs, and that it is off unless asked for."""
 
 import time
@@ -8,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from engines import engine, environment, greedy, heldout_prompts
+from recording import Event, batch, exported, scraped
 from server import Server
-from test_metrics import Event, batch, exported, scraped
 
 from sage_backend.demo import MODEL_DIR
 from sage_backend.features import observers

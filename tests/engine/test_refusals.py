@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What cannot be served is refused before anything is loaded, with one line that says what to do about it."""
 
 import json

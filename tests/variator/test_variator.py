@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compression plugins: what they compute, which tokens they take, how they are trained, and what an engine makes of them."""
 
 import json
@@ -369,7 +370,7 @@ def test_compilation(tmp_path: Path) -> None:
 
 
 def test_random_plugins_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
     from benchmarks.engine import SHAPES, random_plugins
 
     shape = {**SHAPES["llama-3.1-8b"], "hidden_size": 256, "num_hidden_layers": 4}

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """benchmarks/attention.py, as far as it goes without a GPU: its figures, its judgement, its reports and its refusals."""
 
 import importlib.util
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "attention.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "attention.py"
 
 
 @pytest.fixture(scope="module")

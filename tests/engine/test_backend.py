@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The anchors of a layer, without an engine: whose they are, where they come from, and when they are fixed and forgotten; and
 whose queries are smoothed."""
 

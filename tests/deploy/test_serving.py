@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The server, started and stopped as a user does it: `deploy/serve.sh` with the embedded model."""
 
 import signal
@@ -55,8 +56,9 @@ def test_concurrent_requests(server: Server, passkeys: list[tuple[str, str]]) ->
         assert list(pool.map(server.complete, prompts)) == list(answers)
 
 
+@pytest.mark.stops_server
 def test_ctrl_c_stops_everything(server: Server) -> None:
-    """The last test of all that use the server, because it is gone then. What it has said keeps the key to itself."""
+    """The last test of all that use the server, because it is gone then. What the server printed does not contain the key."""
     assert list(server.temporary.glob("sage-metrics-*"))
     processes = psutil.Process(server.process.pid).children(recursive=True)
     assert len(processes) > 1

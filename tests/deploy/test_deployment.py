@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kubernetes' manifests against its schemas, and what the files of deploy/ expect of each other.
 
 Neither an image is built here nor a manifest applied; there is no Docker and no cluster. Custom resources have no schema in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`--additional-config '{"sage": {...}}'`: what it may say, and how it is told what it may not."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What quantized pages cost the small model, as `sage eval` measures it."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A short run of benchmarks/soak.py, and that it sees what it is there to see."""
 
 import importlib.util
@@ -10,7 +11,7 @@ from types import ModuleType
 import pytest
 from server import API_KEY, HOST, Server
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "soak.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "soak.py"
 SECONDS = 15
 
 
