@@ -124,9 +124,9 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 return time.perf_counter() - start
 
             if arguments.skip_prefill_attention:
-                from sage_kernels import prefill
+                from sage_backend.engine import impl
 
-                prefill.prefill = lambda *_, **__: None
+                impl.attend_prefill = lambda *_, **__: None
             figures["first_request_seconds"] = round(generate(prompts(1, min(200, longest - 1)), 1), 3)
             for length in arguments.prefill:
                 generate(prompts(1, min(length, arguments.warm_up)), 1)

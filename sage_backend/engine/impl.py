@@ -2,7 +2,6 @@
 """Attention of one layer on quantized KV pages."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,16 +11,24 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl
 
 from sage_backend import BACKEND, options
-from sage_backend.engine.metadata import SageMetadata
+from sage_backend.engine.metadata import Phase, SageMetadata
 from sage_backend.features import calibration_file, observers, positions
-from sage_backend.observability import recorder as metrics
-from sage_kernels import cpu, reference
-from sage_paged import Memory
+from sage_backend.observability.definitions import DECODE
+from sage_kernels import (
+    Memory,
+    Modifiers,
+    PagedBatch,
+    PageLayout,
+    attend_decode,
+    attend_prefill,
+    prefill_scratch_bytes,
+    select_pages,
+    smoothing_block,
+    store,
+    store_summaries,
+)
 
 logger = logging.getLogger(__name__)
-
-Requests = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""block_table, seq_lens and query_start_loc, as attention takes them."""
 
 
 class SageImpl(AttentionImpl[SageMetadata]):
@@ -53,6 +60,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
             )
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
+        self.group = num_heads // self.num_kv_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.window = sliding_window or 0
@@ -65,41 +73,36 @@ class SageImpl(AttentionImpl[SageMetadata]):
         self.smooth_q = options.current().smooth_q
         self.calibration = options.current().calibration
         self.observer: observers.Observer | None = None
-        """Is shown what this layer works on, if it is there."""
+        """Sees what this layer stores and attends to, if there is one."""
         self.anchor: torch.Tensor | None = None
-        """What is subtracted from this layer's keys, float32 [kv_heads, head_size]; all NaN until the first tokens fix it."""
+        """Subtracted from this layer's keys, float32 [kv_heads, head_size]; all NaN until the first tokens fix it."""
         self.calibrated = False
-        """Whether the anchor is that of a calibration."""
+        """Whether the anchor of keys comes from a calibration."""
         self.v_anchor: torch.Tensor | None = None
-        """What is subtracted from this layer's values, float32 [kv_heads, head_size], if a calibration has it."""
+        """Subtracted from this layer's values, float32 [kv_heads, head_size], if a calibration has it."""
         self.anchors_made = False
-        """Whether both are what they have to be, which may be None."""
+        """Whether `make_anchors` was called. Both anchors may still be None."""
         self.memory = None if self.window else options.current().memory
-        """What is read of long contexts, unless the layer is one of those that are left dense."""
+        """How long contexts are read; None in layers with a sliding window. See also `memory_of`."""
         self.frequencies: tuple[float, ...] = ()
         self.max_pages = 0
-        """Of the model's positions and of the longest context, if pages are turned (see `sage_backend.positions`)."""
+        """RoPE frequencies in radians per token, and pages of the longest context; set where `rotates_pages`
+        (`features.positions`)."""
 
     @property
     def rotates_pages(self) -> bool:
+        """Whether distant pages are read at other RoPE positions than their own."""
         return self.memory is not None and bool(self.memory.extrapolate)
-
-    def smoothing_of_prompts(self, device_: torch.device) -> dict[str, Any]:
-        """What attention of prompts on a device takes so that queries are smoothed, if they are."""
-        if not self.smooth_q:
-            return {}
-        if device_.type == "cpu":
-            return {"q_block": reference.tile_tokens(self.num_heads // self.num_kv_heads)}
-        return {"smooth_q": True}
 
     @torch.inference_mode()  # in which it was allocated
     def forget_anchor(self) -> None:
-        """Let the next tokens fix the anchor anew, if they did. No key that is still needed may have been stored with it."""
+        """Let the next tokens fix the anchor of keys again, unless it comes from a calibration. No stored key may still be
+        needed."""
         if self.anchor is not None and not self.calibrated:
             self.anchor.fill_(torch.nan)
 
     def make_anchors(self, layer: Any, device_: torch.device) -> None:
-        """Take the anchors from the calibration, if there is one; that of keys is left to the first tokens elsewhere."""
+        """Take the anchors from the calibration, if there is one. Elsewhere the first tokens fix that of keys."""
         self.anchors_made = True
         if self.smooth_k:
             shape = self.num_kv_heads, self.head_size
@@ -119,8 +122,11 @@ class SageImpl(AttentionImpl[SageMetadata]):
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        """Write new tokens into their pages. key, value: [tokens, kv_heads, head_size], of which the first
-        slot_mapping.numel() count; kv_cache: [blocks, kv_heads, page_tokens, content] in the model's dtype."""
+        """Quantize new tokens and write them into their pages.
+
+        key, value: [tokens, kv_heads, head_size], of which the first slot_mapping.numel() count; kv_cache: [blocks, kv_heads,
+        page_tokens, content] in the model's dtype.
+        """
         if kv_cache.numel() == 0:  # the profiling run has no cache yet
             return
         if not self.anchors_made:
@@ -128,15 +134,10 @@ class SageImpl(AttentionImpl[SageMetadata]):
             # runs every batch that it captures once before, so that this is no part of a graph.
             self.make_anchors(layer, key.device)
         tokens = slot_mapping.numel()
-        pages = self.layout.pages(kv_cache)
+        key, value = key[:tokens], value[:tokens]
         if self.observer is not None:
-            self.observer.stored(key[:tokens], value[:tokens], slot_mapping)
-        if key.device.type == "cpu":
-            store = reference.store
-        else:
-            from sage_kernels.store import store
-
-        store(key[:tokens], value[:tokens], pages, slot_mapping, self.layout, self.anchor, self.v_anchor)
+            self.observer.stored(key, value, slot_mapping)
+        store(key, value, self.layout.pages(kv_cache), slot_mapping, self.layout, self.anchor, self.v_anchor)
 
     def forward(
         self,
@@ -150,106 +151,77 @@ class SageImpl(AttentionImpl[SageMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend. query, output: [tokens, heads, head_size], of which the first attn_metadata.num_tokens count."""
+        """Attend. query, output: [tokens, heads, head_size], of which the first attn_metadata.num_tokens count. Returns
+        output."""
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("--attention-backend sage does not quantize its output; disable the fusion pass")
-        if attn_metadata is None or kv_cache.numel() == 0:  # profiling and warm-up
-            if query.device.type != "cpu":
-                from sage_kernels.prefill import scratch_bytes
-
-                # vLLM looks how much is in use at most, and leaves that free when it makes the cache.
-                scratch = scratch_bytes(query.device, self.layout, self.num_heads // self.num_kv_heads, self.smooth_q)
-                torch.empty(scratch, dtype=torch.uint8, device=query.device)
-            return output.zero_()
-        m = attn_metadata
+        if attn_metadata is None or kv_cache.numel() == 0:
+            return self._profile(query, output)
+        step = attn_metadata
         pages = self.layout.pages(kv_cache)
-        query, out = query[: m.num_tokens], output[: m.num_tokens]
-        if self.observer is not None:
-            self.observer.attended(query)
+        query, out = query[: step.num_tokens], output[: step.num_tokens]
+        owner = self._owner(layer)
         memory = self.memory_of(layer)
-        # The keys and values may be another layer's.
-        target = layer.kv_sharing_target_layer_name
-        owner = self if target is None else get_forward_context().no_compile_layers[target].impl
-        anchor = owner.anchor
-        mask: dict[str, Any] = {
-            "window": self.window, "soft_cap": self.soft_cap, "sinks": self.sinks, "v_anchor": owner.v_anchor,
-        }  # fmt: skip
-        if self.soft_cap or self.sinks is not None or self.rotates_pages:
-            mask["anchor"] = anchor  # elsewhere, attention comes out the same with any
-        decode: Callable[..., None]
-        prefill: Callable[..., None]
-        how: dict[str, Any] = {}
-        most = self.smoothing_of_prompts(query.device)  # decodes are blocks of a token or a few: there is nothing to smooth
-        if query.device.type == "cpu":
-            decode = prefill = cpu.attention
-        else:
-            from sage_kernels.decode import decode
-            from sage_kernels.prefill import prefill
+        modifiers = self._modifiers(owner, query.device)
 
-            how = {"max_query_len": m.max_decode_query_len, "workspace": m.workspace}
-            most["max_seq_len"] = m.max_prefill_len
-        n = m.num_decodes
-        decodes: Requests = m.block_table[:n], m.seq_lens[:n], m.query_start_loc[: n + 1]
-        prefills: Requests = m.block_table[n:], m.seq_lens[n:], m.query_start_loc[n:]
-        if memory is not None and target is None:
-            self.store_summaries(pages, m, anchor)
-        reading = None if memory is None or memory.reads_all(self.layout.tokens, m.max_seq_len) else memory
-        if n:
-            q = query[: m.num_decode_tokens]
-            with metrics.timed(m.sample, "decode", layer, query.device):
-                if reading is not None:
-                    decodes, mask["turns"] = self.recall(q, pages, decodes, reading, 0, m.max_decode_query_len)
-                table, lengths, starts = decodes
-                decode(q, pages, self.layout, table, lengths, starts, self.scale, out[: m.num_decode_tokens], **mask, **how)
-            if reading is not None and m.sample is not None:
-                m.sample.cover("decode", layer, q, pages, m.block_table, m.seq_lens, decodes, anchor)
-        if n < m.seq_lens.shape[0] and m.num_decode_tokens < m.num_tokens:
-            with metrics.timed(m.sample, "prefill", layer, query.device):
-                mask["turns"] = None
-                if reading is not None:
-                    prefills, mask["turns"] = self.recall(query, pages, prefills, reading, reading.query_block)
-                table, lengths, starts = prefills
-                prefill(query, pages, self.layout, table, lengths, starts, self.scale, out, **mask, **most)
-            if reading is not None and m.sample is not None:
-                q = query[m.num_decode_tokens :]
-                m.sample.cover("prefill", layer, q, pages, m.block_table[n:], m.seq_lens[n:], prefills, anchor)
-        if m.check is not None and m.check.layer == layer.layer_name:
-            m.check.compare(self, query, key, value, out)
+        if memory is not None and owner is self:
+            store_summaries(
+                pages, self.layout, step.batch, step.num_tokens, self._shift_table(query.device), owner.anchor
+            )
+        for phase in step.phases:
+            with step.observer.timed(phase.name, layer, query.device):
+                batch = self._select_pages(memory, query, pages, phase, step.max_seq_len)
+                if phase.name == DECODE:
+                    attend_decode(query, pages, self.layout, batch, self.scale, out, modifiers, step.workspace)
+                else:
+                    attend_prefill(query, pages, self.layout, batch, self.scale, out, modifiers)
+            if batch is not phase.batch:
+                queries = query[phase.first_token :]
+                step.observer.selected(phase.name, layer, queries, pages, phase.batch, batch, owner.anchor)
+        step.observer.attended(layer, self, query, key, value, out)
         return output
 
+    def _profile(self, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Answer vLLM's profiling run, which has no cache yet, with zeros, and allocate what a step allocates: vLLM leaves the
+        peak of this run free when it sizes the cache."""
+        scratch = prefill_scratch_bytes(query.device, self.layout, self.group, self.smooth_q)
+        torch.empty(scratch, dtype=torch.uint8, device=query.device)
+        return output.zero_()
+
+    def _owner(self, layer: Any) -> "SageImpl":
+        """The layer whose keys and values this one reads, as a rule itself."""
+        target = layer.kv_sharing_target_layer_name
+        return self if target is None else get_forward_context().no_compile_layers[target].impl
+
+    def _modifiers(self, owner: "SageImpl", device: torch.device) -> Modifiers:
+        needs_whole_logits = self.soft_cap or self.sinks is not None or self.rotates_pages
+        return Modifiers(
+            self.window, self.soft_cap, self.sinks, owner.anchor if needs_whole_logits else None, owner.v_anchor,
+            self.q_block(device, self.layout),
+        )  # fmt: skip
+
+    def q_block(self, device: torch.device, layout: PageLayout) -> int:
+        """The `Modifiers.q_block` of this layer with pages of `layout`: 0 without the option smooth_q."""
+        return smoothing_block(device, layout, self.group) if self.smooth_q else 0
+
+    def _select_pages(
+        self, memory: Memory | None, query: torch.Tensor, pages: torch.Tensor, phase: Phase, max_seq_len: int
+    ) -> PagedBatch:
+        """What to attend to: the phase's batch, or the pages of it that memory selects."""
+        if memory is None or memory.reads_all(self.layout.tokens, max_seq_len):
+            return phase.batch
+        query_block = 0 if phase.name == DECODE else memory.query_block
+        shift_table = self._shift_table(query.device)
+        return select_pages(query, pages, self.layout, phase.batch, memory, query_block, shift_table)
+
     def memory_of(self, layer: Any) -> Memory | None:
-        """What this layer, whose index is in its name, reads of long contexts."""
+        """The memory policy of this layer; None if it is one of dense_layers, by the index in its name."""
         if self.memory is None:
             return None
-        dense = self.memory.dense_layers  # asked first, for names are taken apart in every step
+        dense = self.memory.dense_layers  # asked first: parsing names in every step would take time
         return None if dense and extract_layer_index(layer.layer_name) in dense else self.memory.policy
 
-    def turn_table(self, device_: torch.device) -> torch.Tensor | None:
+    def _shift_table(self, device: torch.device) -> torch.Tensor | None:
         if not self.rotates_pages:
             return None
-        return positions.turn_table(self.frequencies, self.max_pages, self.layout.tokens, device_)
-
-    def store_summaries(self, pages: torch.Tensor, m: SageMetadata, anchor: torch.Tensor | None) -> None:
-        turns = self.turn_table(pages.device)
-        if pages.device.type == "cpu":
-            reference.store_summaries(pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc, turns, anchor)
-        else:
-            from sage_kernels.recall import store_summaries
-
-            store_summaries(
-                pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc, m.num_tokens, turns, anchor
-            )
-
-    def recall(
-        self, query: torch.Tensor, pages: torch.Tensor, requests: Requests, memory: Memory, query_block: int,
-        max_query_len: int = 1,
-    ) -> tuple[Requests, reference.Turns | None]:  # fmt: skip
-        """What to attend to instead of all of the requests' contexts, and how."""
-        args: Any = query, pages, self.layout, *requests, memory, query_block, self.turn_table(query.device)
-        if query.device.type == "cpu":
-            lists = reference.recall(*args)
-        else:
-            from sage_kernels.recall import recall
-
-            lists = recall(*args, max_query_len=max_query_len)
-        return (lists.block_table, lists.seq_lens, lists.query_start_loc), lists.turns
+        return positions.rope_shift_table(self.frequencies, self.max_pages, self.layout.tokens, device)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Observers of one layer, which see its keys, values and queries before quantization. `SageImpl.observer` is one."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
-from sage_kernels import cpu, reference
-from sage_paged import K_BITS, PageLayout
+from sage_kernels import Modifiers, PagedBatch, PageLayout, attend_prefill, reference, store
+from sage_paged import K_BITS
 
 _ERROR_QUERIES = 256
 
@@ -64,17 +64,9 @@ class PageErrors:
         tokens, impl, device = len(self.key), self.impl, query.device
         if len(query) != tokens:
             return
-        attention: Callable[..., None]
-        if device.type == "cpu":
-            store, attention = reference.store, cpu.attention
-        else:
-            # They need Triton, which a CPU build of vLLM lacks.
-            from sage_kernels.prefill import prefill as attention
-            from sage_kernels.store import store
-
         query = query[-_ERROR_QUERIES:]
-        mask = {"window": impl.window, "soft_cap": impl.soft_cap, "sinks": impl.sinks}
-        exact = reference.exact_attention(query, self.key, self.value, impl.scale, **mask)
+        plain = Modifiers(impl.window, impl.soft_cap, impl.sinks)
+        exact = reference.exact_attention(query, self.key, self.value, impl.scale, plain)
         self.squares["exact"] += float(exact.square().sum())
         for bits in K_BITS:
             layout = PageLayout(impl.head_size, bits, impl.layout.tokens)
@@ -84,7 +76,9 @@ class PageErrors:
             table, lengths, starts = (
                 torch.tensor(x, dtype=torch.int32, device=device) for x in ([[*range(blocks)]], [tokens], [0, len(query)])
             )
+            batch = PagedBatch(table, lengths, starts)
             out = torch.empty_like(exact)
-            smoothed = {"anchor": impl.anchor, "v_anchor": impl.v_anchor, **impl.smoothing_of_prompts(device)}
-            attention(query, pages, layout, table, lengths, starts, impl.scale, out, **mask, **smoothed)
+            q_block = impl.q_block(device, layout)
+            smoothed = replace(plain, k_anchor=impl.anchor, v_anchor=impl.v_anchor, q_block=q_block)
+            attend_prefill(query, pages, layout, batch, impl.scale, out, smoothed)
             self.squares[bits] += float((out - exact).square().sum())

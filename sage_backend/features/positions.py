@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The angles that a model's positions turn keys by, for pages that are read at other positions than their own."""
+"""RoPE frequencies of a model, for pages that are read at other positions than their own (`extrapolate`)."""
 
 import functools
 from typing import Any
@@ -33,7 +33,7 @@ def _refusal(model: str, what: str) -> str:
 
 
 def find_frequencies(model: torch.nn.Module, config: Any) -> None:
-    """Tell each layer of this backend that turns pages how its model's positions work. config: VllmConfig.
+    """Give the layers of this backend that rotate pages their model's RoPE frequencies. config: VllmConfig.
 
     Raises ValueError for a model whose attention has rotary embeddings of another form.
     """
@@ -53,6 +53,8 @@ def find_frequencies(model: torch.nn.Module, config: Any) -> None:
 
 
 @functools.cache
-def turn_table(frequencies: tuple[float, ...], pages: int, page_tokens: int, device: torch.device) -> torch.Tensor:
-    """`reference.turn_table`, once for all layers."""
-    return reference.turn_table(torch.tensor(frequencies), pages, page_tokens).to(device)
+def rope_shift_table(
+    frequencies: tuple[float, ...], max_pages: int, page_tokens: int, device: torch.device
+) -> torch.Tensor:
+    """`reference.rope_shift_table`, computed once for all layers."""
+    return reference.rope_shift_table(torch.tensor(frequencies), max_pages, page_tokens).to(device)

@@ -15,7 +15,7 @@ import torch
 
 from sage_backend.observability.readout import Readout
 from sage_backend.options import SageOptions
-from sage_kernels import reference
+from sage_kernels import Modifiers, reference
 
 TOKENS = 512
 """A check reads this many tokens of a prompt, from its start."""
@@ -45,9 +45,9 @@ class Check:
         heads = slice(head * group, (head + 1) * group)
         rows = slice(self.start, self.start + self.tokens)
         queries = slice(rows.stop - min(QUERIES, self.tokens), rows.stop)
-        sinks = None if impl.sinks is None else impl.sinks[heads]
+        modifiers = Modifiers(impl.window, impl.soft_cap, None if impl.sinks is None else impl.sinks[heads])
         key, value = key[rows, head : head + 1], value[rows, head : head + 1]
-        exact = reference.exact_attention(query[queries, heads], key, value, impl.scale, impl.window, impl.soft_cap, sinks)
+        exact = reference.exact_attention(query[queries, heads], key, value, impl.scale, modifiers)
         error = (out[queries, heads].float() - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float32).tiny)
         self.canary.put(error.nan_to_num(nan=LARGEST).clamp(max=LARGEST))
 

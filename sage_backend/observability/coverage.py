@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sage_backend.observability.readout import Readout
-from sage_kernels import reference
+from sage_kernels import PagedBatch, reference
 from sage_paged import Memory, PageLayout
 
 TOKENS = 8192
@@ -72,16 +72,15 @@ class Coverage:
         host_seq_lens: np.ndarray,
         query: torch.Tensor,
         pages: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        lists: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        anchor: torch.Tensor | None,
+        batch: PagedBatch,
+        selected: PagedBatch,
+        k_anchor: torch.Tensor | None,
     ) -> None:
         """Measure the request with the longest context in the phase, unless memory reads all of it. KV heads alternate.
 
         impl: the layer's SageImpl; query_lens, host_seq_lens: int64 [requests], the latter as upper bounds; query: [tokens,
-        heads, head_size], from the phase's first; block_table, seq_lens: as attention takes them without memory; lists: what it
-        takes instead, as `reference.PageLists` has it; anchor: [kv_heads, head_size], that of the stored keys.
+        heads, head_size], from the phase's first; batch: the phase's requests; selected: what `select_pages` made of it;
+        k_anchor: float32 [kv_heads, head_size], that of the stored keys.
         """
         self.collect()
         lengths = np.where(query_lens > 0, host_seq_lens, 0)
@@ -95,17 +94,17 @@ class Coverage:
         self._phase, self._samples, self._budget = phase, self._samples + 1, 0
         last = int(query_lens[: request + 1].sum()) - 1
         row = request
-        if phase == "prefill":  # where a request's rows are is said in `reference.recall`; this is its last one
+        if phase == "prefill":  # the last query block of the request (see `reference.select_pages`)
             block, begin = self._memory.query_block, length - int(query_lens[request])
             row = int(query_lens[:request].sum()) // block + 2 * request + (length - 1) // block - begin // block
         head, group = self._samples % impl.num_kv_heads, impl.num_heads // impl.num_kv_heads
-        table, tokens, _ = lists
-        entry = torch.arange(table.shape[-1], device=table.device)
-        read = table[row, head].masked_fill(entry * self._page_tokens >= tokens[row], -1)
+        table = selected.block_table[row, head]
+        entry = torch.arange(len(table), device=table.device)
+        read = table.masked_fill(entry * self._page_tokens >= selected.seq_lens[row], -1)
         fraction = mass_covered(
             query[last, head * group : (head + 1) * group], pages, impl.layout, head,
-            block_table[request, : -(-length // self._page_tokens)], seq_lens[request], read, impl.scale, impl.soft_cap,
-            None if anchor is None else anchor[head],
+            batch.block_table[request, : -(-length // self._page_tokens)], batch.seq_lens[request], read, impl.scale,
+            impl.soft_cap, None if k_anchor is None else k_anchor[head],
         )  # fmt: skip
         self._readout.put(fraction.nan_to_num(nan=0.0).clamp(max=1.0))
         self.collect()

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from sage_backend.observability.canary import LARGEST
 from sage_backend.options import RATIOS as PLUGIN_RATIOS
 
-PHASES = ("prefill", "decode")
+PREFILL, DECODE = PHASES = ("prefill", "decode")
 SAMPLE_EVERY = {"prefill": 4, "decode": 16}
 """One step of a phase in this many is timed. Prefills are fewer and longer."""
 
 FALLBACKS = ("gluon_missing", "page_format", "smooth_q")
-"""The reasons for which `sage_kernels.prefill.choose_kernel` takes the portable kernel."""
+"""See `sage_kernels.KernelChoice.fallback_reason`."""
 
 RATIOS = ("1", *map(str, PLUGIN_RATIOS))
 """Ratios of compression plugins, and 1 for none."""

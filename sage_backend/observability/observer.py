@@ -18,20 +18,13 @@ Each call takes nanoseconds where nothing is to be observed, and none waits for 
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from sage_backend.observability.canary import Check
-from sage_backend.observability.recorder import Sample, timed
-
-
-class Tables(Protocol):
-    """What attention reads of which requests: `sage_kernels.PagedBatch`, or page lists of memory."""
-
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
+from sage_backend.observability.recorder import Recorder, Sample, timed
+from sage_kernels import PagedBatch
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,12 @@ class StepObserver:
 
     sample: Sample | None = None
     check: Check | None = None
+
+    @classmethod
+    def of(cls, recorder: Recorder, names: list[str], common: Any, num_decodes: int) -> "StepObserver":
+        """What the recorder wants to see of the step that `common` (CommonAttentionMetadata) was made for, in the layers
+        `names`."""
+        return cls(recorder.step(names, common, num_decodes), recorder.check(names, common, num_decodes))
 
     def timed(self, phase: str, layer: Any, device: torch.device) -> AbstractContextManager[None]:
         """The context in which `layer` (vLLM's Attention) selects pages and attends for a phase, "prefill" or "decode"."""
@@ -52,8 +51,8 @@ class StepObserver:
         layer: Any,
         query: torch.Tensor,
         pages: torch.Tensor,
-        batch: Tables,
-        selected: Tables,
+        batch: PagedBatch,
+        selected: PagedBatch,
         k_anchor: torch.Tensor | None,
     ) -> None:
         """Memory has read `selected` instead of `batch`, both of the requests of one phase.
@@ -62,8 +61,7 @@ class StepObserver:
         float32 [kv_heads, head_size], that of the stored keys.
         """
         if self.sample is not None:
-            lists = selected.block_table, selected.seq_lens, selected.query_start_loc
-            self.sample.cover(phase, layer, query, pages, batch.block_table, batch.seq_lens, lists, k_anchor)
+            self.sample.cover(phase, layer, query, pages, batch, selected, k_anchor)
 
     def attended(
         self, layer: Any, impl: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor

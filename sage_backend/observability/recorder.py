@@ -43,6 +43,7 @@ from sage_backend.observability.definitions import (
 from sage_backend.observability.sinks import Values, open_values
 from sage_backend.observability.work import QueryBlocks, Work
 from sage_backend.options import SageOptions
+from sage_kernels import choose_kernels
 from sage_paged import Memory
 
 
@@ -165,11 +166,9 @@ class Recorder:
 
         kernels, architecture = "torch", platform.machine()
         if device.type == "cuda":
-            # They need Triton, which a CPU build of vLLM lacks.
-            from sage_kernels import decode, prefill
-
-            own, self._fallback = prefill.choose_kernel(device, layout, group, self._smooth_q)
-            kernels = "triton" if own is None and decode.choose_kernel(device, layout) is None else "gluon+triton"
+            choice = choose_kernels(device, layout, group, self._smooth_q)
+            self._fallback = choice.fallback_reason
+            kernels = "gluon+triton" if "hopper" in (choice.prefill, choice.decode) else "triton"
             architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         chosen = calibration_file.k_bits(self._calibration).values() if self._calibration else ()
         bits = "_".join(f"int{bits}" for bits in sorted({layout.k_bits, *chosen}))

@@ -210,15 +210,14 @@ def _kernels(device: Any) -> Iterator[Finding]:
 
 def _choice(device: Any) -> Finding:
     """Which kernels a GPU gets, for a common shape."""
+    from sage_kernels import PageLayout, choose_kernels
     from sage_kernels.device import fp8_path
-    from sage_kernels.prefill import choose_kernel
-    from sage_paged import PageLayout
 
-    own, fallback = choose_kernel(device, PageLayout(128), 4)  # devices that have one for prefill have one for decode
+    choice = choose_kernels(device, PageLayout(128), 4)  # devices that have Hopper kernels for prefill have them for decode
     products = "FP8 products" if fp8_path(device) == "native" else "FP16 products from FP8 values"
-    attention = "Triton" if own is None else "Gluon for head sizes 64, 128 and 256, otherwise Triton"
+    attention = "Triton" if choice.prefill != "hopper" else "Gluon for head sizes 64, 128 and 256, otherwise Triton"
     text = f"prefill and decode {attention}; store Triton; {products}"
-    if fallback is not None:
+    if choice.fallback_reason is not None:
         return Finding(WARN, "kernels", f"{text}; Triton's Gluon cannot be imported", "install the Triton that torch asks for")
     return Finding(OK, "kernels", text)
 
@@ -230,29 +229,25 @@ def compile_kernels(device: Any) -> str:
     """
     import torch
 
-    from sage_kernels import reference
-    from sage_kernels.decode import decode
-    from sage_kernels.prefill import prefill
-    from sage_kernels.store import store
-    from sage_paged import PageLayout
+    from sage_kernels import PagedBatch, PageLayout, attend_decode, attend_prefill, reference, store
 
     generator = torch.Generator().manual_seed(0)
     tokens, heads, kv_heads, head_dim = 300, 8, 2, 128  # three pages, the last partly filled, of which decoding cuts one off
     key, value = (torch.randn(tokens, kv_heads, head_dim, generator=generator).bfloat16() for _ in range(2))
     query = torch.randn(tokens, heads, head_dim, generator=generator).bfloat16()
     slots, scale = torch.arange(tokens), head_dim**-0.5
-    table, lengths = torch.tensor([[0, 1, 2]], dtype=torch.int32), torch.tensor([tokens], dtype=torch.int32)
     for k_bits in (8, 4):
         layout = PageLayout(head_dim, k_bits)
         exact, pages = layout.empty(3, kv_heads), layout.empty(3, kv_heads, device)
         reference.store(key, value, exact, slots, layout)
         store(key.to(device), value.to(device), pages, slots.to(device), layout)
-        for name, attention, new in (("prefill", prefill, tokens), ("decode", decode, 1)):
-            rows, starts = query[-new:], torch.tensor([0, new], dtype=torch.int32)
-            expected = reference.attention(rows, exact, layout, table, lengths, starts, scale)
+        for name, attend, new in (("prefill", attend_prefill, tokens), ("decode", attend_decode, 1)):
+            rows = query[-new:]
+            table, lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[0, 1, 2]], [tokens], [0, new]))
+            batch = PagedBatch(table, lengths, starts)
+            expected = reference.attention(rows, exact, layout, batch, scale)
             out = torch.full(rows.shape, float("nan"), dtype=torch.bfloat16, device=device)
-            tables = (table.to(device), lengths.to(device), starts.to(device))
-            attention(rows.to(device), pages, layout, *tables, scale, out)
+            attend(rows.to(device), pages, layout, batch.to(device), scale, out)
             error = float((out.float().cpu() - expected).norm() / expected.norm())
             if not error < KERNEL_ERROR:  # NaN is no smaller
                 raise RuntimeError(f"{name} with INT{k_bits} keys is off by {error:.2g}")

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
-from server import Server
-
 from sage_backend.metrics import COMMON_LABELS
+from server import Server
 
 
 def scraped(folder: Path) -> dict[tuple[str, ...], float]:

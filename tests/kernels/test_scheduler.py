@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from hypothesis import strategies as st
-
 from sage_kernels.shares import LANES, find_share
 
 PAGE = tl.constexpr(64)
