@@ -153,16 +153,9 @@ def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
     return sorted(map(list, groups))
 
 
-TIDY = [
-    *(package for package in PACKAGES if package != "sage_kernels"),
-    pytest.param(
-        "sage_kernels",
-        marks=pytest.mark.xfail(reason="until sage_kernels.api owns the choice between kernels", strict=True),
-    ),
-]
-
-
-LONG_UNTIL_REWRITTEN = {"sage_backend.engine.impl.forward"}
+def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function is compiled for a GPU: decorated with triton.jit or gluon.jit."""
+    return any("jit" in ast.unparse(decorator).partition("(")[0] for decorator in function.decorator_list)
 
 
 def test_the_search_for_cycles_finds_them():
@@ -179,7 +172,7 @@ def f():
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}, "e": {"a"}}) == [["b", "c"], ["d"]]
 
 
-@pytest.mark.parametrize("package", TIDY)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_module_imports_itself_through_others(package):
     """Imports inside functions count: they hide a circle, and do not open it."""
     assert [cycle for cycle in cycles(IMPORTED) if cycle[0].partition(".")[0] == package] == []
@@ -204,7 +197,7 @@ def test_rooms_import_downwards_only():
     assert wrong == []
 
 
-@pytest.mark.parametrize("package", TIDY)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_modules_and_functions_are_short(package):
     """A longer module gives its reason in its docstring, in a line that begins with "Length:". Kernels may be longer."""
     long = []
@@ -213,10 +206,10 @@ def test_modules_and_functions_are_short(package):
         tree, lines = ast.parse(source), source.count("\n")
         if lines > MOST_LINES and "\nLength: " not in (ast.get_docstring(tree) or ""):
             long.append(f"{name}: {lines} lines")
-        for node in ast.walk(tree) if package != "sage_kernels" else ():
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_kernel(node):
                 lines = (node.end_lineno or 0) - node.lineno + 1
-                if lines > MOST_LINES_OF_A_FUNCTION and f"{name}.{node.name}" not in LONG_UNTIL_REWRITTEN:
+                if lines > MOST_LINES_OF_A_FUNCTION:
                     long.append(f"{name}.{node.name}: {lines} lines")
     assert long == []
 

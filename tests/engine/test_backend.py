@@ -2,6 +2,7 @@
 """The anchors of a layer, without an engine: whose they are, where they come from, and when they are fixed and forgotten; and
 whose queries are smoothed."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from paged_batch import relative_error
 from sage_backend import options, plugin
 from sage_backend.demo import MODEL_DIR
 from sage_backend.features import calibration_file
-from sage_kernels import reference
+from sage_kernels import Modifiers, PagedBatch, reference
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 128
 
@@ -79,10 +80,10 @@ def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
     layer.impl.v_anchor = torch.randn(KV_HEADS, HEAD_DIM) + 3
     key = torch.randn(20, KV_HEADS, HEAD_DIM) + 3
     store(layer, key)
-    starts, lengths = torch.tensor([0, 20], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
-    metadata = SageMetadata(20, 0, 0, 1, None, starts, lengths, torch.zeros(1, 1, dtype=torch.int32), 20, 20)
+    table, lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[0]], [20], [0, 20]))
+    metadata = SageMetadata.of(PagedBatch(table, lengths, starts, 1, 20), 20, num_decodes=0, num_decode_tokens=0)
     query = torch.randn(20, HEADS, HEAD_DIM)
-    exact = reference.exact_attention(query, key, key, 0.125, soft_cap=5.0)
+    exact = reference.exact_attention(query, key, key, 0.125, Modifiers(soft_cap=5.0))
 
     def attend(impl: Any, target: str | None) -> torch.Tensor:
         asking = SimpleNamespace(kv_sharing_target_layer_name=target)
@@ -107,9 +108,9 @@ def test_queries_of_prompts_are_smoothed(layer: Any) -> None:
     impl = layer.impl
     key = torch.randn(120, KV_HEADS, HEAD_DIM)
     store(layer, key)
-    starts, lengths = torch.tensor([0, 3, 93], dtype=torch.int32), torch.tensor([120, 100], dtype=torch.int32)
-    table = torch.zeros(2, 1, dtype=torch.int32)
-    metadata = SageMetadata(93, 1, 3, 3, None, starts, lengths, table, 120, 100)
+    table, lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[0], [0]], [120, 100], [0, 3, 93]))
+    requests = PagedBatch(table, lengths, starts, 3, 120)
+    metadata = SageMetadata.of(requests, 93, num_decodes=1, num_decode_tokens=3, max_prefill_len=100)
     query = torch.randn(93, HEADS, HEAD_DIM)
     query[..., ::17] += 20
     outputs = []
@@ -117,9 +118,9 @@ def test_queries_of_prompts_are_smoothed(layer: Any) -> None:
         outputs.append(impl.forward(layer, query, key, key, layer.kv_cache, metadata, torch.empty_like(query)))
     assert torch.equal(outputs[0][:3], outputs[1][:3])
     pages = impl.layout.pages(layer.kv_cache)
-    mask = {"soft_cap": 5.0, "anchor": impl.anchor}
+    plain = Modifiers(soft_cap=5.0, k_anchor=impl.anchor)
     expected = [
-        reference.attention(query, pages, impl.layout, table, lengths, starts, 0.125, **mask, q_block=q_block)
+        reference.attention(query, pages, impl.layout, requests, 0.125, replace(plain, q_block=q_block))
         for q_block in (0, reference.tile_tokens(HEADS // KV_HEADS))
     ]
     for output, one, other in zip(outputs, expected, reversed(expected), strict=True):

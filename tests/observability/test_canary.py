@@ -19,7 +19,7 @@ from sage_backend.observability.canary import LARGEST, QUERIES, TOKENS, Canary, 
 from sage_backend.observability.recorder import Recorder
 from sage_backend.observability.sinks import FileValues
 from sage_backend.options import SageOptions
-from sage_kernels import reference
+from sage_kernels import Modifiers, reference
 from sage_paged import PageLayout
 
 CPU = torch.device("cpu")
@@ -82,8 +82,8 @@ def test_error(mask: dict[str, Any]) -> None:
         soft_cap=mask.get("soft_cap", 0.0), sinks=sinks,
     )  # fmt: skip
     prompt = slice(start, start + tokens)
-    how = {"window": impl.window, "soft_cap": impl.soft_cap, "sinks": sinks}
-    exact = reference.exact_attention(query[prompt], key[prompt], value[prompt], impl.scale, **how)
+    modifiers = Modifiers(impl.window, impl.soft_cap, sinks)
+    exact = reference.exact_attention(query[prompt], key[prompt], value[prompt], impl.scale, modifiers)
     out = torch.full(query.shape, torch.nan)
     checked = slice(start + tokens - QUERIES, start + tokens)
     out[checked, 2:4] = exact[-QUERIES:, 2:4] * 1.25

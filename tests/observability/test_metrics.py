@@ -32,7 +32,7 @@ from sage_backend.observability.recorder import Recorder
 from sage_backend.observability.sinks import FileValues
 from sage_backend.observability.work import QueryBlocks, Work
 from sage_backend.options import SageOptions
-from sage_kernels import reference
+from sage_kernels import KernelChoice, PagedBatch, reference
 from sage_paged import Memory, PageLayout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,8 @@ def test_rows_are_those_that_are_read(lengths: tuple[int, int], query_block: int
     layout, memory = PageLayout(64, tokens=64, has_summary=True), Memory(70, 130, 3, 64)
     starts, ends = torch.tensor([0, queries, queries]), torch.tensor([tokens, 0])
     query, table = torch.randn(queries, 1, 64), torch.arange(20).expand(2, -1)
-    lists = reference.recall(query, layout.empty(20, 1), layout, table, ends, starts, memory, query_block)
+    requests = PagedBatch(table, ends, starts)
+    lists = reference.select_pages(query, layout.empty(20, 1), layout, requests, memory, query_block)
     rows = QueryBlocks.of(memory, 64, np.array([queries, 0]), np.array([tokens, 0]), query_block)
     read = [length for length in lists.seq_lens.tolist() if length]
     assert rows.read.tolist() == read
@@ -131,11 +132,9 @@ def test_steps(recorder: Recorder, tmp_path: Path) -> None:
 
 def test_prompts_that_get_a_slower_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Smoothed queries are the reason, which the recorder learns from the engine's options."""
-    from sage_kernels import decode, prefill
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(prefill, "choose_kernel", lambda *which: (None, "smooth_q") if which[-1] else (object(), None))
-    monkeypatch.setattr(decode, "choose_kernel", lambda *_: object())
+    choices = {True: KernelChoice("portable", "hopper", "smooth_q"), False: KernelChoice("hopper", "hopper")}
+    monkeypatch.setattr(recording, "choose_kernels", lambda *which: choices[which[-1]])
     for smooth_q in (True, False):
         values = FileValues(tmp_path, f"sage-{int(smooth_q)}", ("a model", "0"))
         recorder = Recorder(values, SageOptions(smooth_q=smooth_q))

@@ -14,7 +14,7 @@ from engines import capacity, engine, environment, greedy, heldout_prompts, prom
 from sage_backend.demo import MODEL_DIR
 from sage_backend.features import calibration_file, observers
 from sage_backend.tools import calibrate, cli
-from sage_kernels import reference
+from sage_kernels import Modifiers, PagedBatch, reference
 from sage_paged import PageLayout
 
 
@@ -124,24 +124,26 @@ def test_errors_of_pages(soft_cap: float, smooth_q: bool) -> None:
     g = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(300, heads, 64, generator=g) for heads in (4, 2, 2))
     query[..., ::17] += 20 * smooth_q
-    smoothed = {name: torch.randn(2, 64, generator=g) for name in ("anchor", "v_anchor")}
+    anchor, v_anchor = (torch.randn(2, 64, generator=g) for _ in range(2))
+    q_block = 32 if smooth_q else 0
     shape = {"head_size": 64, "scale": 0.125, "window": 0, "soft_cap": soft_cap, "sinks": None}
-    of_prompts = {"q_block": 32 if smooth_q else 0}
-    impl = SimpleNamespace(**shape, layout=PageLayout(64), **smoothed, smoothing_of_prompts=lambda device: of_prompts)
+    impl = SimpleNamespace(
+        **shape, layout=PageLayout(64), anchor=anchor, v_anchor=v_anchor, q_block=lambda device, layout: q_block
+    )
     watch = observers.PageErrors(impl)
     watch.stored(torch.cat([key, key[:1]]), torch.cat([value, value[:1]]), torch.tensor([*range(300), -1]))
     watch.attended(query)
     watch.attended(query[:1])  # a decode
-    exact = reference.exact_attention(query, key, value, 0.125, soft_cap=soft_cap)[-256:]
+    exact = reference.exact_attention(query, key, value, 0.125, Modifiers(soft_cap=soft_cap))[-256:]
     assert watch.squares["exact"] == pytest.approx(float(exact.square().sum()), rel=1e-4)
-    starts, lengths, table = torch.tensor([0, 256]), torch.tensor([300]), torch.arange(3)[None]
+    requests = PagedBatch(torch.arange(3)[None], torch.tensor([300]), torch.tensor([0, 256]))
+    modifiers = Modifiers(soft_cap=soft_cap, k_anchor=anchor, v_anchor=v_anchor, q_block=q_block)
     query = query[-256:]
     for bits in (4, 8):
         layout = PageLayout(64, bits)
         pages = layout.empty(3, 2)
-        reference.store(key, value, pages, torch.arange(300), layout, **smoothed)
-        where = layout, table, lengths, starts, 0.125
-        out = reference.attention(query, pages, *where, soft_cap=soft_cap, **smoothed, **of_prompts)
+        reference.store(key, value, pages, torch.arange(300), layout, anchor, v_anchor)
+        out = reference.attention(query, pages, layout, requests, 0.125, modifiers)
         assert watch.squares[bits] == pytest.approx(float((out - exact).square().sum()), rel=0.02)
 
 

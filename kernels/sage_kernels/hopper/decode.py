@@ -230,8 +230,10 @@ def _attend_page(
     WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: the query tile against page n of the span, once its copy has arrived. tokens: 0 to PAGE - 1.
-    first_token: the page's first token, counted from the first page that is read. Returns the new SoftmaxState."""
+    """One step of the online softmax: the query tile against page n of the span, once its copy has arrived.
+
+    tokens: 0 to PAGE - 1. first_token: the page's first token, counted from the first page that is read. Returns the new
+    SoftmaxState."""
     SCALES: gl.constexpr = 2 if K_BITS == 8 else 1
     slot = n % STAGES
     wait_full(buffers.full, n, STAGES)

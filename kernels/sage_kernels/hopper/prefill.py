@@ -12,6 +12,8 @@ next, in one straight run of instructions. Heads of 256 channels leave no regist
 the logits of the next, and P V is accumulated a quarter of the channels at a time.
 
 What limits the speed, and what was tried: docs/developer/kernel-tuning.md.
+
+Length: the four partitions of one kernel share its barriers and buffers, and are read together.
 """
 
 from dataclasses import replace
