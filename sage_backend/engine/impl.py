@@ -65,27 +65,29 @@ class SageImpl(AttentionImpl[SageMetadata]):
         self.smooth_q = options.current().smooth_q
         self.calibration = options.current().calibration
         self.observer: observers.Observer | None = None
-        """Is shown what this layer works on, if it is there."""
+        """Sees the keys, values and queries of this layer, if there is one."""
         self.anchor: torch.Tensor | None = None
-        """What is subtracted from this layer's keys, float32 [kv_heads, head_size]; all NaN until the first tokens fix it."""
+        """Subtracted from this layer's keys, float32 [kv_heads, head_size]; all NaN until the first tokens fix it."""
         self.calibrated = False
-        """Whether the anchor is that of a calibration."""
+        """Whether the anchor comes from a calibration."""
         self.v_anchor: torch.Tensor | None = None
-        """What is subtracted from this layer's values, float32 [kv_heads, head_size], if a calibration has it."""
+        """Subtracted from this layer's values, float32 [kv_heads, head_size], if a calibration has it."""
         self.anchors_made = False
-        """Whether both are what they have to be, which may be None."""
+        """Whether both anchors have been set, if only to None."""
         self.memory = None if self.window else options.current().memory
-        """What is read of long contexts, unless the layer is one of those that are left dense."""
+        """The option `memory`, unless the layer has a sliding window. `memory_of` also respects dense layers."""
         self.frequencies: tuple[float, ...] = ()
+        """RoPE frequencies, radians a position, if pages are rotated (`sage_backend.features.positions` sets them)."""
         self.max_pages = 0
-        """Of the model's positions and of the longest context, if pages are turned (see `sage_backend.positions`)."""
+        """Pages of the longest context, if pages are rotated."""
 
     @property
     def rotates_pages(self) -> bool:
+        """Whether keys are read at other positions than their own."""
         return self.memory is not None and bool(self.memory.extrapolate)
 
     def smoothing_of_prompts(self, device_: torch.device) -> dict[str, Any]:
-        """What attention of prompts on a device takes so that queries are smoothed, if they are."""
+        """The arguments by which prefill kernels on a device smooth queries; none if queries are not smoothed."""
         if not self.smooth_q:
             return {}
         if device_.type == "cpu":
@@ -94,20 +96,20 @@ class SageImpl(AttentionImpl[SageMetadata]):
 
     @torch.inference_mode()  # in which it was allocated
     def forget_anchor(self) -> None:
-        """Let the next tokens fix the anchor anew, if they did. No key that is still needed may have been stored with it."""
+        """Let the next tokens fix the anchor again, unless it comes from a calibration. Keys that are stored become invalid."""
         if self.anchor is not None and not self.calibrated:
             self.anchor.fill_(torch.nan)
 
     def make_anchors(self, layer: Any, device_: torch.device) -> None:
-        """Take the anchors from the calibration, if there is one; that of keys is left to the first tokens elsewhere."""
+        """Take the anchors from the calibration, if there is one. Otherwise the first tokens will fix that of keys."""
         self.anchors_made = True
         if self.smooth_k:
             shape = self.num_kv_heads, self.head_size
             self.anchor = torch.full(shape, torch.nan, dtype=torch.float32, device=device_)
         if self.calibration is None:
             return
-        share = self.num_kv_heads, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        found, v_found = calibration_file.anchors(self.calibration, layer.layer_name, *share)
+        worker = self.num_kv_heads, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        found, v_found = calibration_file.anchors(self.calibration, layer.layer_name, *worker)
         if self.smooth_v and v_found is not None:
             self.v_anchor = v_found.to(device_)
         if self.anchor is not None and found is not None:
@@ -124,8 +126,8 @@ class SageImpl(AttentionImpl[SageMetadata]):
         if kv_cache.numel() == 0:  # the profiling run has no cache yet
             return
         if not self.anchors_made:
-            # Here and no earlier: what is allocated with the weights or with the KV cache does not survive sleep mode. vLLM
-            # runs every batch that it captures once before, so that this is no part of a graph.
+            # Not earlier: tensors that are allocated with the weights or with the KV cache do not survive sleep mode. And not
+            # in a CUDA graph: vLLM runs every batch once before it captures it.
             self.make_anchors(layer, key.device)
         tokens = slot_mapping.numel()
         pages = self.layout.pages(kv_cache)
@@ -134,7 +136,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         if key.device.type == "cpu":
             store = reference.store
         else:
-            from sage_kernels.store import store
+            from sage_kernels.store import store  # needs Triton, which a CPU build of vLLM lacks
 
         store(key[:tokens], value[:tokens], pages, slot_mapping, self.layout, self.anchor, self.v_anchor)
 
@@ -155,7 +157,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
             raise NotImplementedError("--attention-backend sage does not quantize its output; disable the fusion pass")
         if attn_metadata is None or kv_cache.numel() == 0:  # profiling and warm-up
             if query.device.type != "cpu":
-                from sage_kernels.prefill import scratch_bytes
+                from sage_kernels.prefill import scratch_bytes  # needs Triton
 
                 # vLLM looks how much is in use at most, and leaves that free when it makes the cache.
                 scratch = scratch_bytes(query.device, self.layout, self.num_heads // self.num_kv_heads, self.smooth_q)
@@ -183,7 +185,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         if query.device.type == "cpu":
             decode = prefill = cpu.attention
         else:
-            from sage_kernels.decode import decode
+            from sage_kernels.decode import decode  # need Triton
             from sage_kernels.prefill import prefill
 
             how = {"max_query_len": m.max_decode_query_len, "workspace": m.workspace}
@@ -218,38 +220,38 @@ class SageImpl(AttentionImpl[SageMetadata]):
         return output
 
     def memory_of(self, layer: Any) -> Memory | None:
-        """What this layer, whose index is in its name, reads of long contexts."""
+        """This layer's memory, None if it reads everything. layer: vLLM's Attention, whose name has the layer's index."""
         if self.memory is None:
             return None
         dense = self.memory.dense_layers  # asked first, for names are taken apart in every step
         return None if dense and extract_layer_index(layer.layer_name) in dense else self.memory.policy
 
-    def turn_table(self, device_: torch.device) -> torch.Tensor | None:
+    def rotation_table(self, device_: torch.device) -> torch.Tensor | None:
         if not self.rotates_pages:
             return None
-        return positions.turn_table(self.frequencies, self.max_pages, self.layout.tokens, device_)
+        return positions.rotation_table(self.frequencies, self.max_pages, self.layout.tokens, device_)
 
     def store_summaries(self, pages: torch.Tensor, m: SageMetadata, anchor: torch.Tensor | None) -> None:
-        turns = self.turn_table(pages.device)
+        rotations = self.rotation_table(pages.device)
         if pages.device.type == "cpu":
-            reference.store_summaries(pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc, turns, anchor)
+            reference.store_summaries(pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc, rotations, anchor)
         else:
-            from sage_kernels.recall import store_summaries
+            from sage_kernels.recall import store_summaries  # needs Triton
 
             store_summaries(
-                pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc, m.num_tokens, turns, anchor
+                pages, self.layout, m.block_table, m.seq_lens, m.query_start_loc, m.num_tokens, rotations, anchor
             )
 
     def recall(
         self, query: torch.Tensor, pages: torch.Tensor, requests: Requests, memory: Memory, query_block: int,
         max_query_len: int = 1,
     ) -> tuple[Requests, reference.Turns | None]:  # fmt: skip
-        """What to attend to instead of all of the requests' contexts, and how."""
-        args: Any = query, pages, self.layout, *requests, memory, query_block, self.turn_table(query.device)
+        """The page lists to attend to instead of the requests' block tables, and the rotations of their pages."""
+        args: Any = query, pages, self.layout, *requests, memory, query_block, self.rotation_table(query.device)
         if query.device.type == "cpu":
             lists = reference.recall(*args)
         else:
-            from sage_kernels.recall import recall
+            from sage_kernels.recall import recall  # needs Triton
 
             lists = recall(*args, max_query_len=max_query_len)
         return (lists.block_table, lists.seq_lens, lists.query_start_loc), lists.turns
