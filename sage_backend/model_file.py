@@ -41,9 +41,9 @@ class ModelFileFormat:
         """Write a file. An older one is replaced when the new one is complete."""
         from safetensors.torch import save_file  # needed by engines with such a file only
 
-        part = path.with_name(path.name + ".part")
-        save_file(tensors, part, metadata={"format": self.format, "model": identity(model, hf_config), **metadata})
-        os.replace(part, path)
+        partial = path.with_name(path.name + ".part")
+        save_file(tensors, partial, metadata={"format": self.format, "model": identity(model, hf_config), **metadata})
+        os.replace(partial, path)
 
     def check(self, path: str, model_config: Any) -> dict[str, str]:
         """The metadata. Raises ValueError like `read`, and for a file of another model."""

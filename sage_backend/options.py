@@ -29,8 +29,8 @@ def _one_of(*values: Any) -> Allowed:
     return fits, _list(map(json.dumps, values))
 
 
-def _integer(words: str, least: int = 1, most: int | None = None) -> Allowed:
-    return lambda value: type(value) is int and value >= least and (most is None or value <= most), words
+def _integer(words: str, least: int = 1, greatest: int | None = None) -> Allowed:
+    return lambda value: type(value) is int and value >= least and (greatest is None or value <= greatest), words
 
 
 def _list(values: Iterable[Any]) -> str:
@@ -68,7 +68,7 @@ def _memory(page_tokens: int) -> dict[str, Allowed]:
     return {
         "sink_tokens": tokens,
         "local_tokens": _integer(f"a number of tokens, at least {page_tokens}", page_tokens),
-        "topk_pages": _integer(f"a number of pages from 1 to {MAX_TOPK}", most=MAX_TOPK),
+        "topk_pages": _integer(f"a number of pages from 1 to {MAX_TOPK}", greatest=MAX_TOPK),
         "query_block": tokens,
         "extrapolate": (lambda value: value is False or tokens[0](value), f"{tokens[1]} or false"),
         "dense_layers": (_is_indices, "a list of indices such as [0, 1]"),
@@ -98,8 +98,8 @@ class _Section:
                 raise ValueError(self.unknown.format(name=name, known=_list(sorted(allowed))))
             fits, words = allowed[name]
             if not fits(value):
-                told = json.dumps(value, default=repr)
-                raise ValueError(self.wrong.format(name=name, value=value, json=told, allowed=words))
+                as_json = json.dumps(value, default=repr)
+                raise ValueError(self.wrong.format(name=name, value=value, json=as_json, allowed=words))
         return section
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention backend: what vLLM asks of one, answered with pages of `sage_paged` and kernels of `sage_kernels`.
+"""The attention backend: vLLM's interface to the pages of `sage_paged` and the kernels of `sage_kernels`.
 
-A step goes: vLLM's runner builds its common metadata; `SageMetadataBuilder.build` splits the batch into decodes, which stand
-first, and prefills; then for each layer `do_kv_cache_update` writes the new tokens into their pages and `forward` attends.
+In each step, vLLM's runner builds common metadata. `SageMetadataBuilder.build` splits the batch into decodes, which come first,
+and prefills. Then `SageImpl.do_kv_cache_update` writes a layer's new tokens into their pages, and `SageImpl.forward` attends.
 """
 
 from dataclasses import replace
@@ -19,6 +19,8 @@ from sage_backend.engine.metadata import SageMetadataBuilder
 
 
 class SageBackend(AttentionBackend):
+    """`--attention-backend sage`. A KV block is a page."""
+
     forward_includes_kv_cache_update = False
 
     @staticmethod
@@ -39,11 +41,12 @@ class SageBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # The only one where the tokens of a (block, head) are one run of bytes and blocks can be split.
+        # The only layout in which the tokens of a (block, head) are contiguous and blocks can be split.
         return (KVCacheLayout.LBHNC,)
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """The spec with the bytes per token and KV head of a page. Raises ValueError if keys and values differ in size."""
         if spec.head_size_v != spec.head_size:
             raise ValueError(
                 f"--attention-backend sage cannot serve keys of {spec.head_size} and values of {spec.head_size_v} channels"
@@ -53,6 +56,7 @@ class SageBackend(AttentionBackend):
 
     @classmethod
     def validate_configuration(cls, *, device_capability: Any, **config: Any) -> list[str]:  # type: ignore[override]
+        """`checks.reasons` for a layer."""
         return checks.reasons(**config, options=options.current(), capability=device_capability)
 
     @classmethod

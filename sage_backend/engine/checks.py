@@ -96,7 +96,7 @@ def is_chosen(config: Any) -> bool:
 def compression(config: Any) -> tuple[VariatorOptions, list[int]] | None:
     """The option `variator` of an engine of this configuration (VllmConfig) and the ratios of its plugins, or None.
 
-    Raises ValueError for what is no plugin file.
+    Raises ValueError for a file that holds no plugins.
     """
     if not is_chosen(config) or (options := SageOptions.parse(config.additional_config).variator) is None:
         return None

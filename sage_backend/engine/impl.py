@@ -85,9 +85,9 @@ class SageImpl(AttentionImpl[SageMetadata]):
         self.memory = None if self.window else options.current().memory
         """How long contexts are read; None in layers with a sliding window. See also `memory_of`."""
         self.frequencies: tuple[float, ...] = ()
+        """RoPE frequencies, radians a position, if pages are rotated (`sage_backend.features.positions` sets them)."""
         self.max_pages = 0
-        """RoPE frequencies in radians per token, and pages of the longest context; set where `rotates_pages`
-        (`features.positions`)."""
+        """Pages of the longest context, if pages are rotated."""
 
     @property
     def rotates_pages(self) -> bool:
@@ -109,8 +109,8 @@ class SageImpl(AttentionImpl[SageMetadata]):
             self.anchor = torch.full(shape, torch.nan, dtype=torch.float32, device=device_)
         if self.calibration is None:
             return
-        share = self.num_kv_heads, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        found, v_found = calibration_file.anchors(self.calibration, layer.layer_name, *share)
+        worker = self.num_kv_heads, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        found, v_found = calibration_file.anchors(self.calibration, layer.layer_name, *worker)
         if self.smooth_v and v_found is not None:
             self.v_anchor = v_found.to(device_)
         if self.anchor is not None and found is not None:
@@ -130,8 +130,8 @@ class SageImpl(AttentionImpl[SageMetadata]):
         if kv_cache.numel() == 0:  # the profiling run has no cache yet
             return
         if not self.anchors_made:
-            # Here and no earlier: what is allocated with the weights or with the KV cache does not survive sleep mode. vLLM
-            # runs every batch that it captures once before, so that this is no part of a graph.
+            # Not earlier: tensors that are allocated with the weights or with the KV cache do not survive sleep mode. And not
+            # in a CUDA graph: vLLM runs every batch once before it captures it.
             self.make_anchors(layer, key.device)
         tokens = slot_mapping.numel()
         key, value = key[:tokens], value[:tokens]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What changes how a layer attends: calibrations, observers of layers, and positions of pages."""
+"""Features of a layer's attention: calibration, observers, and RoPE frequencies for pages at other positions."""

@@ -9,26 +9,26 @@ import torch
 from sage_kernels import reference
 
 _KNOWN = ("RotaryEmbedding", "Llama3RotaryEmbedding")
-"""vLLM's rotary embeddings whose angle is a channel's frequency times the position, whatever the length of the context."""
+"""vLLM's rotary embeddings whose angles are frequency times position, whatever the length of the context."""
 _ROPE_TYPES = ("default", "llama3")
 
 
 def check(model_config: Any) -> None:
-    """Raises ValueError, in one line, for a model (ModelConfig) whose configuration names another form of positions."""
+    """Raises ValueError, in one line, for a model (ModelConfig) whose configuration names another form of RoPE."""
     rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
+    form = rope.get("rope_type", "default")
     if "mrope_section" in rope:
-        kind = "mrope"
+        form = "mrope"
     elif rope.get("partial_rotary_factor", 1.0) != 1.0:
-        kind = "partial"
-    if kind not in _ROPE_TYPES:
-        raise ValueError(_refusal(model_config.model, f"of the form {kind!r}"))
+        form = "partial"
+    if form not in _ROPE_TYPES:
+        raise ValueError(_refusal(model_config.model, f"of the form {form!r}"))
 
 
-def _refusal(model: str, what: str) -> str:
+def _refusal(model: str, positions: str) -> str:
     return (
-        f'"extrapolate" in option "memory" cannot serve {model}: its rotary positions are {what}, and only those of the forms '
-        f"{' and '.join(map(repr, _ROPE_TYPES))}, over whole heads in halves, can be turned; leave it out"
+        f'"extrapolate" in option "memory" cannot serve {model}: its rotary positions are {positions}, and only those of the '
+        f"forms {' and '.join(map(repr, _ROPE_TYPES))}, over whole heads in halves, can be changed; leave it out"
     )
 
 
@@ -45,9 +45,9 @@ def find_frequencies(model: torch.nn.Module, config: Any) -> None:
             rotary: Any = model.get_submodule(name.rpartition(".")[0]).get_submodule("rotary_emb")
         except AttributeError:
             raise ValueError(_refusal(config.model_config.model, f"not found beside {name}")) from None
-        kind = type(rotary).__name__
-        if kind not in _KNOWN or not rotary.is_neox_style or rotary.rotary_dim != impl.head_size:
-            raise ValueError(_refusal(config.model_config.model, f"of the form {kind!r}"))
+        form = type(rotary).__name__
+        if form not in _KNOWN or not rotary.is_neox_style or rotary.rotary_dim != impl.head_size:
+            raise ValueError(_refusal(config.model_config.model, f"of the form {form!r}"))
         impl.frequencies = tuple(rotary._compute_inv_freq(rotary.base).tolist())
         impl.max_pages = -(-config.model_config.max_model_len // impl.layout.tokens) + 1
 

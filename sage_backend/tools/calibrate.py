@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is best for a model's keys and values, found on a text before it is served: `sage calibrate MODEL --out FILE`.
+"""Offline calibration: per-layer key and value means and, optionally, key precision. `sage calibrate MODEL --out FILE`.
 
-Without a calibration, the first tokens that a server stores fix the anchors (`sage_kernels.reference.fix_anchor`). Here they
-are the mean keys of a whole text. They are the same for every process that loads the file, so pages may leave the process, and
-they are closer to what a prompt has in its middle and at its end, where keys have been rotated further. Layers whose values
-have enough in common (`LEAST_SHARE`) get an anchor of values as well, which first tokens never fix.
+Without a calibration, the first tokens that a server stores fix the anchors (`sage_kernels.reference.fix_anchor`). A
+calibration takes the mean keys of a whole text. They are the same for every process that loads the file, so pages may leave the
+process, and they are closer to keys in the middle and at the end of a prompt, which have been rotated further. Layers whose
+values have a large enough mean (`MIN_MEAN_FRACTION`) get an anchor of values as well, which first tokens never fix.
 
 With `--k-bits auto`, each layer's attention is computed with every kind of page, and a layer gets the smallest whose error is
 within the budget: the adaptive quantization of SageAttention (Zhang et al., ICLR 2025, section 4), with the relative L2 error
@@ -32,27 +32,29 @@ from sage_backend.tools.engines import Run, engine
 from sage_backend.tools.text import read_text, windows
 from sage_paged import K_BITS
 
-LEAST_SHARE = 0.05
-"""An anchor of values is kept if it takes more than this share off their mean square. Codes of e4m3 have errors in proportion
-to what they stand for, so that those of V then fall by 2.5%, and attention's, half of which or less come from V, by 1%. Less
-than that is not worth touching every output once more."""
+MIN_MEAN_FRACTION = 0.05
+"""An anchor of values is kept if it reduces their mean square by more than this fraction. Errors of e4m3 are proportional to
+the values, so V's errors fall by 2.5% and attention's, at most half of which come from V, by 1%. A smaller gain is not worth
+another pass over every output."""
 
 
 def _anchors_of(means: list[dict[str, torch.Tensor]], heads: int) -> dict[str, torch.Tensor]:
-    """The anchors of a model with `heads` KV heads, as a file has them. means: those of `Means` by layer, worker by worker."""
+    """The anchors of a model with `heads` KV heads, by the names of the file. means: results of `Means` by layer, one dict a
+    worker."""
     found = {}
     for layer in {layer: None for worker in means for layer in worker}:
-        parts = torch.cat([worker[layer] for worker in means if layer in worker])
-        parts = parts[:: max(1, len(parts) // heads)]  # workers beyond the number of heads repeat one
-        key, value, square = (part.clone() for part in parts.unbind(1))
+        by_head = torch.cat([worker[layer] for worker in means if layer in worker])
+        by_head = by_head[:: max(1, len(by_head) // heads)]  # workers beyond the number of heads repeat one
+        key, value, square = (mean.clone() for mean in by_head.unbind(1))
         found[layer] = key
-        if value.square().sum() > LEAST_SHARE * square.sum():
+        if value.square().sum() > MIN_MEAN_FRACTION * square.sum():
             found[layer + OF_VALUES] = value
     return found
 
 
 def _can_differ(worker: Any) -> bool:
-    """Whether layers can have pages of different sizes without waste: if all need the same number of tokens."""
+    """Whether layers can have pages of different sizes without waste, which takes layers that keep the same tokens."""
+    # This and the other imports of vLLM in functions: it reads VLLM_LOGGING_LEVEL, which `main` sets, when it is imported.
     from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
     return UniformTypeKVCacheSpecs.is_uniform_type(worker.get_kv_cache_spec())
@@ -64,8 +66,8 @@ def _observe(worker: Any) -> None:
 
 
 @torch.inference_mode()  # in which anchors were allocated
-def _judge(worker: Any, anchors: dict[str, torch.Tensor]) -> None:
-    """Have layers judged from now on, with these anchors."""
+def _measure_errors(worker: Any, anchors: dict[str, torch.Tensor]) -> None:
+    """Measure the errors of pages from now on, with these anchors."""
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
@@ -89,15 +91,15 @@ def _means(worker: Any) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """anchors: as a file has them. errors: if they were asked for, the relative L2 error of attention's output, by layer and by
-    bits of keys."""
+    """model_config: vLLM's ModelConfig. anchors: by the names of the file. errors: the relative L2 error of attention's output,
+    by layer and by bits of keys; empty if it was not measured."""
 
     model_config: Any
     anchors: dict[str, torch.Tensor]
     errors: dict[str, dict[int, float]]
 
     def choose(self, budget: float) -> dict[str, int]:
-        """The least bits of each layer's keys whose error is within the budget. Raises ValueError where there are none."""
+        """For each layer, the fewest bits of keys with an error within the budget. Raises ValueError if a layer has none."""
         chosen = {}
         for layer, errors in self.errors.items():
             within = [bits for bits, error in errors.items() if error <= budget]
@@ -108,15 +110,15 @@ class Calibration:
         return chosen
 
 
-def calibrate(model: str, text: str, tokens: int, context: int, judge: bool = False, **arguments: Any) -> Calibration:
-    """Read the first `tokens` tokens of a text in windows of `context`; a second time to `judge` what pages cost.
+def calibrate(model: str, text: str, tokens: int, context: int, measure_errors: bool = False, **arguments: Any) -> Calibration:
+    """Run a model on the first `tokens` tokens of a text in windows of `context`, and again to measure the errors of pages.
 
-    arguments: for the engine. Raises ValueError for a text without tokens, and where layers cannot have different pages.
+    arguments: for the engine. Raises ValueError for a text without tokens, and for errors of layers that need equal pages.
     """
     from vllm import SamplingParams
 
     fixed = {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": context}
-    if judge:
+    if measure_errors:
         fixed["max_num_batched_tokens"] = max(context, 2048)  # for prompts that come whole
     once = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
     with engine(Run.parse("SAGE"), model, **fixed, **arguments) as llm:
@@ -124,7 +126,7 @@ def calibrate(model: str, text: str, tokens: int, context: int, judge: bool = Fa
         prompts: list[Any] = [{"prompt_token_ids": each} for each in windows(llm.get_tokenizer(), text, tokens, context)]
         if not prompts:
             raise ValueError("the text is empty")
-        if judge and not all(llm.collective_rpc(_can_differ)):
+        if measure_errors and not all(llm.collective_rpc(_can_differ)):
             raise ValueError(
                 "--k-bits auto is for models whose layers all attend to all tokens: elsewhere, vLLM gives every layer as many "
                 "bytes as the largest"
@@ -133,10 +135,10 @@ def calibrate(model: str, text: str, tokens: int, context: int, judge: bool = Fa
         llm.generate(prompts, once)
         of_workers = llm.collective_rpc(_means)
         found = _anchors_of(of_workers, config.get_total_num_kv_heads())
-        if not judge:
+        if not measure_errors:
             return Calibration(config, found, {})
-        llm.collective_rpc(_judge, args=(found,))
-        for prompt in tqdm(prompts, "judging pages"):
+        llm.collective_rpc(_measure_errors, args=(found,))
+        for prompt in tqdm(prompts, "errors of pages"):
             llm.generate(prompt, once, use_tqdm=False)
         squares = llm.collective_rpc(_squares)
     errors = {}
@@ -147,12 +149,12 @@ def calibrate(model: str, text: str, tokens: int, context: int, judge: bool = Fa
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit status; what is wrong with the input is told in one line on stderr."""
-    description = "Find on a text what is best for a model's keys and values."
+    """The command. Returns its exit status. Errors in the input go to stderr, in one line."""
+    description = "Calibrate the anchors of a model's keys and values, and the precision of keys, on a text."
     parser = argparse.ArgumentParser(prog="sage calibrate", description=description)
     parser.add_argument("model", help="folder or name")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the calibration")
-    parser.add_argument("--text", type=Path, default=HELDOUT, help="what to read (default: the embedded held-out text)")
+    parser.add_argument("--text", type=Path, default=HELDOUT, help="text to calibrate on (default: the embedded held-out text)")
     parser.add_argument("--tokens", type=int, default=1 << 15, help="how many of its tokens (default: %(default)s)")
     parser.add_argument("--context", type=int, default=2048, help="tokens that are read together (default: %(default)s)")
     parser.add_argument("--k-bits", choices=["auto"], help="choose the bits of each layer's keys, within --budget")
@@ -162,11 +164,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is asked for what only its workers know
-    return run_command(lambda: _write(arguments))
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # workers hold the means and errors
+    return run_command(lambda: _run(arguments))
 
 
-def _write(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> None:
     text = read_text(arguments.text)
     if arguments.tokens < 1 or arguments.context < 2:
         raise ValueError("--tokens must be at least 1 and --context at least 2")
@@ -178,15 +180,15 @@ def _write(arguments: argparse.Namespace) -> None:
         raise ValueError("--budget must be above 0")
     from vllm.platforms import current_platform
 
-    memory = {"kv_cache_memory_bytes": 1 << 30} if current_platform.is_cpu() else {}
+    cache_limits = {"kv_cache_memory_bytes": 1 << 30} if current_platform.is_cpu() else {}
     found = calibrate(
-        arguments.model, text, arguments.tokens, arguments.context, judge=arguments.k_bits is not None,
-        tensor_parallel_size=arguments.tensor_parallel_size, **memory,
+        arguments.model, text, arguments.tokens, arguments.context, measure_errors=arguments.k_bits is not None,
+        tensor_parallel_size=arguments.tensor_parallel_size, **cache_limits,
     )  # fmt: skip
     chosen = found.choose(arguments.budget) if found.errors else {}
     for layer, bits in chosen.items():
-        told = ", ".join(f"INT{each} {error:.4f}" for each, error in sorted(found.errors[layer].items(), reverse=True))
-        print(f"{layer}: INT{bits} (errors: {told})")
+        measured = ", ".join(f"INT{each} {error:.4f}" for each, error in sorted(found.errors[layer].items(), reverse=True))
+        print(f"{layer}: INT{bits} (errors: {measured})")
     save(arguments.out, found.anchors, found.model_config, chosen)
     option = json.dumps({"sage": {"calibration": str(arguments.out)}})
     values = sum(name.endswith(OF_VALUES) for name in found.anchors)

@@ -9,9 +9,9 @@ _COMMANDS = {
     "calibrate": ("sage_backend.tools.calibrate", "find the anchors of a model's keys and values and write them to a file"),
     "needle": ("sage_backend.tools.needle", "recall pass keys from long contexts, and draw what is recalled"),
     "variator": ("sage_backend.tools.variator", "train compression plugins for a model's FFNs"),
-    "doctor": ("sage_backend.tools.doctor", "say whether this machine can serve, and what to do if not"),
+    "doctor": ("sage_backend.tools.doctor", "check whether this machine can serve, and say what to do if not"),
 }
-"""Where each command's `main` is, imported only when it is asked for: doctor has to work where torch and vLLM do not."""
+"""The module of each command's `main`, and its help. Imported when it is called: doctor has to work where torch does not."""
 
 
 def main() -> int:
@@ -19,10 +19,10 @@ def main() -> int:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in _COMMANDS:
         return importlib.import_module(_COMMANDS[name][0]).main(sys.argv[2:])
-    lines = ["usage: sage COMMAND ...", "", *(f"  {each:<10} {what}" for each, (_, what) in _COMMANDS.items())]
-    asked = name in ("-h", "--help")
-    print("\n".join([*lines, "", "sage COMMAND --help lists its options."]), file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
+    lines = ["usage: sage COMMAND ...", "", *(f"  {each:<10} {text}" for each, (_, text) in _COMMANDS.items())]
+    wants_help = name in ("-h", "--help")
+    print("\n".join([*lines, "", "sage COMMAND --help lists its options."]), file=sys.stdout if wants_help else sys.stderr)
+    return 0 if wants_help else 2
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How subcommands of `sage` run, and what they say of errors."""
+"""The frame of every subcommand of `sage`: errors in the input become one line on stderr."""
 
 import sys
 from collections.abc import Callable
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run a command; returns its exit status. What is wrong with its input is told in one line on stderr."""
+    """Run a command; returns its exit status. A ValueError, OSError or RuntimeError becomes one line on stderr."""
     try:
         command()
     except (ValueError, OSError, RuntimeError) as error:
@@ -16,7 +16,8 @@ def run_command(command: Callable[[], None]) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line. Those of pydantic, which vLLM's configurations raise, begin with how many there are."""
+    """The message of an error in one line. pydantic's, which vLLM's configurations raise, begin with a count, which is
+    skipped."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    told = next((line for line in lines if line.startswith("Value error, ")), lines[0])
-    return told.removeprefix("Value error, ").partition(" [type=")[0]
+    message = next((line for line in lines if line.startswith("Value error, ")), lines[0])
+    return message.removeprefix("Value error, ").partition(" [type=")[0]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether this machine can serve with the backend, and what to do about each thing that is missing: `sage doctor`.
+"""Check whether this machine can serve with the backend, and say what to do about each thing that is missing: `sage doctor`.
 
-What is looked for may be missing, so nothing of it is imported before it is its turn.
+Packages are imported inside functions, one after another, since each of them may be missing or broken.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from typing import Any
 from sage_backend import BACKEND, TESTED_VLLM
 
 OK, ABSENT, WARN, FAIL = "ok", "-", "warn", "fail"
-"""States of a finding: as it should be; not there, and needed for other things only; works with reservations; cannot serve."""
+"""States of a finding: fine; absent, and not needed for serving; serves with restrictions; cannot serve."""
 
 PYTHONS = ((3, 11), (3, 13))
 """The first and last Python that vLLM 0.32 installs on."""
 CAPABILITY = (8, 0)
-"""The least compute capability that the kernels compile for."""
+"""The lowest compute capability that the kernels compile for."""
 KERNEL_ERROR = 2e-2
 """Bound on the relative L2 distance of a kernel's output to the reference, as in tests/test_kernels.py."""
 
@@ -42,16 +42,17 @@ _WIDTH = 120
 
 @dataclass(frozen=True)
 class Finding:
-    """remedy: what to do about it, where there is something to do."""
+    """state: one of those above. subject: the thing that was checked. remedy: the user's next step, if there is one."""
 
     state: str
-    what: str
+    subject: str
     text: str
     remedy: str = ""
 
     def __str__(self) -> str:
         indent = " " * 18
-        lines = textwrap.fill(self.text, _WIDTH, initial_indent=f"{self.state:<4}  {self.what:<12}", subsequent_indent=indent)
+        head = f"{self.state:<4}  {self.subject:<12}"
+        lines = textwrap.fill(self.text, _WIDTH, initial_indent=head, subsequent_indent=indent)
         if self.remedy:
             remedy = textwrap.fill(self.remedy, _WIDTH, initial_indent=indent + "-> ", subsequent_indent=indent + "   ")
             lines += "\n" + remedy
@@ -59,7 +60,7 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Everything that serving takes, one after another; what depends on something that is missing is left out."""
+    """Check everything that serving takes. Checks that depend on something missing are left out."""
     yield _python()
     torch, finding = _imported("torch", "torch", _INSTALL)
     yield finding
@@ -79,7 +80,7 @@ def examine() -> Iterator[Finding]:
 
 
 def optional() -> Iterator[Finding]:
-    """What other parts of the repository take."""
+    """Check what other parts of the repository take."""
     try:
         yield Finding(OK, "Ray", importlib.metadata.version("ray"))
     except importlib.metadata.PackageNotFoundError:
@@ -101,20 +102,20 @@ def _python() -> Finding:
     return Finding(FAIL, "Python", platform.python_version(), f"make an environment with Python {versions}")
 
 
-def _imported(what: str, name: str, remedy: str) -> tuple[Any, Finding]:
-    """A module and its version, or None and why it cannot be imported. Broken builds raise more than ImportError."""
+def _imported(subject: str, name: str, remedy: str) -> tuple[Any, Finding]:
+    """The module `name` and a finding with its version, or None and the reason. Broken builds raise more than ImportError."""
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = "not installed" if error.name == name else f"cannot be imported ({_brief(error)})"
-        return None, Finding(FAIL, what, missing, remedy)
+        return None, Finding(FAIL, subject, missing, remedy)
     except Exception as error:
-        return None, Finding(FAIL, what, f"cannot be imported ({_brief(error)})", remedy)
-    return module, Finding(OK, what, str(module.__version__))
+        return None, Finding(FAIL, subject, f"cannot be imported ({_brief(error)})", remedy)
+    return module, Finding(OK, subject, str(module.__version__))
 
 
 def _device(torch: Any) -> tuple[Any, Finding]:
-    """Where vLLM would run (a torch.device), or None where it cannot."""
+    """The torch.device that vLLM would run on, or None if there is none."""
     if torch.version.cuda is None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
         text = f"CPU ({platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB), for tests and for trying out"
@@ -142,7 +143,7 @@ def _device(torch: Any) -> tuple[Any, Finding]:
 
 
 def _has_gpu() -> bool:
-    """Whether NVIDIA's driver knows of one."""
+    """Whether NVIDIA's driver lists a GPU."""
     try:
         return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=20, check=False).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
@@ -170,7 +171,7 @@ def _vllm_version(version: str) -> Finding:
 
 
 def _plugin(on_cpu: bool) -> Finding:
-    """Whether vLLM finds this backend by itself."""
+    """Check that vLLM loads this backend."""
     for group, value in _ENTRY_POINTS.items():
         if value not in {entry.value for entry in importlib.metadata.entry_points(group=group)}:
             remedy = "pip install --no-deps . in a clone of this repository, with this Python"
@@ -223,9 +224,9 @@ def _choice(device: Any) -> Finding:
 
 
 def compile_kernels(device: Any) -> str:
-    """Compile the kernels of the default page and of INT4 keys, run them once and compare what they do with the reference.
+    """Compile the kernels of the default page and of INT4 keys, run them once and compare them with the reference.
 
-    Raises RuntimeError where they differ, and whatever compiling and running them does. Returns what was done.
+    Returns a sentence on what was done. Raises RuntimeError if they differ, and any error of compiling and running them.
     """
     import torch
 
@@ -255,14 +256,14 @@ def compile_kernels(device: Any) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    """The first line of what an error says; traces of compilers are long."""
+    """The first line of an error's message; those of compilers are long."""
     return textwrap.shorten(next(iter(str(error).splitlines()), ""), 160) or type(error).__name__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`sage doctor`; returns its exit status: whether something that serving takes is missing."""
+    """The command. Returns its exit status, 1 if this machine cannot serve."""
     argparse.ArgumentParser(prog="sage doctor", description=(__doc__ or "").partition("\n")[0]).parse_args(argv)
-    # What vLLM and Triton log would stand between the lines, which say the same.
+    # Logs of vLLM and Triton would appear between the lines, and say the same.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.disable(logging.CRITICAL)
     failed = False

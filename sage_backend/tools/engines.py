@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that tools start: one for each run that a user names, and what a report says of the machine."""
+"""The engines that tools start, one for each run that a user names, and the facts that a report has about them."""
 
 import datetime
 import gc
@@ -29,8 +29,8 @@ class Run:
 
     @classmethod
     def parse(cls, text: str) -> "Run":
-        """Raises ValueError, in one line, for what is not a run or names no backend of this vLLM."""
-        head, _, tail = text.partition(":")
+        """Raises ValueError, in one line, for text that is no run or names no backend of this vLLM."""
+        head, _, assignments = text.partition(":")
         name, _, dtype = head.partition("/")
         backend = name.upper()
         try:
@@ -39,26 +39,28 @@ class Run:
             raise ValueError(f"vLLM has no attention backend {name!r}") from None
         booleans = {"false": False, "true": True}
         options: dict[str, Any] = {}
-        for assignment in filter(None, tail.split(",")):
+        for assignment in filter(None, assignments.split(",")):
             option, _, value = assignment.partition("=")
             if backend != BACKEND or not value:
                 raise ValueError(f"{text!r} is not a run; one with options is, for example, SAGE:k_bits=4")
             *sections, option = option.split(".")
-            place = options
+            target = options
             for section in sections:
-                place = place.setdefault(section, {})
-            place[option] = booleans[value] if value in booleans else int(value) if value.isdecimal() else value
+                target = target.setdefault(section, {})
+            target[option] = booleans[value] if value in booleans else int(value) if value.isdecimal() else value
         SageOptions.parse({"sage": options})
         return cls(text, backend, dtype or "auto", options)
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What an engine gets of it."""
+        """The arguments of an engine (EngineArgs) for this run."""
         sage = {"additional_config": {"sage": self.options}} if self.options else {}
         return {"attention_backend": self.backend, "kv_cache_dtype": self.kv_cache_dtype, **sage}
 
     def check(self, model: str, **arguments: Any) -> None:
-        """Raises ValueError, in one line, for what an engine with these arguments would refuse before it loads a model."""
+        """Raises ValueError, in one line, if an engine with these arguments would refuse to start, before a model is loaded."""
+        # This and the other imports of vLLM and torch in functions: `sage COMMAND --help` and refusals do not need them, and
+        # vLLM reads its environment variables, which commands set, when it is imported.
         from vllm.engine.arg_utils import EngineArgs
 
         try:
@@ -69,7 +71,7 @@ class Run:
 
 @contextmanager
 def engine(run: Run, model: str, **arguments: Any) -> Iterator[Any]:
-    """A vLLM engine (`vllm.LLM`) with the run's backend. It is shut down on leaving, so that another can follow."""
+    """A vLLM engine (`vllm.LLM`) with the run's backend. Leaving the context shuts it down, so that another can follow."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -84,8 +86,8 @@ def engine(run: Run, model: str, **arguments: Any) -> Iterator[Any]:
 
 
 def stretched(model: str, tokens: int) -> dict[str, Any]:
-    """What an engine needs beside its arguments to take contexts of `tokens` tokens: where the model's table of positions is
-    shorter, a longer one, with the same frequencies."""
+    """More arguments of an engine, so that it takes contexts of `tokens` tokens: if the model's table of positions is shorter,
+    a longer one with the same frequencies."""
     from vllm.transformers_utils.config import get_config
 
     positions = getattr(get_config(model, trust_remote_code=False).get_text_config(), "max_position_embeddings", tokens)
@@ -114,7 +116,7 @@ def _device() -> str:
 
 
 def circumstances(command: str, model: str) -> dict[str, Any]:
-    """What a report says of how it was made."""
+    """The part of a report that says how it was made. command: the command line; model: folder or name."""
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sage needle`: what an engine recalls from long contexts, by depth and length, drawn as a heat map for each run.
+"""`sage needle`: recall of pass keys from long contexts, by depth and length; with --plots, as a heat map of each run.
 
     sage needle SAGE SAGE:memory.local_tokens=1024,memory.extrapolate=2048 --lengths 2000,8000,32000 --out needle.json
 
-A pass key is told at some depth of a long text and asked for at its end. Runs are those of `sage eval`.
+A pass key is hidden at some depth of a long text and asked for at its end. Runs are named as for `sage eval`.
 """
 
 import argparse
@@ -52,6 +52,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
         raise ValueError(f"there is no folder {arguments.out.absolute().parent} for --out")
     if arguments.plots:
         plots.check()
+    # Not at the top: vLLM reads VLLM_LOGGING_LEVEL, which `main` sets, when it is imported.
     from vllm.platforms import current_platform
 
     limits: dict[str, Any] = {"enforce_eager": True, "enable_prefix_caching": False, "disable_log_stats": True}
@@ -72,11 +73,11 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
                 arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     finally:
         if results:
-            _tell(report, arguments)
+            _print_report(report, arguments)
 
 
-def _tell(report: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Print what runs have recalled, and draw it if that is asked for."""
+def _print_report(report: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Print a report, and write its plots with --plots."""
     rows = [["run", *map(str, report["lengths"])]]
     for result in report["runs"]:
         shares = (sum(hits) / report["depths"] for hits in result["recalled"].values())
@@ -87,7 +88,7 @@ def _tell(report: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit status; what is wrong with the input is told in one line on stderr."""
+    """The command. Returns its exit status. Errors in the input go to stderr, in one line."""
     argv = sys.argv[2:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="sage needle", description="Recall pass keys from long contexts.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="as for `sage eval`, for example SAGE:memory.topk_pages=64")

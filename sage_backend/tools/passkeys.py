@@ -13,9 +13,11 @@ ANSWER_TOKENS = 8  # room for a key of five digits and a space
 def recalls(
     llm: Any, length: int, depths: Iterable[float], document: Sequence[str] = (), progress: bool = True
 ) -> list[bool]:
-    """Whether an engine recalls pass keys that are told at these depths of prompts of `length` tokens, which are a document's
-    lines or filler."""
-    from vllm import SamplingParams
+    """Whether an engine recalls each of the pass keys that are hidden at these depths (0 to 1) of prompts of `length` tokens.
+
+    document: lines that prompts consist of, instead of filler. Raises ValueError for a length that holds no prompt.
+    """
+    from vllm import SamplingParams  # not at the top: it is slow to import, and --help and refusals do not need it
 
     rng, tokenizer = Random(length), llm.get_tokenizer()
     prompts, answers = zip(*(make_passkey(length, depth, rng, tokenizer, document) for depth in depths), strict=True)

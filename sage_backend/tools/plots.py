@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `sage eval` and `sage needle` have found, to look at: PNG files, and an HTML page that holds them and the figures."""
+"""Plots of the results of `sage eval` and `sage needle`: PNG files, and an HTML page with them and the figures."""
 
 import base64
 import html
@@ -20,7 +20,7 @@ th:first-child, td:first-child { text-align: left } img { max-width: 100% } p { 
 
 
 def check() -> None:
-    """Raises ValueError, in one line, where plots cannot be made."""
+    """Raises ValueError, in one line, if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
@@ -28,7 +28,7 @@ def check() -> None:
 
 
 def write(report: dict[str, Any], rows: list[list[str]], folder: Path) -> list[Path]:
-    """Write the plots of a report of `quality` and the page. rows: its table, headings first. Returns the files."""
+    """Write the plots of a report of `sage eval` and the page. rows: its table, headings first. Returns the files."""
     facts = (
         f"{report['predicted_tokens']} tokens of {report['text']} in windows of {report['context']}; {report['device']}; "
         f"vLLM {report['versions']['vllm']}; {report['date'][:10]}. Changes, KL divergence and agreement are against "
@@ -42,14 +42,14 @@ def write(report: dict[str, Any], rows: list[list[str]], folder: Path) -> list[P
 
 
 def write_needle(report: dict[str, Any], rows: list[list[str]], folder: Path) -> list[Path]:
-    """The same for a report of `needle`."""
+    """As `write`, for a report of `sage needle`."""
     facts = (
         f"Keys recalled, {report['depths']} depths of each length in tokens; {report['device']}; "
         f"vLLM {report['versions']['vllm']}; {report['date'][:10]}."
     )
     recalled = {run["run"]: run["recalled"] for run in report["runs"]}
     figures = {"needle": partial(_heat_maps, recalled=recalled)}
-    return _write(folder, "needle", f"What {report['model']} recalls", facts, rows, figures, report["command"])
+    return _write(folder, "needle", f"Pass keys that {report['model']} recalls", facts, rows, figures, report["command"])
 
 
 def _write(
@@ -61,7 +61,7 @@ def _write(
     figures: Mapping[str, Callable[..., Any]],
     command: str,
 ) -> list[Path]:
-    import matplotlib
+    import matplotlib  # an optional package
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -83,14 +83,14 @@ def _write(
 
 
 def _short(run: str) -> str:
-    """The name of a run, a file in its options by its last part only."""
+    """The name of a run, in which paths of files are shortened to their names."""
     head, colon, options = run.partition(":")
     return head + colon + ",".join(option.rpartition("=")[0] + "=" + Path(option.rpartition("=")[2]).name
                                    for option in filter(None, options.split(",")))  # fmt: skip
 
 
 def _quality(plt: Any, runs: list[dict[str, Any]]) -> Any:
-    """Loss and agreement against the memory that they cost."""
+    """Loss and agreement against the capacity of the KV cache."""
     figure, (loss, agreement) = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     for i, run in enumerate(runs):
         looks = {"marker": "D" if i == 0 else "o", "color": f"C{i}", "s": 80, "alpha": 0.7, "zorder": 3}
@@ -108,7 +108,7 @@ def _quality(plt: Any, runs: list[dict[str, Any]]) -> Any:
 
 
 def _heat_maps(plt: Any, recalled: dict[str, dict[str, list[float]]]) -> Any:
-    """A heat map for each run, by its name: the share of keys recalled, by length of the prompt and then by depth."""
+    """A heat map for each run. recalled: the fraction of keys by run, by length of the prompt and then by depth."""
     lengths = list(next(iter(recalled.values())))
     columns = min(len(recalled), 3)
     lines = -(-len(recalled) // columns)
@@ -125,8 +125,8 @@ def _heat_maps(plt: Any, recalled: dict[str, dict[str, list[float]]]) -> Any:
         axes.set_xticks([i + 0.5 for i in range(len(lengths))], lengths)
         axes.tick_params(length=0)
         depths = len(shares)
-        told = range(0, depths, -(-depths // 10))
-        axes.set_yticks([i + 0.5 for i in told], [f"{100 * i / (depths - 1):.0f}%" for i in told])
+        labeled = range(0, depths, -(-depths // 10))
+        axes.set_yticks([i + 0.5 for i in labeled], [f"{100 * i / (depths - 1):.0f}%" for i in labeled])
         axes.set_title("\n".join(textwrap.wrap(_short(run).replace(",", ", "), 44)), fontsize=9)
         axes.set_xlabel("tokens of the prompt")
         axes.spines[:].set_visible(False)

@@ -3,10 +3,10 @@
 
 Each run starts vLLM with its backend, as a user would, and has it predict every token of windows of the text from those
 before it. Since prompts are prefilled through KV pages, the pages' precision is part of what is measured. The first run is
-the baseline that the others are compared with. Pass keys, if asked for, are recalled by greedy decoding.
+the baseline that the others are compared with. With --passkey, pass keys are recalled by greedy decoding.
 
-Compression plugins (the option variator) change how a prompt is read. To see what that does to what follows, `--prompt` says
-how much of each window is the prompt: only the rest is scored, and only the prompt is compressed.
+Compression plugins (the option variator) change how a prompt is computed. To measure their effect on the tokens behind it,
+`--prompt` sets how many tokens of each window are the prompt: only the rest is scored, and only the prompt is compressed.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import numpy as np
 
 from sage_backend.demo import HELDOUT, MODEL_DIR
 from sage_backend.engine.checkpoint import check_model_folder
+from sage_backend.options import MIN_TAIL
 from sage_backend.tools import plots
 from sage_backend.tools.command import run_command
 from sage_backend.tools.engines import Run, circumstances, engine, stretched
@@ -30,21 +31,20 @@ from sage_backend.tools.passkeys import ANSWER_TOKENS, recalls
 from sage_backend.tools.tables import table
 from sage_backend.tools.text import read_text, windows
 from sage_backend.variator.admission import TAIL
-from sage_backend.variator.groups import MIN_TAIL
 
 TOP = 20
-"""Likeliest tokens of each position that an engine reports."""
+"""An engine reports this many most likely tokens of each position."""
 KL_TOP = 10
-"""Likeliest tokens of the baseline that the KL divergence is taken over."""
+"""The KL divergence is taken over this many of the baseline's most likely tokens."""
 PASSKEY_DEPTHS = 10
-"""Where pass keys are told, from the start of the text to its end."""
+"""Depths at which pass keys are hidden, from the start of the text to its end."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one run said of the text. true: float64 [positions], the log-probability of each token; tokens, logprobs:
-    [positions, TOP], the likeliest tokens, best first; passkey: the share of keys recalled by length of prompt, at each of
-    PASSKEY_DEPTHS; kv_tokens: how many tokens fit into the KV cache."""
+    """Scores of one run. true: float64 [positions], the log-probability of each token; tokens, logprobs: [positions, TOP], the
+    most likely tokens, best first; passkey: the fraction of keys recalled by length of prompt, at each of PASSKEY_DEPTHS;
+    kv_tokens: the capacity of the KV cache in tokens."""
 
     true: np.ndarray
     tokens: np.ndarray
@@ -74,8 +74,8 @@ class Scores:
 def _kl(baseline: Scores, other: Scores) -> np.ndarray:
     """KL(baseline || other) of each position over the baseline's KL_TOP likeliest tokens, renormalized over these.
 
-    A token that `other` does not report among its TOP gets the log-probability of the last that it does report, which it
-    is below: the result then is a little too small.
+    A token that is not among the TOP of `other` gets the log-probability of the last of them. Its own is lower, so the result
+    is a little too small.
     """
     tokens = baseline.tokens[:, :KL_TOP]
     same = tokens[:, :, None] == other.tokens[:, None, :]
@@ -91,15 +91,15 @@ def _renormalized(logprobs: np.ndarray) -> np.ndarray:
 
 def _scoring_engine(model: str, context: int) -> dict[str, Any]:
     """Arguments of an engine that scores windows of a text."""
-    from vllm.platforms import current_platform
+    from vllm.platforms import current_platform  # see `measure`
 
-    memory: dict[str, Any] = {"gpu_memory_utilization": 0.8}  # the rest is for the logits of whole prompts
+    cache_limits: dict[str, Any] = {"gpu_memory_utilization": 0.8}  # the rest is for the logits of whole prompts
     if current_platform.is_cpu():
-        memory = {"kv_cache_memory_bytes": 1 << 30}
+        cache_limits = {"kv_cache_memory_bytes": 1 << 30}
     # Log-probabilities of cached tokens would not be computed again.
     fixed: dict[str, Any] = {"enable_prefix_caching": False, "enforce_eager": True, "max_num_batched_tokens": 2048}
-    fixed |= {"disable_log_stats": True}  # vLLM's own default for LLM, which `Run.check` has to see
-    return {"max_model_len": context, "max_logprobs": TOP, **memory, **fixed, **stretched(model, context)}
+    fixed |= {"disable_log_stats": True}  # vLLM's own default for LLM, which `Run.check` needs, too
+    return {"max_model_len": context, "max_logprobs": TOP, **cache_limits, **fixed, **stretched(model, context)}
 
 
 def measure(
@@ -111,12 +111,12 @@ def measure(
     The text is cut into windows that leave room in the context for one more token; each predicts all of its tokens but the
     first and those of the prompt. Raises ValueError for a text or prompt that does not fit.
     """
-    from vllm import SamplingParams
+    from vllm import SamplingParams  # not at the top: vLLM reads VLLM_LOGGING_LEVEL, which `main` sets, when it is imported
 
     context = arguments["max_model_len"]
     with engine(run, model, **arguments) as llm:
         tokenizer = llm.get_tokenizer()
-        # What is scored has to be long enough to be left uncompressed.
+        # The scored part has to be long enough to stay uncompressed.
         least = prompt + MIN_TAIL if prompt else 2
         read = [window for window in windows(tokenizer, text, tokens, context) if len(window) >= least]
         if not read:
@@ -142,15 +142,16 @@ def measure(
     return Scores(logprobs[:, 0], token_ids[:, 1:], logprobs[:, 1:], recalled, kv_tokens)
 
 
-def _figures(results: list[dict[str, Any]]) -> list[list[str]]:
+def _rows(results: list[dict[str, Any]]) -> list[list[str]]:
     """The rows of the table, headings first."""
     lengths = list(results[0]["passkey"])
     head = ["run", "tokens", "loss", "change", "|d logp|", f"top-{KL_TOP} KL", "top-1 %"]
     rows = [[*head, *(f"key@{length} %" for length in lengths)]]
-    for r in results:
-        losses = [f"{r['loss']:.4f}", f"{r['loss_change']:+.4f}", f"{r['mean_abs_logprob_change']:.4f}", f"{r['kl']:.5f}"]
-        shares = [r["top1_agreement"], *(r["passkey"][length] for length in lengths)]
-        rows.append([r["run"], f"{r['kv_capacity']:.2f}x", *losses, *(f"{100 * share:.2f}" for share in shares)])
+    for run in results:
+        losses = [f"{run['loss']:.4f}", f"{run['loss_change']:+.4f}", f"{run['mean_abs_logprob_change']:.4f}"]
+        losses.append(f"{run['kl']:.5f}")
+        shares = [run["top1_agreement"], *(run["passkey"][length] for length in lengths)]
+        rows.append([run["run"], f"{run['kv_capacity']:.2f}x", *losses, *(f"{100 * share:.2f}" for share in shares)])
     return rows
 
 
@@ -158,9 +159,9 @@ def _by_depth(results: list[dict[str, Any]]) -> list[list[str]]:
     """Pass keys by depth, one row a run and length."""
     depths = [f"{depth:.0%}" for depth in np.linspace(0, 1, PASSKEY_DEPTHS)]
     rows = [["keys recalled, %, by depth", "tokens", *depths]]
-    for r in results:
-        for length, shares in r["passkey_by_depth"].items():
-            rows.append([r["run"], length, *(f"{100 * share:.0f}" for share in shares)])
+    for run in results:
+        for length, shares in run["passkey_by_depth"].items():
+            rows.append([run["run"], length, *(f"{100 * share:.0f}" for share in shares)])
     return rows
 
 
@@ -218,11 +219,11 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
                 arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     finally:
         if report:
-            _tell(report, arguments)
+            _print_report(report, arguments)
 
 
 def _report(runs: Sequence[Run], scores: Sequence[Scores], arguments: argparse.Namespace, command: str) -> dict[str, Any]:
-    """Of the runs that have been scored."""
+    """The report on the runs that have been scored."""
     return {
         **circumstances(command, arguments.model),
         "text": arguments.text.name,
@@ -233,12 +234,12 @@ def _report(runs: Sequence[Run], scores: Sequence[Scores], arguments: argparse.N
     }
 
 
-def _tell(report: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Print a report, and draw it if that is asked for."""
+def _print_report(report: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Print a report, and write its plots with --plots."""
     results, predicted = report["runs"], report["predicted_tokens"]
     baseline = results[0]["run"]
     print(f"{predicted} tokens predicted; loss in nats per token; changes, KL and agreement against {baseline}")
-    rows = _figures(results)
+    rows = _rows(results)
     print(table(rows))
     if results[0]["passkey"]:
         print("\n" + table(_by_depth(results)))
@@ -247,11 +248,12 @@ def _tell(report: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit status; what is wrong with the input is told in one line on stderr."""
+    """The command. Returns its exit status. Errors in the input go to stderr, in one line."""
     argv = sys.argv[2:] if argv is None else argv
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm.platforms import current_platform  # asking torch for a GPU would keep vLLM from forking
+    # Asking torch for a GPU instead would keep vLLM from forking.
+    from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         # One process instead of three, each of which would spend half a minute on importing vLLM.

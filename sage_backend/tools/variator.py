@@ -94,5 +94,5 @@ def _run(arguments: argparse.Namespace) -> None:
     files.save(arguments.out, plugins, arguments.model, config)
     checkpoint.unlink(missing_ok=True)
     added = sum(parameter.numel() for parameter in training.modules.parameters())
-    share = added / sum(parameter.numel() for parameter in model.parameters())
-    print(f"{arguments.out}: {added:,} parameters in {len(layers)} layers, {100 * share:.2f}% of the model's")
+    fraction = added / sum(parameter.numel() for parameter in model.parameters())
+    print(f"{arguments.out}: {added:,} parameters in {len(layers)} layers, {100 * fraction:.2f}% of the model's")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's side: plugins attached to a model's FFNs, and which rows of a step they compress.
+"""The worker's side: plugins attached to a model's FFNs, and the rows of a step that they compress.
 
-The FFN of a layer becomes one custom op, which torch.compile does not look into and piecewise CUDA graphs leave out: how many
-rows it computes depends on the step. A CUDA graph of a whole decode captures what it does without compression, the plain FFN.
+The FFN of a layer becomes one custom op, which torch.compile does not look into and piecewise CUDA graphs leave out, since the
+number of rows that it computes depends on the step. A CUDA graph of a whole decode captures the plain FFN.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,8 @@ direct_register_custom_op("ffn", _ffn, mutates_args=["out"], fake_impl=lambda x,
 
 
 class CompressedFFN:
-    """A FFN and its plugins by ratio. attention: vLLM's name of the same layer's attention, whose metadata say what to do."""
+    """A FFN and its plugins by ratio. attention: vLLM's name of the same layer's attention, whose metadata have the
+    segments."""
 
     def __init__(
         self, plain: Callable[[Tensor], Tensor], plugins: dict[int, CompressionPlugin], attention: str
@@ -49,11 +50,11 @@ class CompressedFFN:
         if not cut:
             out.copy_(self.plain(x))
             return
-        parts = [x[segment.first : segment.end] for segment in cut]
-        pooled = [part if s.ratio == 1 else self.plugins[s.ratio].pool(part) for s, part in zip(cut, parts, strict=True)]
+        inputs = [x[segment.first : segment.end] for segment in cut]
+        pooled = [rows if s.ratio == 1 else self.plugins[s.ratio].pool(rows) for s, rows in zip(cut, inputs, strict=True)]
         results = self.plain(torch.cat(pooled)).split([segment.rows for segment in cut])
-        for segment, part, y in zip(cut, parts, results, strict=True):
-            out[segment.first : segment.end] = y if segment.ratio == 1 else self.plugins[segment.ratio].expand(y, part)
+        for segment, rows, y in zip(cut, inputs, results, strict=True):
+            out[segment.first : segment.end] = y if segment.ratio == 1 else self.plugins[segment.ratio].expand(y, rows)
         out[cut[-1].end :] = 0  # padding
 
 
@@ -65,7 +66,7 @@ class Compressor:
         self.recorder = recorder
         self.plans: dict[str, CompressionPlan] = {}
         self.order: Callable[[], Sequence[str]] = list
-        """The requests of the step in the order of the batch."""
+        """Returns the ids of the step's requests in the order of the batch (see `engine.patches.model_runner`)."""
         self._shape = layers, hidden, intermediate
         self._in_step = self._counted = False
 
@@ -87,7 +88,7 @@ class Compressor:
             self._in_step = False
 
     def segments(self, common: Any, num_decodes: int) -> list[Segment]:
-        """Of the step's batch (CommonAttentionMetadata), whose first `num_decodes` requests are decodes."""
+        """The segments of the step's batch (CommonAttentionMetadata), whose first `num_decodes` requests are decodes."""
         if not self._in_step:
             return []
         starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound.tolist()
@@ -115,7 +116,7 @@ def saved_operations(tokens: int, ratio: int, layers: int, hidden: int, intermed
 def attach(worker: Any, config: Any, options: VariatorOptions, ratios: list[int]) -> Compressor:
     """Give the FFNs of a worker's model, which has been loaded, plugins of these ratios. config: VllmConfig.
 
-    Returns the compressor, which has yet to be told of steps (`engine.patches.model_runner`). Raises ValueError for a model
+    Returns the compressor, which learns of steps through `engine.patches.model_runner`. Raises ValueError for a model
     that lacks one of the FFNs.
     """
     runner, known = worker.model_runner, config.compilation_config.static_forward_context

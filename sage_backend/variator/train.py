@@ -37,8 +37,8 @@ CHECKPOINT_EVERY = 50  # steps
 
 @dataclass(frozen=True)
 class Batch:
-    """ids: int64 [rows, tokens], of which the first `cut` are the prompt. scored: bool [rows, tokens - cut], which predictions
-    behind it count."""
+    """ids: int64 [rows, tokens], of which the first `cut` are the prompt. scored: bool [rows, tokens - cut], the predictions
+    behind it that count."""
 
     ids: Tensor
     cut: int
@@ -110,7 +110,7 @@ class Attached:
         return forward
 
     def compressed(self, name: str, ratio: int, x: Tensor) -> Tensor:
-        """What the FFN and its plugin make of x [rows, tokens, hidden]."""
+        """The output of the FFN and its plugin for x; both are [rows, tokens, hidden]."""
         plugin = self.plugins[name][ratio]
         return plugin.expand(self.plain[name](plugin.pool(x)), x)
 
@@ -122,14 +122,14 @@ class Attached:
         self._ratio = 1
 
     def log_probabilities(self, batch: Batch) -> Tensor:
-        """Of every token behind the prompt's, float32 [scored, vocabulary]."""
+        """The log-probabilities behind the prompt that are scored, float32 [scored, vocabulary]."""
         keep = batch.ids.shape[1] - batch.cut
         logits = self.model(batch.ids, logits_to_keep=keep, use_cache=False).logits
         return logits[batch.scored].float().log_softmax(-1)
 
 
 def layer_loss(model: Attached, batch: Batch) -> Tensor:
-    """The squared error of every plugin, over the variance of what it should give; the mean over plugins."""
+    """The squared error of each plugin over the variance of the FFN's output, averaged over plugins. float32 []."""
     with torch.no_grad():
         model.model(batch.ids, logits_to_keep=1, use_cache=False)
     losses = []
@@ -204,6 +204,6 @@ def train(training: Training, checkpoint: Path, settings: dict[str, Any]) -> Non
             bar.update()
             bar.set_postfix({phase: f"{losses[phase]:.4f}"}, refresh=False)
             if training.step % CHECKPOINT_EVERY == 0:
-                part = checkpoint.with_name(checkpoint.name + ".part")
-                torch.save({"settings": settings, **training.state()}, part)
-                os.replace(part, checkpoint)
+                partial = checkpoint.with_name(checkpoint.name + ".part")
+                torch.save({"settings": settings, **training.state()}, partial)
+                os.replace(partial, checkpoint)

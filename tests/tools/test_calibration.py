@@ -69,11 +69,11 @@ def test_anchors_of_values_are_kept_where_they_pay(workers: int) -> None:
         heads = slice(worker * 4 // workers, max(worker * 4 // workers + 1, (worker + 1) * 4 // workers))
         means.append({})
         for layer, values in (("plain", value), ("biased", biased)):
-            watch = observers.Means()
-            assert watch.result() is None
+            observer = observers.Means()
+            assert observer.result() is None
             for part in (slice(0, 300), slice(300, 500)):
-                watch.stored(key[part, heads], values[part, heads], slots[part])
-            means[-1][layer] = watch.result()
+                observer.stored(key[part, heads], values[part, heads], slots[part])
+            means[-1][layer] = observer.result()
     found = calibrate._anchors_of(means, 4)
     assert set(found) == {"plain", "biased", "biased.values"}
     assert torch.allclose(found["plain"], key[:-1].mean(0), atol=1e-6)
@@ -120,7 +120,7 @@ def test_bits_are_the_least_within_the_budget(file: Path) -> None:
 
 @pytest.mark.parametrize(("soft_cap", "smooth_q"), [(0.0, False), (5.0, False), (0.0, True)])
 def test_errors_of_pages(soft_cap: float, smooth_q: bool) -> None:
-    """What the watch sums up for the last queries of a prompt is what the reference makes of their pages."""
+    """What the observer sums up for the last queries of a prompt is what the reference makes of their pages."""
     g = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(300, heads, 64, generator=g) for heads in (4, 2, 2))
     query[..., ::17] += 20 * smooth_q
@@ -130,12 +130,12 @@ def test_errors_of_pages(soft_cap: float, smooth_q: bool) -> None:
     impl = SimpleNamespace(
         **shape, layout=PageLayout(64), anchor=anchor, v_anchor=v_anchor, q_block=lambda device, layout: q_block
     )
-    watch = observers.PageErrors(impl)
-    watch.stored(torch.cat([key, key[:1]]), torch.cat([value, value[:1]]), torch.tensor([*range(300), -1]))
-    watch.attended(query)
-    watch.attended(query[:1])  # a decode
+    observer = observers.PageErrors(impl)
+    observer.stored(torch.cat([key, key[:1]]), torch.cat([value, value[:1]]), torch.tensor([*range(300), -1]))
+    observer.attended(query)
+    observer.attended(query[:1])  # a decode
     exact = reference.exact_attention(query, key, value, 0.125, Modifiers(soft_cap=soft_cap))[-256:]
-    assert watch.squares["exact"] == pytest.approx(float(exact.square().sum()), rel=1e-4)
+    assert observer.squares["exact"] == pytest.approx(float(exact.square().sum()), rel=1e-4)
     requests = PagedBatch(torch.arange(3)[None], torch.tensor([300]), torch.tensor([0, 256]))
     modifiers = Modifiers(soft_cap=soft_cap, k_anchor=anchor, v_anchor=v_anchor, q_block=q_block)
     query = query[-256:]
@@ -144,7 +144,7 @@ def test_errors_of_pages(soft_cap: float, smooth_q: bool) -> None:
         pages = layout.empty(3, 2)
         reference.store(key, value, pages, torch.arange(300), layout, anchor, v_anchor)
         out = reference.attention(query, pages, layout, requests, 0.125, modifiers)
-        assert watch.squares[bits] == pytest.approx(float((out - exact).square().sum()), rel=0.02)
+        assert observer.squares[bits] == pytest.approx(float((out - exact).square().sum()), rel=0.02)
 
 
 def test_only_layers_of_one_kind_can_differ() -> None:
@@ -173,7 +173,7 @@ def test_engine_with_a_calibration(
 ) -> None:
     """`sage calibrate` on the embedded model; an engine that loads the file has its anchors, keeps them, and has pages of the
     kinds that were chosen."""
-    monkeypatch.setattr(calibrate, "LEAST_SHARE", 0.01)  # its values have two or three hundredths in common
+    monkeypatch.setattr(calibrate, "MIN_MEAN_FRACTION", 0.01)  # its values have two or three hundredths in common
     file = tmp_path / "anchors.safetensors"
     choice = ["--k-bits", "auto", "--budget", "0.064"]
     with environment():

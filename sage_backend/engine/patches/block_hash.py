@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has the hash of a KV block say how many of its tokens are in groups, and of which ratio. Without groups, it says nothing.
+"""Adds the ratio and the number of tokens in groups to the hash of a KV block that has groups.
 
 What: wraps `generate_block_hash_extra_keys`, in the module that defines it and in the one that imports it by name.
 Why: keys and values that were computed under one ratio must not be found under another by the prefix cache.

@@ -4,7 +4,7 @@
 What: adds `get_kv_cache_spec` to `WorkerWrapperBase`, in front of the worker's own.
 Why: vLLM asks a backend for the bytes of a token (`customize_spec`) without saying of which layer. Here layers have names.
 Releases: 0.32.0.
-Remove when: `customize_spec` is told the layer's name.
+Remove when: `customize_spec` gets the layer's name.
 """
 
 import functools
