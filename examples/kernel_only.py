@@ -23,9 +23,11 @@ for k_bits in (8, 4):
     k_anchor = key.float().mean(0)  # [kv_heads, head_dim], subtracted from the keys before quantization
     sage_kernels.store(key, value, pages, torch.arange(tokens, device=device), layout, k_anchor)
 
-    # One request whose tokens are all queries: a prompt.
-    table, lengths, starts = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([[*range(blocks)]], [tokens], [0, tokens]))
-    batch = sage_kernels.PagedBatch(table, lengths, starts)
+    # One request whose tokens are all queries: a prompt. It owns all pages, in order.
+    block_table = torch.arange(blocks, dtype=torch.int32, device=device)[None]  # [requests, blocks]
+    seq_lens = torch.tensor([tokens], dtype=torch.int32, device=device)  # [requests]
+    query_start_loc = torch.tensor([0, tokens], dtype=torch.int32, device=device)  # [requests + 1]
+    batch = sage_kernels.PagedBatch(block_table, seq_lens, query_start_loc)
     out = torch.empty_like(query)
     sage_kernels.attend_prefill(query, pages, layout, batch, scale, out, sage_kernels.Modifiers(k_anchor=k_anchor))
 
