@@ -62,7 +62,8 @@ def recorder(tmp_path: Path) -> Recorder:
 
 def documented() -> list[tuple[str, str, frozenset[str]]]:
     """Name, kind and labels of every row of the table."""
-    rows = re.findall(r"^\| `(sage_\w+)` +\| (\w+) +\| (.*?) +\|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    text = (ROOT / "docs" / "operator" / "metrics.md").read_text()
+    rows = re.findall(r"^\| `(sage_\w+)` +\| (\w+) +\| (.*?) +\|", text, re.MULTILINE)
     return [(name, kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows]
 
 
