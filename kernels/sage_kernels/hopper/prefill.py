@@ -17,7 +17,7 @@ Length: the four partitions of one kernel share its barriers and buffers, and ar
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -142,12 +142,12 @@ class SoftmaxState(NamedTuple):
     m_ref, m_i: see `primitives.softmax_reference`; decay: rescales acc and l_i, sums over the pages before page n, to m_ref;
     acc: a tuple, one tensor per part of the channels."""
 
-    started: tuple
+    started: tuple[Any, ...]
     logits: gl.tensor
     m_ref: gl.tensor
     m_i: gl.tensor
     decay: gl.tensor
-    acc: tuple
+    acc: tuple[Any, ...]
     l_i: gl.tensor
 
 
