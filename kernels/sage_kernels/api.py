@@ -143,8 +143,7 @@ def store(
         >>> pages = layout.empty(blocks=1, kv_heads=2)
         >>> store(torch.randn(3, 2, 64), torch.randn(3, 2, 64), pages, torch.tensor([0, 1, -1]), layout)
     """
-    _check_pages(pages, layout)
-    shape = (pages.shape[1], layout.head_dim)
+    shape = (_check_pages(pages, layout), layout.head_dim)
     for name, x in (("key", key), ("value", value)):
         if x.dim() != 3 or tuple(x.shape[1:]) != shape or len(x) < slots.numel():
             raise ValueError(f"{name} is {list(x.shape)}; these pages and slots take {[slots.numel(), *shape]}")
@@ -178,11 +177,11 @@ def attend_prefill(
     `smoothing_block`. The module's docstring has an example.
     """
     modifiers = modifiers or Modifiers()
-    _check_attention(query, pages, layout, batch, out, modifiers)
-    if query.device.type == "cpu":
+    group, device = _check_attention(query, pages, layout, batch, out, modifiers), query.device
+    if device.type == "cpu":
         cpu.attention(query, pages, layout, batch, scale, out, modifiers)
         return
-    choice = choose_kernels(query.device, layout, query.shape[1] // pages.shape[1], modifiers.q_block > 0)
+    choice = choose_kernels(device, layout, group, modifiers.q_block > 0)
     if choice.prefill == "hopper" and batch.rope_shift is None:
         from sage_kernels.hopper.prefill import prefill
     else:
@@ -222,11 +221,11 @@ def attend_decode(
         True
     """
     modifiers = modifiers or Modifiers()
-    _check_attention(query, pages, layout, batch, out, modifiers)
-    if query.device.type == "cpu":
+    group, device = _check_attention(query, pages, layout, batch, out, modifiers), query.device
+    if device.type == "cpu":
         cpu.attention(query, pages, layout, batch, scale, out, replace(modifiers, q_block=0))
         return
-    choice = choose_kernels(query.device, layout, query.shape[1] // pages.shape[1])
+    choice = choose_kernels(device, layout, group)
     if choice.decode == "hopper" and batch.rope_shift is None:
         from sage_kernels.hopper.decode import decode
     else:
@@ -308,15 +307,19 @@ def select_pages(
     return recall.select_pages(query, pages, layout, batch, memory, query_block, shift_table)
 
 
-# Checks look at shapes and dtypes only: they cost a few microseconds and never wait for the device.
+# Checks look at shapes and dtypes only, never at values: they do not wait for the device. They run once per layer and step, so
+# each attribute of a tensor, which costs a third of a microsecond, is read once.
 
 
-def _check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
-    if pages.dtype != torch.uint8 or pages.dim() != 3 or pages.shape[2] != layout.page_bytes:
+def _check_pages(pages: torch.Tensor, layout: PageLayout) -> int:
+    """Returns the number of KV heads."""
+    shape = pages.shape
+    if len(shape) != 3 or shape[2] != layout.page_bytes or pages.dtype is not torch.uint8:
         raise ValueError(
-            f"pages are {pages.dtype} {list(pages.shape)}; this layout takes uint8 [blocks, kv_heads, {layout.page_bytes}] "
+            f"pages are {pages.dtype} {list(shape)}; this layout takes uint8 [blocks, kv_heads, {layout.page_bytes}] "
             "(PageLayout.pages views a serving engine's cache so)"
         )
+    return shape[1]
 
 
 def _check_summary(layout: PageLayout) -> None:
@@ -325,30 +328,33 @@ def _check_summary(layout: PageLayout) -> None:
 
 
 def _check_anchor(name: str, anchor: torch.Tensor | None, shape: tuple[int, int]) -> None:
-    if anchor is not None and (anchor.dtype != torch.float32 or tuple(anchor.shape) != shape):
+    if anchor is not None and (anchor.dtype is not torch.float32 or tuple(anchor.shape) != shape):
         raise ValueError(f"{name} is {anchor.dtype} {list(anchor.shape)}; it must be float32 {list(shape)}")
 
 
 def _check_attention(
     query: torch.Tensor, pages: torch.Tensor, layout: PageLayout, batch: PagedBatch, out: torch.Tensor, modifiers: Modifiers
-) -> None:
-    _check_pages(pages, layout)
-    kv_heads = pages.shape[1]
-    if query.dim() != 3 or query.shape[2] != layout.head_dim or query.shape[1] % kv_heads:
+) -> int:
+    """Returns the number of query heads per KV head."""
+    kv_heads, shape = _check_pages(pages, layout), query.shape
+    if len(shape) != 3 or shape[2] != layout.head_dim or shape[1] % kv_heads:
         raise ValueError(
-            f"query is {list(query.shape)}; these pages take [tokens, heads, {layout.head_dim}], heads a multiple of {kv_heads}"
+            f"query is {list(shape)}; these pages take [tokens, heads, {layout.head_dim}], heads a multiple of {kv_heads}"
         )
-    if out.shape != query.shape:
-        raise ValueError(f"out is {list(out.shape)}; it must have the shape of query, {list(query.shape)}")
-    requests, starts = batch.num_requests, batch.query_start_loc.numel()
-    if starts != requests + 1 or len(batch.block_table) != requests:
+    if out.shape != shape:
+        raise ValueError(f"out is {list(out.shape)}; it must have the shape of query, {list(shape)}")
+    table, requests, starts = batch.block_table.shape, batch.seq_lens.numel(), batch.query_start_loc.numel()
+    if starts != requests + 1 or table[0] != requests:
         raise ValueError(
-            f"the batch has {requests} seq_lens, {starts} query_start_loc and {len(batch.block_table)} rows of block_table; "
+            f"the batch has {requests} seq_lens, {starts} query_start_loc and {table[0]} rows of block_table; "
             f"it must have {requests}, {requests + 1} and {requests}"
         )
-    if batch.block_table.dim() == 3 and batch.block_table.shape[1] != kv_heads:
-        raise ValueError(f"block_table is {list(batch.block_table.shape)}; dimension 1 must be the {kv_heads} KV heads")
-    if modifiers.sinks is not None and modifiers.sinks.numel() != query.shape[1]:
-        raise ValueError(f"sinks has {modifiers.sinks.numel()} entries; it must have one per query head, {query.shape[1]}")
-    for name, anchor in (("k_anchor", modifiers.k_anchor), ("v_anchor", modifiers.v_anchor)):
-        _check_anchor(name, anchor, (kv_heads, layout.head_dim))
+    if len(table) == 3 and table[1] != kv_heads:
+        raise ValueError(f"block_table is {list(table)}; dimension 1 must be the {kv_heads} KV heads")
+    if modifiers.sinks is not None and modifiers.sinks.numel() != shape[1]:
+        raise ValueError(f"sinks has {modifiers.sinks.numel()} entries; it must have one per query head, {shape[1]}")
+    if modifiers.k_anchor is not None:
+        _check_anchor("k_anchor", modifiers.k_anchor, (kv_heads, shape[2]))
+    if modifiers.v_anchor is not None:
+        _check_anchor("v_anchor", modifiers.v_anchor, (kv_heads, shape[2]))
+    return shape[1] // kv_heads

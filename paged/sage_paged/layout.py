@@ -27,6 +27,7 @@ whole number, and the last 8 bits of k_scale are that plus 127, which changes k_
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -120,7 +121,7 @@ class PageLayout:
     def summary_offset(self) -> int:
         return self._whole(self.offset("end"))
 
-    @property
+    @cached_property  # asked for in every call
     def page_bytes(self) -> int:
         return self.summary_offset + (self._whole(4 * self.head_dim) if self.has_summary else 0)
 
