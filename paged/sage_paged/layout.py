@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bytes of one page.
 
 A page holds the keys and values of `tokens` consecutive tokens of one KV head, quantized, in one contiguous run:
