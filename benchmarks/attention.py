@@ -189,8 +189,7 @@ class Prepared:
 
 
 def sage(batch: Batch, k_bits: int) -> Prepared:
-    from sage_kernels import decode, prefill, store
-    from sage_paged import PageLayout
+    from sage_kernels import PagedBatch, PageLayout, attend_decode, attend_prefill, decode_workspace, store
 
     case, shape = batch.case, batch.shape
     layout = PageLayout(shape.head_dim, k_bits, 128)
@@ -198,17 +197,16 @@ def sage(batch: Batch, k_bits: int) -> Prepared:
     pages = layout.empty(paging.blocks, shape.kv_heads, batch.device)
     # As in an engine without a calibration, the first tokens that are stored fix what is subtracted from all keys.
     anchor = torch.full((shape.kv_heads, shape.head_dim), torch.nan, device=batch.device)
-    write = partial(store.store, batch.key, batch.value, pages, paging.slots, layout, anchor)
+    write = partial(store, batch.key, batch.value, pages, paging.slots, layout, anchor)
     write()
     out = batch.poisoned()
-    where = paging.block_table, batch.seq_lens, batch.query_start_loc
-    arguments = batch.query, pages, layout, *where, batch.scale, out
+    paged = PagedBatch(paging.block_table, batch.seq_lens, batch.query_start_loc)
+    arguments = batch.query, pages, layout, paged, batch.scale, out
     if case.kind == "decode":
-        programs = decode.count_programs(batch.device, layout)
-        workspace = decode.Workspace.allocate(programs, shape.heads // shape.kv_heads, shape.head_dim, batch.device)
-        launch = partial(decode.decode, *arguments, workspace=workspace)
+        workspace = decode_workspace(torch.device(batch.device), layout, shape.heads // shape.kv_heads)
+        launch = partial(attend_decode, *arguments, workspace=workspace)
     else:
-        launch = partial(prefill.prefill, *arguments)
+        launch = partial(attend_prefill, *arguments)
 
     def attend() -> torch.Tensor:
         launch()

@@ -8,7 +8,7 @@
     python3 benchmarks/engine.py SAGE SAGE:$P,variator.ratio=2 SAGE:$P,variator.ratio=4 \\
         --prefill 8192 --decode 64x8192 --out benchmarks/results/variator-NAME.json
 
-A run is named as for `sage_backend.quality`, except that its compression plugins can be `random` ones. Each gets an engine of
+A run is named as for `sage eval`, except that its compression plugins can be `random` ones. Each gets an engine of
 its own, in a process of its own, with random weights of the given shape (default: Llama-3.1-8B) and random prompts. Prefill is
 the time to the first token of one prompt, the median of --repeat prompts after a warm-up of the same length or of --warm-up
 tokens. A decode step of BATCHxLENGTH is the time by which a longer generation exceeds a shorter one, for BATCH requests of
@@ -39,10 +39,11 @@ def random_plugins(folder: str) -> str:
     import torch
     from transformers import AutoConfig
 
-    from sage_backend.variator import files, plugin
+    from sage_backend.options import RATIOS
+    from sage_backend.variator import files
 
     config = AutoConfig.from_pretrained(folder)
-    plugins = files.make(files.default_layers(config), list(plugin.RATIOS), config.hidden_size)
+    plugins = files.make(files.default_layers(config), list(RATIOS), config.hidden_size)
     for by_ratio in plugins.values():
         for parameter in (each for one in by_ratio.values() for each in one.parameters()):
             torch.nn.init.normal_(parameter, std=0.02)
@@ -65,7 +66,7 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Start an engine and time it; returns the figures."""
     from vllm import SamplingParams
 
-    from sage_backend import quality
+    from sage_backend.tools import engines
 
     shape = dict(SHAPES[arguments.shape])
     if arguments.layers:
@@ -76,12 +77,12 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(shape))
-        parsed = quality.Run.parse(run)
+        parsed = engines.Run.parse(run)
         if (variator := parsed.options.get("variator", {})).get("plugins") == "random":
             with ProcessPoolExecutor(1) as other:  # its threads would be missing in the engine, which is forked
                 variator["plugins"] = other.submit(random_plugins, folder).result()
         began = time.perf_counter()
-        with quality.engine(
+        with engines.engine(
             parsed,
             folder,
             load_format="dummy",
@@ -107,9 +108,9 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 return time.perf_counter() - start
 
             if arguments.skip_prefill_attention:
-                from sage_kernels import prefill
+                from sage_backend.engine import impl
 
-                prefill.prefill = lambda *_, **__: None
+                impl.attend_prefill = lambda *_, **__: None
             figures["first_request_seconds"] = round(generate(prompts(1, min(200, longest - 1)), 1), 3)
             for length in arguments.prefill:
                 generate(prompts(1, min(length, arguments.warm_up)), 1)

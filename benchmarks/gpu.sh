@@ -34,16 +34,16 @@ run() {
 }
 benchmark() { run "$1" "$python" "benchmarks/$2.py" "${@:3}"; }
 engines() { benchmark "$1" engine "${@:3}" --out "$results/$2-$name.json"; }
-evaluate() { run "$1" "$python" -m sage_backend.quality FLASH_ATTN "${@:3}" --out "$results/$2-$name.json"; }
+evaluate() { run "$1" "$python" -m sage_backend.tools.cli eval FLASH_ATTN "${@:3}" --out "$results/$2-$name.json"; }
 peers=(TRITON_ATTN FLASH_ATTN/fp8 TRITON_ATTN/{int8,fp8,int4}_per_token_head)
-calibrate() { run 120 "$python" -m sage_backend.cli calibrate "$1" --out "$2" --text "$("$python" -c 'import argparse; print(argparse.__file__)')" "${@:3}"; }
+calibrate() { run 120 "$python" -m sage_backend.tools.cli calibrate "$1" --out "$2" --text "$("$python" -c 'import argparse; print(argparse.__file__)')" "${@:3}"; }
 serve() { benchmark 240 mixed_traffic --longest 16384 --out "$results/$1-$name.json" -- --attention-backend sage --max-num-seqs 64 "${@:2}"; }
 
 step_tests() {
-    run 300 "$python" -m pytest -q tests/kernels/test_{kernels,shares,recall}.py
+    run 300 "$python" -m pytest -q tests/kernels --ignore=tests/kernels/test_compile.py
     run 300 "$python" -m pytest -q -m gpu tests/observability/test_canary.py tests/engine/test_memory.py
 }
-step_doctor() { run 120 "$python" -m sage_backend.cli doctor; }
+step_doctor() { run 120 "$python" -m sage_backend.tools.cli doctor; }
 step_attention() {
     benchmark 300 attention run --prefill 4096 8192 16384 32768 131072 16x1024 4x4096 --chunk 2048x129024 --store 8192 \
         --decode 128x1024 64x8192 8x131072 1x131072 1x1000000 131072+63x1024 --seconds 2 --out "$results/attention-$name.json"
@@ -73,9 +73,9 @@ step_memory() {
 }
 step_needle() {
     local remembering=SAGE:memory.local_tokens=1024,memory.topk_pages=64,memory.extrapolate=2048
-    run 300 "$python" -m sage_backend.cli needle SAGE $remembering --lengths 2048,4096,8192,16384,65536,262144 \
+    run 300 "$python" -m sage_backend.tools.cli needle SAGE $remembering --lengths 2048,4096,8192,16384,65536,262144 \
         --out "$results/needle-$name.json"
-    run 300 "$python" -m sage_backend.cli needle $remembering --lengths 256000,1000000 --out "$results/needle-1m-$name.json"
+    run 300 "$python" -m sage_backend.tools.cli needle $remembering --lengths 256000,1000000 --out "$results/needle-1m-$name.json"
 }
 step_quality() {
     local model=sage_backend/demo/model

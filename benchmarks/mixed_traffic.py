@@ -125,7 +125,7 @@ async def drive(arguments: argparse.Namespace, server: subprocess.Popen, base: s
 
 
 def main() -> None:
-    from sage_backend import quality
+    from sage_backend.tools.engines import circumstances
 
     parser = argparse.ArgumentParser(description="Send mixed traffic to a `vllm serve` with random weights.")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
@@ -162,7 +162,7 @@ def main() -> None:
     # vLLM's monitor, which is silent with --enforce-eager, tells of kernels that requests had to wait for.
     report["kernels_compiled_while_serving"] = re.findall(r"compilation during inference: (\S+)", output)
     report["command"] = " ".join(["benchmarks/mixed_traffic.py", *sys.argv[1:]])
-    report |= quality.circumstances(report["command"], arguments.shape)
+    report |= circumstances(report["command"], arguments.shape)
     print(json.dumps(report, indent=2))
     if arguments.out:
         save(report, arguments.out)

@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 from common.report import save
 
-from sage_kernels import decode, recall, store
-from sage_kernels.reference import turn_table
-from sage_paged import Memory, PageLayout
+from sage_kernels import Memory, PagedBatch, PageLayout, attend_decode, select_pages, store, store_summaries
+from sage_kernels.reference import rope_shift_table
 
 
 def graphed(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -48,10 +47,10 @@ def measure(length: int, arguments: argparse.Namespace) -> dict[str, float | int
     heads, kv_heads, dim, where = 32, 8, 128, torch.device("cuda")
     layout = PageLayout(dim, arguments.k_bits, has_summary=True)
     memory = Memory(topk_pages=arguments.topk, trained_tokens=arguments.extrapolate)
-    turns = None
+    shifts = None
     if arguments.extrapolate:
         frequencies = 500000.0 ** -(torch.arange(0, dim, 2) / dim)
-        turns = turn_table(frequencies, length // layout.tokens + 1, layout.tokens).to(where)
+        shifts = rope_shift_table(frequencies, length // layout.tokens + 1, layout.tokens).to(where)
     count = -(-length // layout.tokens)
     lengths, starts = (torch.tensor(x, dtype=torch.int32, device=where) for x in ([length], [0, 1]))
     every = torch.tensor([0, length], dtype=torch.int32, device=where)
@@ -60,27 +59,27 @@ def measure(length: int, arguments: argparse.Namespace) -> dict[str, float | int
         pages = torch.empty(count, kv_heads, layout.page_bytes, dtype=torch.uint8, device=where)
         for slots in torch.arange(count * layout.tokens, device=where).split(1 << 16):
             key, value = (torch.randn(len(slots), kv_heads, dim, dtype=torch.bfloat16, device=where) for _ in range(2))
-            store.store(key, value, pages, slots, layout)
-        recall.store_summaries(pages, layout, torch.arange(count, device=where)[None].int(), lengths, every, length)
+            store(key, value, pages, slots, layout)
+        store_summaries(pages, layout, PagedBatch(torch.arange(count, device=where)[None].int(), lengths, every), length)
         table = torch.randperm(count, device=where, dtype=torch.int32)[None]
-        layers.append((torch.randn(1, heads, dim, dtype=torch.bfloat16, device=where), pages, table))
+        batch = PagedBatch(table, lengths, starts, max_query_len=1)
+        layers.append((torch.randn(1, heads, dim, dtype=torch.bfloat16, device=where), pages, batch))
     out = torch.empty(1, heads, dim, dtype=torch.bfloat16, device=where)
 
     def dense() -> None:
-        for query, pages, table in layers:
-            decode.decode(query, pages, layout, table, lengths, starts, dim**-0.5, out)
+        for query, pages, batch in layers:
+            attend_decode(query, pages, layout, batch, dim**-0.5, out)
 
     def look_up() -> None:
-        for query, pages, table in layers:
-            recall.store_summaries(pages, layout, table, lengths, starts, 1, turns)
-            recall.recall(query, pages, layout, table, lengths, starts, memory, 0, turns)
+        for query, pages, batch in layers:
+            store_summaries(pages, layout, batch, 1, shifts)
+            select_pages(query, pages, layout, batch, memory, 0, shifts)
 
     def remembering() -> None:
-        for query, pages, table in layers:
-            recall.store_summaries(pages, layout, table, lengths, starts, 1, turns)
-            lists = recall.recall(query, pages, layout, table, lengths, starts, memory, 0, turns)
-            args = lists.block_table, lists.seq_lens, lists.query_start_loc, dim**-0.5
-            decode.decode(query, pages, layout, *args, out, turns=lists.turns)
+        for query, pages, batch in layers:
+            store_summaries(pages, layout, batch, 1, shifts)
+            selected = select_pages(query, pages, layout, batch, memory, 0, shifts)
+            attend_decode(query, pages, layout, selected, dim**-0.5, out)
 
     figures: dict[str, float | int] = {"tokens": length}
     for name, call in (("dense_ms", dense), ("lookup_ms", look_up), ("memory_ms", remembering)):

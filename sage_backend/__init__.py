@@ -1,6 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """A vLLM attention backend on quantized KV pages. Importing this package imports neither torch nor vLLM."""
 
 __version__ = "0.1.0"
+
+BACKEND = "SAGE"
+"""The name of `--attention-backend sage` in vLLM's enum of backends."""
 
 TESTED_VLLM = ("0.32.0",)
 """vLLM releases that the test suite has run against; others start with a warning."""

@@ -1,4 +1,5 @@
-"""Files made for one model: safetensors whose metadata say of which."""
+# SPDX-License-Identifier: Apache-2.0
+"""Files made for one model: safetensors files whose metadata identify it."""
 
 import hashlib
 import os
@@ -13,8 +14,8 @@ _SAMPLED_BYTES = 1 << 20
 
 
 def identity(model: str, hf_config: Any) -> str:
-    """A hash of a model: of a folder, its configuration and its weight files, by their names, sizes and first MiB; of one on a
-    hub, its name and commit."""
+    """A hash (hex) of a model. Of a folder, its configuration and its weight files count, by names, sizes and first MiB; of a
+    model on a hub, its name and commit."""
     folder = Path(model)
     if not folder.is_dir():
         commit = getattr(hf_config, "_commit_hash", None)
@@ -28,20 +29,21 @@ def identity(model: str, hf_config: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of file. noun: what users call one; command: what makes one; format: its name and version in the metadata."""
+class ModelFileFormat:
+    """A format of files. noun: the users' word for one; command: the command that makes one; format: the name and version in a
+    file's metadata."""
 
     noun: str
     command: str
     format: str
 
     def save(self, path: Path, tensors: dict[str, torch.Tensor], model: str, hf_config: Any, **metadata: str) -> None:
-        """Write a file; an older one is replaced when the new one is complete."""
-        from safetensors.torch import save_file
+        """Write a file. An older one is replaced when the new one is complete."""
+        from safetensors.torch import save_file  # needed by engines with such a file only
 
-        part = path.with_name(path.name + ".part")
-        save_file(tensors, part, metadata={"format": self.format, "model": identity(model, hf_config), **metadata})
-        os.replace(part, path)
+        partial = path.with_name(path.name + ".part")
+        save_file(tensors, partial, metadata={"format": self.format, "model": identity(model, hf_config), **metadata})
+        os.replace(partial, path)
 
     def check(self, path: str, model_config: Any) -> dict[str, str]:
         """The metadata. Raises ValueError like `read`, and for a file of another model."""
@@ -73,7 +75,7 @@ class Kind:
         return metadata
 
     def _open(self, path: str) -> Any:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError, safe_open  # needed by engines with such a file only
 
         try:
             return safe_open(path, framework="pt")

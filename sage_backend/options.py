@@ -1,22 +1,132 @@
-"""The user's options: `--additional-config '{"sage": {...}}'`."""
+# SPDX-License-Identifier: Apache-2.0
+"""The user's options: `--additional-config '{"sage": {...}}'`. Wrong ones are refused in one line that says what is allowed."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
-from sage_backend.variator.groups import MIN_TAIL
-from sage_backend.variator.plugin import RATIOS
 from sage_paged import K_BITS, PAGE_TOKENS, Memory, PageLayout
 
 MAX_TOPK = 128
 
+RATIOS = (2, 4, 8)
+"""The numbers of hidden vectors that a compression plugin can make one. All divide a page, so that groups do not cross KV
+blocks."""
+
+MIN_TAIL = 16
+"""The least tokens at a prompt's end that stay uncompressed (see `sage_backend.variator.groups`)."""
+
+Allowed = tuple[Callable[[Any], bool], str]
+"""What an option can be: a predicate of its value, and the words for it."""
+
+
+def _one_of(*values: Any) -> Allowed:
+    def fits(value: Any) -> bool:
+        return any(type(value) is type(each) and value == each for each in values)
+
+    return fits, _list(map(json.dumps, values))
+
+
+def _integer(words: str, least: int = 1, greatest: int | None = None) -> Allowed:
+    return lambda value: type(value) is int and value >= least and (greatest is None or value <= greatest), words
+
+
+def _list(values: Iterable[Any]) -> str:
+    *rest, last = (str(value) for value in values)
+    return f"{', '.join(rest)} or {last}" if rest else last
+
+
+_FILE: Allowed = lambda value: isinstance(value, str) and value != "", "a file"
+_SECTION: Allowed = lambda value: True, "an object"  # checked by the section's own table
+
+_SAGE: dict[str, Allowed] = {
+    "k_bits": _one_of(*K_BITS),
+    "page_tokens": _one_of(*PAGE_TOKENS),
+    "smooth_k": _one_of(False, True),
+    "smooth_v": _one_of(False, True),
+    "smooth_q": _one_of(False, True),
+    "calibration": _FILE,
+    "canary": _integer("a number of steps from 1 on"),
+    "memory": _SECTION,
+    "variator": _SECTION,
+}
+_VARIATOR: dict[str, Allowed] = {
+    "plugins": _FILE,
+    "ratio": _one_of("auto", *RATIOS),
+    "min_ratio": _one_of(1, *RATIOS),
+    "max_ratio": _one_of(1, *RATIOS),
+    "waiting": _integer("a number of requests from 1 on"),
+    "kv_use": (lambda value: type(value) in (int, float) and 0 < value <= 1, "a share above 0 and up to 1"),
+    "tail": _integer(f"a number of tokens from {MIN_TAIL} on", MIN_TAIL),
+}
+
+
+def _memory(page_tokens: int) -> dict[str, Allowed]:
+    tokens = _integer("a number of tokens, at least 1")
+    return {
+        "sink_tokens": tokens,
+        "local_tokens": _integer(f"a number of tokens, at least {page_tokens}", page_tokens),
+        "topk_pages": _integer(f"a number of pages from 1 to {MAX_TOPK}", greatest=MAX_TOPK),
+        "query_block": tokens,
+        "extrapolate": (lambda value: value is False or tokens[0](value), f"{tokens[1]} or false"),
+        "dense_layers": (_is_indices, "a list of indices such as [0, 1]"),
+    }
+
+
+def _is_indices(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(each) is int and each >= 0 for each in value)
+
+
+@dataclass(frozen=True)
+class _Section:
+    """How errors name a section of options. wrong: a template with the fields name, value, json and allowed; unknown: one with
+    the fields name and known."""
+
+    place: str
+    example: str
+    wrong: str
+    unknown: str
+
+    def check(self, section: Any, allowed: Mapping[str, Allowed], required: Iterable[str] = ()) -> Mapping[str, Any]:
+        """The section. Raises ValueError, in one line, if it is no object or has an unknown option or a wrong value."""
+        if not (isinstance(section, Mapping) and section.keys() >= set(required)):
+            raise ValueError(f"{self.place} must be an object such as {self.example}, not {section!r}")
+        for name, value in section.items():
+            if name not in allowed:
+                raise ValueError(self.unknown.format(name=name, known=_list(sorted(allowed))))
+            fits, words = allowed[name]
+            if not fits(value):
+                as_json = json.dumps(value, default=repr)
+                raise ValueError(self.wrong.format(name=name, value=value, json=as_json, allowed=words))
+        return section
+
+
+_IN_SAGE = _Section(
+    'option "sage" in --additional-config',
+    '{"k_bits": 8}',
+    'option "{name}" in --additional-config "sage" is {value!r}; it can be {allowed}',
+    'unknown option "{name}" in --additional-config "sage"; options are {known}',
+)
+_IN_VARIATOR = _Section(
+    'option "variator" in --additional-config "sage"',
+    '{"plugins": "FILE"}',
+    'option "{name}" in --additional-config "sage", "variator" is {value!r}; it can be {allowed}',
+    'unknown option "{name}" in --additional-config "sage", "variator"; options are {known}',
+)
+_IN_MEMORY = _Section(
+    'option "memory" in --additional-config "sage"',
+    '{"local_tokens": 4096}',
+    '"{name}" in option "memory" in --additional-config "sage" is {json}; it must be {allowed}',
+    'option "memory" in --additional-config "sage" has no "{name}"; there is {known}',
+)
+
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What is read of long contexts (see `sage_paged.memory`). extrapolate: the length in tokens that the model was trained
-    for, past which distances are held inside it; False to leave positions as they are. dense_layers: indices of layers that
+    """What attention reads of long contexts (see `sage_paged.memory`). extrapolate: the length in tokens that the model was
+    trained for, within which distances are kept; False to leave positions as they are. dense_layers: indices of layers that
     read everything."""
 
     sink_tokens: int = 128
@@ -28,25 +138,10 @@ class MemoryOptions:
 
     @classmethod
     def parse(cls, section: object, page_tokens: int) -> "MemoryOptions":
-        """Raises ValueError, in one line, for what is no such option or contradicts another."""
-        place = 'option "memory" in --additional-config "sage"'
-        if not isinstance(section, Mapping):
-            raise ValueError(f'{place} must be an object such as {{"local_tokens": 4096}}, not {section!r}')
-        known = [field.name for field in fields(cls)]
-        for name, value in section.items():
-            if name not in known:
-                raise ValueError(f'{place} has no "{name}"; there is {_list(sorted(known))}')
-            least, most = {"topk_pages": (1, MAX_TOPK), "local_tokens": (page_tokens, None)}.get(name, (1, None))
-            if name == "dense_layers":
-                if not (isinstance(value, list | tuple) and all(type(each) is int and each >= 0 for each in value)):
-                    raise ValueError(f'"dense_layers" in {place} is {value!r}; it must be a list of indices such as [0, 1]')
-            elif name == "extrapolate" and value is False:
-                continue
-            elif type(value) is not int or value < least or (most and value > most):
-                what = " or false" if name == "extrapolate" else ""
-                what = f"a number of pages from {least} to {most}" if most else f"a number of tokens, at least {least}{what}"
-                raise ValueError(f'"{name}" in {place} is {json.dumps(value)}; it must be {what}')
-        options = cls(**{**section, "dense_layers": tuple(section.get("dense_layers", ()))})
+        """Raises ValueError, in one line, for an unknown option, a wrong value, or options that contradict."""
+        place = _IN_MEMORY.place
+        given = _IN_MEMORY.check(section, _memory(page_tokens))
+        options = cls(**{**given, "dense_layers": tuple(given.get("dense_layers", ()))})
         if options.query_block % page_tokens:
             raise ValueError(
                 f'"query_block" in {place} is {options.query_block}; it must be a multiple of page_tokens, {page_tokens}'
@@ -64,16 +159,11 @@ class MemoryOptions:
         return Memory(self.sink_tokens, self.local_tokens, self.topk_pages, self.query_block, int(self.extrapolate))
 
 
-def _list(values: Any) -> str:
-    *rest, last = (str(value) for value in values)
-    return f"{', '.join(rest)} or {last}" if rest else last
-
-
 @dataclass(frozen=True)
 class VariatorOptions:
-    """plugins: a file of `sage variator train`. ratio: of all requests that ask for none themselves, or "auto", by load: then
-    min_ratio and max_ratio are the least and the greatest that load can lead to, and load is high with `waiting` requests
-    waiting, or with the share `kv_use` of the KV cache in use. tail: tokens at a prompt's end that stay uncompressed."""
+    """plugins: a file of `sage variator train`. ratio: of all requests that ask for none themselves, or "auto", by load. With
+    "auto", min_ratio and max_ratio limit the choice, and load is high with `waiting` requests waiting, or with the fraction
+    `kv_use` of the KV cache in use. tail: tokens at a prompt's end that stay uncompressed."""
 
     plugins: str
     ratio: int | str = "auto"
@@ -83,34 +173,12 @@ class VariatorOptions:
     kv_use: float = 0.9
     tail: int = 64
 
-    # By option: what it can be, and how users are told so.
-    ALLOWED: ClassVar[dict[str, tuple[Callable[[Any], bool], str]]] = {
-        "plugins": (lambda value: isinstance(value, str) and value != "", "a file"),
-        "ratio": (lambda value: value == "auto" or (type(value) is int and value in RATIOS), f'"auto", {_list(RATIOS)}'),
-        "min_ratio": (lambda value: type(value) is int and value in (1, *RATIOS), _list((1, *RATIOS))),
-        "max_ratio": (lambda value: type(value) is int and value in (1, *RATIOS), _list((1, *RATIOS))),
-        "waiting": (lambda value: type(value) is int and value >= 1, "a number of requests from 1 on"),
-        "kv_use": (lambda value: type(value) in (int, float) and 0 < value <= 1, "a share above 0 and up to 1"),
-        "tail": (lambda value: type(value) is int and value >= MIN_TAIL, f"a number of tokens from {MIN_TAIL} on"),
-    }
-
     @classmethod
     def parse(cls, section: object) -> "VariatorOptions":
-        """Raises ValueError, in one line, that names the option and what it may be."""
-        if not (isinstance(section, Mapping) and "plugins" in section):
-            raise ValueError(
-                'option "variator" in --additional-config "sage" must be an object such as {"plugins": "FILE"}, '
-                f"not {section!r}"
-            )
-        for name, value in section.items():
-            if name not in cls.ALLOWED:
-                known = _list(sorted(cls.ALLOWED))
-                raise ValueError(f'unknown option "{name}" in --additional-config "sage", "variator"; options are {known}')
-            fits, choices = cls.ALLOWED[name]
-            if not fits(value):
-                raise ValueError(f'option "{name}" in --additional-config "sage", "variator" is {value!r}; it can be {choices}')
-        options = cls(**section)
-        if options.ratio != "auto" and section.keys() & {"min_ratio", "max_ratio", "waiting", "kv_use"}:
+        """Raises ValueError, in one line, for an unknown option, a wrong value, or options that contradict."""
+        given = _IN_VARIATOR.check(section, _VARIATOR, required=["plugins"])
+        options = cls(**given)
+        if options.ratio != "auto" and given.keys() & {"min_ratio", "max_ratio", "waiting", "kv_use"}:
             raise ValueError(
                 'options "min_ratio", "max_ratio", "waiting" and "kv_use" in --additional-config "sage", "variator" go with '
                 f'"ratio": "auto", not {options.ratio}'
@@ -138,9 +206,9 @@ class VariatorOptions:
 class SageOptions:
     """k_bits: bits of a stored key channel. page_tokens: tokens of a KV page, which is vLLM's KV block. smooth_k, smooth_v,
     smooth_q: whether an anchor is subtracted from keys, one from values, and the mean of a block from the queries of prompts
-    (see `sage_kernels.reference`). calibration: a file with the anchors (see `sage_backend.calibration`); without one, the
+    (see `sage_kernels.reference`). calibration: a file with the anchors (see `features.calibration_file`); without one, the
     first tokens fix those of keys, and values have none. memory: None to read all of every context. variator: compression
-    plugins on the FFNs, if any. canary: of how many steps in which prompts begin one is checked (see `sage_backend.canary`);
+    plugins on the FFNs, if any. canary: one in `canary` steps in which prompts begin is checked (see `observability.canary`);
     None for no checks."""
 
     k_bits: int = 8
@@ -153,44 +221,17 @@ class SageOptions:
     memory: MemoryOptions | None = None
     canary: int | None = None
 
-    ALLOWED: ClassVar = {
-        "k_bits": K_BITS, "page_tokens": PAGE_TOKENS, **dict.fromkeys(("smooth_k", "smooth_v", "smooth_q"), (False, True)),
-    }  # fmt: skip
-
     @classmethod
     def parse(cls, additional_config: object) -> "SageOptions":
-        """Read the options out of vLLM's additional_config.
+        """Read the options out of vLLM's additional_config. Without a section "sage", they are the defaults.
 
-        Raises ValueError, in one line, that names the option and what it may be.
+        Raises ValueError, in one line, for an unknown option, a wrong value, or options that contradict.
         """
         section = additional_config.get("sage", {}) if isinstance(additional_config, Mapping) else {}
-        if not isinstance(section, Mapping):
-            raise ValueError(f'option "sage" in --additional-config must be an object such as {{"k_bits": 8}}, not {section!r}')
-        known = {field.name for field in fields(cls)}
-        values: dict[str, Any] = dict(section)
-        for name, value in section.items():
-            if name not in known:
-                raise ValueError(f'unknown option "{name}" in --additional-config "sage"; options are {_list(sorted(known))}')
-            if name == "calibration":
-                if not (isinstance(value, str) and value):
-                    raise ValueError(f'option "{name}" in --additional-config "sage" is {value!r}; it can be a file')
-                continue
-            if name == "canary":
-                if type(value) is not int or value < 1:
-                    raise ValueError(
-                        f'option "{name}" in --additional-config "sage" is {value!r}; it can be a number of steps from 1 on'
-                    )
-                continue
-            if name == "memory":
-                continue  # read below, when it is known what a page is
-            if name == "variator":
-                values[name] = VariatorOptions.parse(value)
-                continue
-            allowed = cls.ALLOWED[name]
-            if type(value) is not type(allowed[0]) or value not in allowed:
-                choices = _list(map(json.dumps, allowed))
-                raise ValueError(f'option "{name}" in --additional-config "sage" is {value!r}; it can be {choices}')
-        memory = values.pop("memory", None)
+        values = dict(_IN_SAGE.check(section, _SAGE))
+        memory = values.pop("memory", None)  # read below, when it is known how long a page is
+        if "variator" in values:
+            values["variator"] = VariatorOptions.parse(values["variator"])
         options = cls(**values)
         if memory is not None:
             options = replace(options, memory=MemoryOptions.parse(memory, options.page_tokens))
@@ -212,10 +253,11 @@ _current = SageOptions()
 def current() -> SageOptions:
     """The options of the engine that this process runs.
 
-    vLLM asks a backend for its page sizes in places where no configuration is set; the last one seen then counts, which in
-    a process of one engine is the only one.
+    vLLM asks a backend for its page sizes in places where no configuration is set. Then the last one seen counts, which is the
+    only one in a process of one engine.
     """
     global _current
+    # Not at the top: `sage doctor` and tests read options where vLLM is not installed, and plugins load while it is imported.
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()

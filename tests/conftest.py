@@ -20,17 +20,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def kernels() -> SimpleNamespace:
-    """The Triton kernels and the device they run on: the GPU, or Triton's interpreter on the CPU."""
-    from sage_kernels import decode, prefill, recall, store
+    """The kernels under test and the device they run on.
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    On a GPU these are the functions of `sage_kernels.api`, which choose the implementation: portable or Hopper kernels. Without
+    one they are the portable Triton kernels, in Triton's interpreter on the CPU. `decode` takes one argument more than
+    `attend_decode`: programs, how many share the work (None: as many as the device takes).
+    """
+    from sage_kernels import api
+    from sage_kernels.portable import decode, prefill, recall, store
+
+    if not torch.cuda.is_available():
+        return SimpleNamespace(
+            store=store.store,
+            prefill=prefill.prefill,
+            decode=decode.decode,
+            store_summaries=recall.store_summaries,
+            select_pages=recall.select_pages,
+            device="cpu",
+        )
+
+    def decode_by_programs(query, pages, layout, batch, scale, out, modifiers=None, workspace=None, *, programs=None):
+        if programs is None:
+            return api.attend_decode(query, pages, layout, batch, scale, out, modifiers, workspace)
+        module, choice = decode, api.choose_kernels(query.device, layout, query.shape[1] // pages.shape[1])
+        if choice.decode == "hopper" and batch.rope_shift is None:
+            from sage_kernels.hopper import decode as module
+        return module.decode(query, pages, layout, batch, scale, out, modifiers, workspace, programs=programs)
+
     return SimpleNamespace(
-        store=store.store,
-        prefill=prefill.prefill,
-        decode=decode.decode,
-        store_summaries=recall.store_summaries,
-        recall=recall.recall,
-        device=device,
+        store=api.store,
+        prefill=api.attend_prefill,
+        decode=decode_by_programs,
+        store_summaries=api.store_summaries,
+        select_pages=api.select_pages,
+        device="cuda",
     )
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shape of the repository: which layer may import which, and what gets installed."""
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,18 @@ ALLOWED = {
     "sage_paged": {"torch"},
     "sage_kernels": {"torch", "triton", "sage_paged"},
 }
+# The rooms of the top layer, from the bottom up: a room imports itself and those before it in this table.
+ROOMS = (
+    ("names", ("sage_backend", "sage_backend.options", "sage_backend.model_file")),
+    ("demo", ("sage_backend.demo",)),
+    ("features", ("sage_backend.features",)),
+    ("observability", ("sage_backend.observability",)),
+    ("variator", ("sage_backend.variator",)),
+    ("engine", ("sage_backend.engine",)),
+    ("plugin", ("sage_backend.plugin",)),
+    ("tools", ("sage_backend.tools",)),
+)
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 60
 IMPORT_CALLS = {"import_module", "__import__", "importorskip", "find_spec"}
 
 
@@ -85,14 +98,120 @@ def test_imports_go_upwards_only(package):
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_shipped_module_is_in_a_layer():
-    outside = [
-        str(module.relative_to(ROOT))
-        for folder in ("paged", "kernels", "sage_backend")
-        for module in (ROOT / folder).rglob("*.py")
-        if not any(module.is_relative_to(package) for package in PACKAGES.values())
+def modules_of(package: str) -> dict[str, Path]:
+    """Every module of a package by its dotted name."""
+    folder = PACKAGES[package]
+    return {
+        ".".join([package, *file.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"): file
+        for file in folder.rglob("*.py")
+    }
+
+
+MODULES = {name: file for package in PACKAGES for name, file in modules_of(package).items()}
+
+
+def imported_modules(name: str, source: str, is_package: bool, known: Collection[str]) -> set[str]:
+    """The modules, out of `known`, that module `name` imports, at any depth of nesting.
+
+    Packages on the way to a module do not count: their __init__ runs too, but nothing is taken from it.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                outer = name.split(".")[: len(name.split(".")) - node.level + is_package]
+                base = ".".join([*outer, *filter(None, [node.module])])
+            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            # A module, or a class in one, that is named to be imported.
+            found.add(node.value if node.value in known else node.value.rpartition(".")[0])
+    return {each for each in found if each in known and each != name}
+
+
+IMPORTED = {
+    name: imported_modules(name, file.read_text(), file.name == "__init__.py", MODULES) for name, file in MODULES.items()
+}
+
+
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of nodes that reach each other, each sorted."""
+
+    def reached(start: str) -> set[str]:
+        seen, todo = set(), [start]
+        while todo:
+            for each in graph.get(todo.pop(), ()):
+                if each not in seen:
+                    seen.add(each)
+                    todo.append(each)
+        return seen
+
+    reach = {node: reached(node) for node in graph}
+    groups = {tuple(sorted(other for other in reach[node] if node in reach[other])) for node in graph if node in reach[node]}
+    return sorted(map(list, groups))
+
+
+def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function is compiled for a GPU: decorated with triton.jit or gluon.jit."""
+    return any("jit" in ast.unparse(decorator).partition("(")[0] for decorator in function.decorator_list)
+
+
+def test_the_search_for_cycles_finds_them():
+    known = {"p", "p.a", "p.b", "p.c", "p.d"}
+    source = """
+from p import a
+def f():
+    from p.b import g
+    from . import c
+    import_module("p.d")
+"""
+    assert imported_modules("p.x", source, False, known) == {"p.a", "p.b", "p.c", "p.d"}
+    assert imported_modules("p", "from .a import b", True, known) == {"p.a"}
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}, "e": {"a"}}) == [["b", "c"], ["d"]]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_module_imports_itself_through_others(package):
+    """Imports inside functions count: they hide a circle, and do not open it."""
+    assert [cycle for cycle in cycles(IMPORTED) if cycle[0].partition(".")[0] == package] == []
+
+
+def room(module: str) -> int:
+    """The index in ROOMS of the room of a module of sage_backend."""
+    packages = [(package, i) for i, (_, packages) in enumerate(ROOMS) for package in packages if package != "sage_backend"]
+    found = [i for package, i in packages if module == package or module.startswith(package + ".")]
+    return found[0] if found else 0 if module == "sage_backend" else -1
+
+
+def test_rooms_import_downwards_only():
+    ours = [name for name in MODULES if name.partition(".")[0] == "sage_backend"]
+    assert [name for name in ours if room(name) < 0] == [], "modules in no room"
+    wrong = [
+        f"{name} ({ROOMS[room(name)][0]}) imports {other} ({ROOMS[room(other)][0]})"
+        for name in ours
+        for other in sorted(IMPORTED[name])
+        if other in ours and room(other) > room(name)
     ]
-    assert not outside
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_modules_and_functions_are_short(package):
+    """A longer module gives its reason in its docstring, in a line that begins with "Length:". Kernels may be longer."""
+    long = []
+    for name, file in modules_of(package).items():
+        source = file.read_text()
+        tree, lines = ast.parse(source), source.count("\n")
+        if lines > MOST_LINES and "\nLength: " not in (ast.get_docstring(tree) or ""):
+            long.append(f"{name}: {lines} lines")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_kernel(node):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > MOST_LINES_OF_A_FUNCTION:
+                    long.append(f"{name}.{node.name}: {lines} lines")
+    assert long == []
 
 
 @pytest.fixture(scope="module")

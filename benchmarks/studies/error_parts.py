@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sage_backend.demo import HELDOUT
 from sage_backend.demo.llama import Attention
-from sage_kernels.reference import LOG2E, P_BITS, products, quantize_k, quantize_p, quantize_q, quantize_v
+from sage_kernels.reference import LOG2E, P_BITS, code_product, quantize_k, quantize_p, quantize_q, quantize_v
 from sage_paged import PAGE_TOKENS
 
 WINDOWS = 8
@@ -65,7 +65,7 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, parts: Set[str]) -> Ten
     elif "V INT8" in parts:
         v_exponent = (v.abs().amax(-1) / 127).log2()
         v = (v * (-v_exponent).exp2()[..., None]).round()
-    logits = products(q, k, torch.ones(k.shape[:2])) * (LOG2E / math.sqrt(HEAD_DIM)) + v_exponent[:, None]
+    logits = code_product(q, k, torch.ones(k.shape[:2])) * (LOG2E / math.sqrt(HEAD_DIM)) + v_exponent[:, None]
     logits.masked_fill_(torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1), float("-inf"))
     if "P e4m3" in parts:
         p, _ = quantize_p(logits, max(PAGE_TOKENS))

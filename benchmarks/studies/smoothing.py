@@ -29,7 +29,7 @@ from common.activations import ANCHORS, HEAD_DIM, TOKENS, Heads, attention, mode
 from common.study import study
 from torch import Tensor
 
-from sage_kernels.reference import LOG2E, quantize_k, quantize_p, quantize_v, query_parts, tile_tokens, times_keys
+from sage_kernels.reference import LOG2E, qk_product, quantize_k, quantize_p, quantize_v, query_terms, tile_tokens
 from sage_paged import K_BITS, PAGE_TOKENS
 
 SMOOTHED = ("none", "whole text")
@@ -50,8 +50,8 @@ def quantized_attention(q: Tensor, k: Tensor, v: Tensor, k_bits: int, k_anchor: 
     k_codes, k_scale, v_codes, v_exponent, common = (
         x.repeat_interleave(group, 0) for x in (k_codes, k_scale, v_codes.float(), v_exponent, common)
     )
-    parts = query_parts(q, LOG2E / math.sqrt(HEAD_DIM), tile_tokens(group) if smooth_q else 0)
-    logits = times_keys(parts, k_codes, k_scale)
+    terms = query_terms(q, LOG2E / math.sqrt(HEAD_DIM), tile_tokens(group) if smooth_q else 0)
+    logits = qk_product(terms, k_codes, k_scale)
     logits.masked_fill_(torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1), float("-inf"))
     p8, _ = quantize_p(logits + v_exponent[:, None], max(PAGE_TOKENS))
     return p8 @ v_codes / (p8 * (-v_exponent).exp2()[:, None]).sum(-1, keepdim=True) + common

@@ -1,95 +1,152 @@
-"""`reference.attention` for a CPU that serves requests: all heads of a request at once, and only the pages it can see.
+# SPDX-License-Identifier: Apache-2.0
+"""`reference.attention` for a CPU that serves requests: all heads of a request at once, and only the pages that it sees.
 
-The arithmetic is the kernels' own. INT8 products are exact in float32 (|sum| <= 127 * 128 * 256 < 2**24), which on a CPU is
-the fast way to do them. The store needs no version of its own: `reference.store` already takes all tokens at once.
+The arithmetic is that of the kernels. INT8 products are exact in float32, which on a CPU is the fast way to compute them.
+Storing needs no version of its own: `reference.store` takes all tokens at once.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from sage_kernels.reference import LOG2E, Parts, Turns, load, quantize_p, query_parts, times_keys, turned
+from sage_kernels.batch import Modifiers, PagedBatch
+from sage_kernels.reference import (
+    LOG2E,
+    QueryTerms,
+    load,
+    qk_product,
+    quantize_p,
+    query_terms,
+    rotate_back,
+    visible_keys,
+)
 from sage_paged import PageLayout
 
 MAX_LOGITS = 1 << 24
 """Elements of the logits matrix that is held at a time; longer prompts are taken in pieces."""
 
 
-def _logits(parts: Parts, k: torch.Tensor, k_scale: torch.Tensor) -> torch.Tensor:
-    """`times_keys` for parts of queries [kv_heads, group, queries, head_dim] and the keys of KV heads."""
-    flat = [(codes.flatten(1, 2), q_scale.flatten(1, 2)) for codes, q_scale in parts]
-    return times_keys(flat, k, k_scale).unflatten(1, parts[0][1].shape[1:])
+@dataclass(frozen=True)
+class _Piece:
+    """Query rows low to high of a request, the position one past the last of them, and the pages that they see."""
+
+    request: int
+    low: int
+    high: int
+    end_position: int
+    used_pages: slice
+
+    @property
+    def rows(self) -> int:
+        return self.high - self.low
 
 
 def attention(
     query: torch.Tensor,
     pages: torch.Tensor,
     layout: PageLayout,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    batch: PagedBatch,
     scale: float,
     out: torch.Tensor,
-    window: int = 0,
-    soft_cap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    anchor: torch.Tensor | None = None,
-    v_anchor: torch.Tensor | None = None,
-    turns: Turns | None = None,
-    q_block: int = 0,
+    modifiers: Modifiers | None = None,
 ) -> None:
-    """`reference.attention` with the same arguments; writes `out`, which has query's shape."""
-    kv_heads = pages.shape[1]
-    group = query.shape[1] // kv_heads
-    every = query.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)  # [kv_heads, group, queries, head_dim]
-    sink = None if sinks is None else sinks.float().mul(LOG2E).view(kv_heads, group, 1, 1)
-    bias = torch.zeros(every.shape[:-1])
-    if anchor is not None:
-        bias = (every.float() @ anchor[:, None, :, None]).squeeze(-1) * (scale * LOG2E)
+    """`reference.attention` with the same arguments; writes `out`, which has query's shape, rows of no request excepted."""
+    modifiers = modifiers or Modifiers()
+    kv_heads, group = pages.shape[1], query.shape[1] // pages.shape[1]
+    by_head = query.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)  # [kv_heads, group, queries, head_dim]
+    bias = torch.zeros(by_head.shape[:-1])
+    if modifiers.k_anchor is not None:
+        bias = (by_head.float() @ modifiers.k_anchor[:, None, :, None]).squeeze(-1) * (scale * LOG2E)
+    for piece in _pieces(query.shape[1], layout, batch, modifiers):
+        rows = slice(piece.low, piece.high)
+        result = _attend(by_head[:, :, rows], bias[:, :, rows, None], piece, pages, layout, batch, scale, modifiers)
+        out[rows] = result.permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
 
-    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    block = q_block or 1
+
+def _pieces(heads: int, layout: PageLayout, batch: PagedBatch, modifiers: Modifiers) -> Iterator[_Piece]:
+    """The requests' queries, cut so that no piece has more than MAX_LOGITS logits, and at whole blocks of Q smoothing."""
+    starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+    block = modifiers.q_block or 1
     for request, length in enumerate(lengths):
         start, end = starts[request], starts[request + 1]
         if start == end:
             continue
-        step = max(block, MAX_LOGITS // (query.shape[1] * length) // block * block)
+        step = max(block, MAX_LOGITS // (heads * length) // block * block)
         for low in range(start, end, step):
             high = min(low + step, end)
-            last = length - (end - high)  # one past the position of the last query of this piece
-            first_page = max(0, last - (high - low) - window + 1) // layout.tokens if window else 0
-            begin = first_page * layout.tokens
-            used = slice(first_page, -(-last // layout.tokens))
-            table = block_table[request, ..., used]
-            k, k_scale, v, v_exponent = (x[:, : last - begin] for x in load(pages, table, layout))
+            end_position = length - (end - high)
+            first = max(0, end_position - (high - low) - modifiers.window + 1) // layout.tokens if modifiers.window else 0
+            yield _Piece(request, low, high, end_position, slice(first, -(-end_position // layout.tokens)))
 
-            q = every[:, :, low:high]
-            logits = _logits(query_parts(q, scale * LOG2E, q_block), k, k_scale)
-            row_bias = bias[:, :, low:high, None]
-            if turns is not None:
-                for page, turn in enumerate(turns.pages[request, :, used].T):
-                    if not turn.any():
-                        continue
-                    nearer = turned(q.float(), turns.table[turn.long()][:, None, None])
-                    own = slice(page * layout.tokens, (page + 1) * layout.tokens)
-                    logits[..., own] = _logits(query_parts(nearer, scale * LOG2E, q_block), k[:, own], k_scale[:, own])
-                    if anchor is not None:
-                        logits[..., own] += torch.matmul(nearer, anchor[:, None, :, None]) * (scale * LOG2E) - row_bias
-            if soft_cap:
-                logits = (soft_cap * LOG2E) * torch.tanh((logits + row_bias) / (soft_cap * LOG2E))
-            if high - low > 1 or window:
-                positions = torch.arange(last - (high - low), last)[:, None]
-                keys = torch.arange(begin, last)[None, :]
-                hidden = keys > positions
-                if window:
-                    hidden |= keys <= positions - window
-                logits.masked_fill_(hidden, float("-inf"))
 
-            logits += v_exponent[:, None, None, :]
-            p8, base = quantize_p(logits, layout.tokens)
-            total = torch.matmul(p8.flatten(1, 2), (-v_exponent).exp2()[..., None]).unflatten(1, p8.shape[1:3])
-            result = torch.matmul(p8.flatten(1, 2), v).unflatten(1, p8.shape[1:3])
-            if v_anchor is not None:
-                result += total * v_anchor[:, None, None]
-            if sink is not None:
-                total = total + torch.exp2((sink if soft_cap else sink - row_bias) - base)
-            result /= total
-            out[low:high] = result.permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
+def _attend(
+    q: torch.Tensor,
+    bias: torch.Tensor,
+    piece: _Piece,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    batch: PagedBatch,
+    scale: float,
+    modifiers: Modifiers,
+) -> torch.Tensor:
+    """Attention of a piece, float32 of q's shape. q: [kv_heads, group, queries, head_dim]; bias: [kv_heads, group, queries, 1],
+    what base-2 logits lack by k_anchor."""
+    kv_heads, group = q.shape[:2]
+    begin = piece.used_pages.start * layout.tokens
+    table = batch.block_table[piece.request, ..., piece.used_pages]
+    k, k_scale, v, v_exponent = (x[:, : piece.end_position - begin] for x in load(pages, table, layout))
+
+    logits = _qk_product(query_terms(q, scale * LOG2E, modifiers.q_block), k, k_scale)
+    if batch.rope_shift is not None:
+        _shift_pages(logits, q, bias, k, k_scale, piece, batch, layout, scale, modifiers)
+    if modifiers.soft_cap:
+        cap = modifiers.soft_cap * LOG2E
+        logits = cap * torch.tanh((logits + bias) / cap)
+    if piece.rows > 1 or modifiers.window:
+        positions = torch.arange(piece.end_position - piece.rows, piece.end_position)[:, None]
+        keys = torch.arange(begin, piece.end_position)[None, :]
+        logits.masked_fill_(~visible_keys(positions, keys, modifiers.window), float("-inf"))
+
+    logits += v_exponent[:, None, None, :]
+    p, m_ref = quantize_p(logits, layout.tokens)
+    l_i = torch.matmul(p.flatten(1, 2), (-v_exponent).exp2()[..., None]).unflatten(1, p.shape[1:3])
+    result = torch.matmul(p.flatten(1, 2), v).unflatten(1, p.shape[1:3])
+    if modifiers.v_anchor is not None:
+        result += l_i * modifiers.v_anchor[:, None, None]
+    if modifiers.sinks is not None:
+        sinks = modifiers.sinks.float().mul(LOG2E).view(kv_heads, group, 1, 1)
+        l_i = l_i + torch.exp2((sinks if modifiers.soft_cap else sinks - bias) - m_ref)
+    result /= l_i
+    return result
+
+
+def _qk_product(terms: QueryTerms, k: torch.Tensor, k_scale: torch.Tensor) -> torch.Tensor:
+    """`qk_product` for terms of queries [kv_heads, group, queries, head_dim] and the keys of KV heads."""
+    flat = [(codes.flatten(1, 2), q_scale.flatten(1, 2)) for codes, q_scale in terms]
+    return qk_product(flat, k, k_scale).unflatten(1, terms[0][1].shape[1:])
+
+
+def _shift_pages(
+    logits: torch.Tensor,
+    q: torch.Tensor,
+    bias: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    piece: _Piece,
+    batch: PagedBatch,
+    layout: PageLayout,
+    scale: float,
+    modifiers: Modifiers,
+) -> None:
+    """Replace the logits of pages that are read at shifted positions (`RopeShift`)."""
+    assert batch.rope_shift is not None
+    for page, shift in enumerate(batch.rope_shift.pages[piece.request, :, piece.used_pages].T):
+        if not shift.any():
+            continue
+        rotated = rotate_back(q.float(), batch.rope_shift.table[shift.long()][:, None, None])
+        own = slice(page * layout.tokens, (page + 1) * layout.tokens)
+        terms = query_terms(rotated, scale * LOG2E, modifiers.q_block)
+        logits[..., own] = _qk_product(terms, k[:, own], k_scale[:, own])
+        if modifiers.k_anchor is not None:
+            logits[..., own] += torch.matmul(rotated, modifiers.k_anchor[:, None, :, None]) * (scale * LOG2E) - bias

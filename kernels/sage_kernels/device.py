@@ -1,4 +1,5 @@
-"""What a device can do, asked once."""
+# SPDX-License-Identifier: Apache-2.0
+"""Capabilities of a device, asked once."""
 
 import functools
 import logging
@@ -21,22 +22,26 @@ def fp8_path(device: torch.device) -> str:
 
 
 @functools.cache
-def has_own_kernels(device: torch.device) -> bool | None:
-    """Whether kernels made for this device are to be asked; None if there are some, but Triton's Gluon cannot be imported."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device is of sm_90, for which there are kernels in Gluon."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def gluon_available() -> bool:
+    """Whether Triton's Gluon can be imported. Logs a warning, once, where it cannot."""
     try:
         import triton.experimental.gluon  # noqa: F401
     except ImportError as error:
         logger.warning("attention takes the portable kernels, which are slower: Triton's Gluon cannot be used (%s)", error)
-        return None
+        return False
     return True
 
 
 @functools.cache
 def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """Arguments of kernels that begin with `tiles.await_kernel_before`, and so may be started while the kernel before them in
-    the stream still runs (programmatic dependent launch: CUDA C++ Programming Guide; sm_90 and later)."""
+    """Launch arguments of kernels that begin with `primitives.await_previous_kernel`: on sm_90 and later, these may start while
+    the kernel before them in the stream still runs (programmatic dependent launch, CUDA C++ Programming Guide)."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
@@ -58,5 +63,6 @@ def shared_memory(device: torch.device) -> int:
 
 
 def pipeline_stages(device: torch.device, rows: int, channels: int, page_tokens: int) -> int:
-    """How many pages a program can have under way, at most 3, beside `rows` queries of `channels` (a power of two)."""
+    """Pages that a program can have in flight, at most 3, next to `rows` query rows of `channels` (a power of two) in shared
+    memory."""
     return max(1, min((shared_memory(device) - 2 * rows * channels) // (2 * page_tokens * channels), 3))

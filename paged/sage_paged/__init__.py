@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The quantized KV page: its bytes, how tensors look at them, and which pages of a long context are read."""
 
 from sage_paged.layout import (

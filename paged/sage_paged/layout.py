@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bytes of one page.
 
 A page holds the keys and values of `tokens` consecutive tokens of one KV head, quantized, in one contiguous run:
@@ -27,6 +28,7 @@ whole number, and the last 8 bits of k_scale are that plus 127, which changes k_
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -120,7 +122,7 @@ class PageLayout:
     def summary_offset(self) -> int:
         return self._whole(self.offset("end"))
 
-    @property
+    @cached_property  # asked for in every call
     def page_bytes(self) -> int:
         return self.summary_offset + (self._whole(4 * self.head_dim) if self.has_summary else 0)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which pages of a long context are read, after InfLLM (Xiao et al., NeurIPS 2024).
 
 Queries are taken in rows: the tokens of one request that lie in one block of `query_block` positions, or all tokens of a

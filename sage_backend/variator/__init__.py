@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compression plugins on the feed-forward layers (FFNs) of a decoder, after Variator (Xiao et al., Findings of EMNLP 2023).
 
 A plugin pools a few consecutive hidden vectors of a prompt into one before a FFN and expands the result behind it, so that the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plugin files: the plugins of some layers of one model, for one or more ratios.
 
 A safetensors file. The plugin of `ratio` at the FFN that is called `layer` (such as model.layers.3.mlp) both in transformers
@@ -9,26 +10,27 @@ from typing import Any
 
 import torch
 
-from sage_backend.model_file import Kind
-from sage_backend.variator.plugin import RATIOS, CompressionPlugin
+from sage_backend.model_file import ModelFileFormat
+from sage_backend.options import RATIOS
+from sage_backend.variator.plugin import CompressionPlugin
 
-FILE = Kind("plugin file", "sage variator train", "sage-variator-1")
+FILE = ModelFileFormat("plugin file", "sage variator train", "sage-variator-1")
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""`model_type` of the models whose FFNs are called model.layers.N.mlp and turn one hidden vector a token into another."""
+"""`model_type` of the models whose FFNs are called model.layers.N.mlp and map each token's hidden vector by itself."""
 
 Plugins = dict[str, dict[int, CompressionPlugin]]
 """By layer, then by ratio."""
 
 
 def default_layers(hf_config: Any) -> list[str]:
-    """All layers but the first and the last. Raises ValueError for a model of another kind."""
+    """All layers but the first and the last. Raises ValueError like `check_model`."""
     check_model(hf_config)
     return [f"model.layers.{i}.mlp" for i in range(1, hf_config.num_hidden_layers - 1)]
 
 
 def check_model(hf_config: Any) -> None:
-    """Raises ValueError for a model that plugins cannot be attached to."""
+    """Raises ValueError, in one line, for a model that plugins cannot be attached to. hf_config: its transformers config."""
     if hf_config.model_type not in MODEL_TYPES:
         raise ValueError(
             f"compression plugins do not know models of type {hf_config.model_type}; "
@@ -42,14 +44,14 @@ def make(layers: list[str], ratios: list[int], hidden: int) -> Plugins:
 
 
 def _shapes(layers: list[str], ratios: list[int], hidden: int) -> Plugins:
-    """Plugins without numbers: to draw these would start torch's threads, and a process that has some when vLLM forks its
-    engine leaves that waiting for them for ever."""
+    """Plugins on the meta device. Drawing their numbers would start torch's threads, and an engine that vLLM forks from a
+    process with such threads waits for them forever."""
     with torch.device("meta"):
         return make(layers, ratios, hidden)
 
 
 def save(path: Path, plugins: Plugins, model: str, hf_config: Any) -> None:
-    """Write plugins in bfloat16; an older file is replaced when the new one is complete."""
+    """Write plugins in bfloat16. An older file is replaced when the new one is complete."""
     tensors = {
         f"{layer}.{ratio}.{name}": tensor.detach().bfloat16().cpu().contiguous()
         for layer, by_ratio in plugins.items()
@@ -60,9 +62,9 @@ def save(path: Path, plugins: Plugins, model: str, hf_config: Any) -> None:
 
 
 def check(path: str, model_config: Any) -> tuple[int, ...]:
-    """The ratios that a file has plugins for, checked against a model (vLLM's ModelConfig).
+    """The ratios of the plugins in a file, after checking the file against a model (vLLM's ModelConfig).
 
-    Raises ValueError, in one line, for a file that has none, is damaged, or is one of another model, and for a model of a kind
+    Raises ValueError, in one line, for a file that has no plugins, is damaged, or is of another model, and for a type of model
     that is not supported.
     """
     check_model(model_config.hf_config)
@@ -82,7 +84,7 @@ def check(path: str, model_config: Any) -> tuple[int, ...]:
 
 
 def contents(path: str) -> tuple[list[str], list[int]]:
-    """The layers and the ratios of a file, in order. Raises ValueError like `check`, for what is no plugin file."""
+    """The layers and the ratios of a file, sorted. Raises ValueError like `check`, for a file that is no plugin file."""
     layers, ratios = set(), set()
     for name in FILE.shapes(path):
         layer, _, ratio = name.rpartition(".")[0].rpartition(".")[0].rpartition(".")
@@ -99,7 +101,7 @@ def load(path: str, layer: str, hidden: int, ratios: list[int]) -> dict[int, Com
     for ratio, plugin in plugins.items():
         prefix = f"{layer}.{ratio}."
         _, tensors = FILE.read(path, [prefix + name for name in plugin.state_dict()])
-        # Copied, for what was read stays tied to the file.
+        # Copied, since tensors that were read share the file's memory.
         read = {name.removeprefix(prefix): tensor.to(torch.bfloat16, copy=True) for name, tensor in tensors.items()}
         plugin.load_state_dict(read, assign=True)
     return {ratio: plugin.requires_grad_(False) for ratio, plugin in plugins.items()}

@@ -1,46 +1,50 @@
-"""Which tokens become groups: those of a prompt, but for its last ones, in a request that has a ratio above 1.
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens become groups: those of a prompt, except its last ones, in a request with a ratio above 1.
 
 A group begins at a multiple of the ratio, counted from the start of the prompt, and lies in one block of the KV cache and in
-one chunk. So what a token's keys and values are depends on the prompt, on the request's `Reading` and on nothing else: not on
-other requests, on chunks, or on what was in the prefix cache.
+one chunk. So a token's keys and values depend only on the prompt and on the request's `CompressionPlan`: not on other requests,
+on chunks, or on the contents of the prefix cache.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-CHUNK = 16
-"""Chunks end at multiples of this in the part of a prompt that is compressed. It is a multiple of all ratios, and more tokens
-than speculative decoding verifies at once, below which a chunk would count as a decode."""
+from sage_backend.options import MIN_TAIL
 
-MIN_TAIL = CHUNK
-"""So that the chunk with the last group never counts as a decode either."""
+COMPRESSOR = "sage.variator"
+"""The name under which an engine's layers (`static_forward_context`) hold its `layers.Compressor`, if it has one."""
+
+CHUNK = MIN_TAIL
+"""Chunks end at multiples of this in the compressed part of a prompt. It is a multiple of all ratios, and more tokens than
+speculative decoding verifies at once, below which a chunk would count as a decode. The same holds for MIN_TAIL, so that the
+chunk with the last group never counts as a decode."""
 
 
-class Reading(NamedTuple):
+class CompressionPlan(NamedTuple):
     """How a prompt is read: its first `limit` tokens in groups of `ratio`. Goes to workers in a request's `extra_args`."""
 
     ratio: int
     limit: int
 
     @classmethod
-    def of(cls, prompt: int, ratio: int, tail: int) -> "Reading":
-        """Of a prompt of `prompt` tokens, of which the last `tail` are left as they are."""
+    def of(cls, prompt: int, ratio: int, tail: int) -> "CompressionPlan":
+        """For a prompt of `prompt` tokens, the last `tail` of which stay uncompressed."""
         return cls(ratio, max(0, prompt - tail) // ratio * ratio if ratio > 1 else 0)
 
     def groups(self, first: int, end: int) -> tuple[int, int]:
-        """The part of the tokens [first, end) that whole groups cover, as [first, end), which is empty if there is none."""
+        """The part of the tokens [first, end) that whole groups cover, as [first, end). It is empty if there is none."""
         first = -(-first // self.ratio) * self.ratio
         end = min(end, self.limit) // self.ratio * self.ratio
         return first, max(first, end)
 
 
-PLAIN = Reading(1, 0)
+PLAIN = CompressionPlan(1, 0)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows [first, end) of a step's batch that are read alike."""
+    """Rows [first, end) of a step's batch with one ratio."""
 
     first: int
     end: int
@@ -52,11 +56,11 @@ class Segment:
         return (self.end - self.first) // self.ratio
 
 
-def segments(requests: Iterable[tuple[int, int, int, Reading]]) -> list[Segment]:
-    """Cut a batch into as few segments as there can be; an empty list if nothing of it is compressed.
+def segments(requests: Iterable[tuple[int, int, int, CompressionPlan]]) -> list[Segment]:
+    """Cut a batch into as few segments as possible; an empty list if nothing of it is compressed.
 
-    requests: of each, in the order of the batch, its first row, the row behind its last one, the position of its first row's
-    token in its prompt, and its reading.
+    requests: for each, in the order of the batch, its first row, the row behind its last one, the position of its first row's
+    token in its prompt, and its plan.
     """
     cut: list[Segment] = []
 
@@ -67,20 +71,20 @@ def segments(requests: Iterable[tuple[int, int, int, Reading]]) -> list[Segment]
             first = cut.pop().first
         cut.append(Segment(first, end, ratio))
 
-    for row, behind, position, reading in requests:
-        first, end = (row + at - position for at in reading.groups(position, position + behind - row))
-        if reading.ratio == 1 or first >= end:
+    for row, behind, position, plan in requests:
+        first, end = (row + at - position for at in plan.groups(position, position + behind - row))
+        if plan.ratio == 1 or first >= end:
             first = end = behind
         add(row, first, 1)
-        add(first, end, reading.ratio)
+        add(first, end, plan.ratio)
         add(end, behind, 1)
     return cut if any(segment.ratio > 1 for segment in cut) else []
 
 
-def clip(tokens: int, position: int, reading: Reading) -> int:
-    """How many of `tokens` tokens from `position` on a chunk may have, so that it ends between groups."""
+def clip(tokens: int, position: int, plan: CompressionPlan) -> int:
+    """The tokens, of `tokens` from `position` on, that a chunk may have to end between groups."""
     end = position + tokens
-    return tokens if end >= reading.limit else max(0, end // CHUNK * CHUNK - position)
+    return tokens if end >= plan.limit else max(0, end // CHUNK * CHUNK - position)
 
 
 def compressed(cut: Sequence[Segment]) -> dict[int, int]:

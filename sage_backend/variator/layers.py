@@ -1,7 +1,8 @@
-"""The worker's side: plugins attached to a model's FFNs, and which rows of a step they compress.
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's side: plugins attached to a model's FFNs, and the rows of a step that they compress.
 
-The FFN of a layer becomes one custom op, which torch.compile does not look into and piecewise CUDA graphs leave out: how many
-rows it computes depends on the step. A CUDA graph of a whole decode captures what it does without compression, the plain FFN.
+The FFN of a layer becomes one custom op, which torch.compile does not look into and piecewise CUDA graphs leave out, since the
+number of rows that it computes depends on the step. A CUDA graph of a whole decode captures the plain FFN.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +15,12 @@ from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from sage_backend import metrics
-from sage_backend.backend import SageImpl
+from sage_backend.features.layers import own_impls
+from sage_backend.observability.recorder import Recorder, recorder
 from sage_backend.options import VariatorOptions
-from sage_backend.plugin import COMPRESSOR
 from sage_backend.variator import files
-from sage_backend.variator.admission import READING
-from sage_backend.variator.groups import PLAIN, Reading, Segment, compressed, segments
+from sage_backend.variator.admission import PLAN_KEY
+from sage_backend.variator.groups import COMPRESSOR, PLAIN, CompressionPlan, Segment, compressed, segments
 from sage_backend.variator.plugin import BOTTLENECK, CompressionPlugin
 
 _LIBRARY = torch.library.Library("sage", "FRAGMENT")
@@ -35,7 +35,8 @@ direct_register_custom_op("ffn", _ffn, mutates_args=["out"], fake_impl=lambda x,
 
 
 class CompressedFFN:
-    """A FFN and its plugins by ratio. attention: vLLM's name of the same layer's attention, whose metadata say what to do."""
+    """A FFN and its plugins by ratio. attention: vLLM's name of the same layer's attention, whose metadata have the
+    segments."""
 
     def __init__(
         self, plain: Callable[[Tensor], Tensor], plugins: dict[int, CompressionPlugin], attention: str
@@ -49,37 +50,37 @@ class CompressedFFN:
         if not cut:
             out.copy_(self.plain(x))
             return
-        parts = [x[segment.first : segment.end] for segment in cut]
-        pooled = [part if s.ratio == 1 else self.plugins[s.ratio].pool(part) for s, part in zip(cut, parts, strict=True)]
+        inputs = [x[segment.first : segment.end] for segment in cut]
+        pooled = [rows if s.ratio == 1 else self.plugins[s.ratio].pool(rows) for s, rows in zip(cut, inputs, strict=True)]
         results = self.plain(torch.cat(pooled)).split([segment.rows for segment in cut])
-        for segment, part, y in zip(cut, parts, results, strict=True):
-            out[segment.first : segment.end] = y if segment.ratio == 1 else self.plugins[segment.ratio].expand(y, part)
+        for segment, rows, y in zip(cut, inputs, results, strict=True):
+            out[segment.first : segment.end] = y if segment.ratio == 1 else self.plugins[segment.ratio].expand(y, rows)
         out[cut[-1].end :] = 0  # padding
 
 
 class Compressor:
-    """What a worker knows of the readings of its requests."""
+    """The compression plans of a worker's requests, and the segments of its steps."""
 
-    def __init__(self, layers: int, hidden: int, intermediate: int, recorder: metrics.Recorder | None) -> None:
-        """layers: how many FFNs have plugins."""
+    def __init__(self, layers: int, hidden: int, intermediate: int, recorder: Recorder | None) -> None:
+        """layers: the number of FFNs with plugins; hidden, intermediate: their sizes."""
         self.recorder = recorder
-        self.readings: dict[str, Reading] = {}
+        self.plans: dict[str, CompressionPlan] = {}
         self.order: Callable[[], Sequence[str]] = list
-        """The requests of the step in the order of the batch."""
+        """Returns the ids of the step's requests in the order of the batch (see `engine.patches.model_runner`)."""
         self._shape = layers, hidden, intermediate
         self._in_step = self._counted = False
 
     @contextmanager
     def step(self, scheduled: Any) -> Iterator[None]:
-        """Inside, a step of users' requests is run. scheduled: vLLM's SchedulerOutput."""
+        """Around a step of users' requests. scheduled: vLLM's SchedulerOutput."""
         for request in scheduled.finished_req_ids:
-            self.readings.pop(request, None)
+            self.plans.pop(request, None)
         for request in scheduled.scheduled_new_reqs:
             arguments = (request.sampling_params and request.sampling_params.extra_args) or {}
-            reading = Reading(*arguments.get(READING, PLAIN))
-            if self.recorder is not None and request.req_id not in self.readings:
-                self.recorder.add_reading(reading.ratio)
-            self.readings[request.req_id] = reading
+            plan = CompressionPlan(*arguments.get(PLAN_KEY, PLAIN))
+            if self.recorder is not None and request.req_id not in self.plans:
+                self.recorder.add_request(plan.ratio)
+            self.plans[request.req_id] = plan
         self._in_step, self._counted = True, False
         try:
             yield
@@ -87,15 +88,15 @@ class Compressor:
             self._in_step = False
 
     def segments(self, common: Any, num_decodes: int) -> list[Segment]:
-        """Of the step's batch (CommonAttentionMetadata), whose first `num_decodes` requests are decodes."""
+        """The segments of the step's batch (CommonAttentionMetadata), whose first `num_decodes` requests are decodes."""
         if not self._in_step:
             return []
         starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound.tolist()
         requests = []
         for i, name in enumerate(self.order()):
-            reading = self.readings[name] if i >= num_decodes else PLAIN
+            plan = self.plans[name] if i >= num_decodes else PLAIN
             first, end = starts[i], starts[i + 1]
-            requests.append((first, end, lengths[i] - (end - first), reading))
+            requests.append((first, end, lengths[i] - (end - first), plan))
         cut = segments(requests)
         if self.recorder is not None and not self._counted:  # layers of several kinds have metadata of their own
             self._counted = True
@@ -105,27 +106,28 @@ class Compressor:
 
 
 def saved_operations(tokens: int, ratio: int, layers: int, hidden: int, intermediate: int) -> int:
-    """Operations of gated FFNs that plugins save for so many tokens, less their own; a multiply-add is two."""
+    """Operations of gated FFNs that plugins save for `tokens` tokens, less their own; a multiply-add is two."""
     rows = tokens // ratio
     of_ffns = 2 * 3 * hidden * intermediate * (tokens - rows)
     of_plugins = 2 * hidden * (tokens * (ratio + 1) + BOTTLENECK * (2 * tokens + rows))
     return layers * (of_ffns - of_plugins)
 
 
-def attach(worker: Any, config: Any, options: VariatorOptions, ratios: list[int]) -> None:
+def attach(worker: Any, config: Any, options: VariatorOptions, ratios: list[int]) -> Compressor:
     """Give the FFNs of a worker's model, which has been loaded, plugins of these ratios. config: VllmConfig.
 
-    Raises ValueError for a model that lacks one of its FFNs.
+    Returns the compressor, which learns of steps through `engine.patches.model_runner`. Raises ValueError for a model
+    that lacks one of the FFNs.
     """
     runner, known = worker.model_runner, config.compilation_config.static_forward_context
     model, hf_config = runner.get_model(), config.model_config.hf_config
     modules = dict(model.named_modules())
     layers, _ = files.contents(options.plugins)
+    ours = own_impls(config)
     for layer in layers:
         ffn: Any = modules.get(layer)
         attention = layer.removesuffix("mlp") + "self_attn.attn"
-        ours = isinstance(getattr(known.get(attention), "impl", None), SageImpl)
-        if not (ours and hasattr(ffn, "gate_up_proj") and hasattr(ffn, "down_proj")):
+        if not (attention in ours and hasattr(ffn, "gate_up_proj") and hasattr(ffn, "down_proj")):
             name = type(model).__name__
             raise ValueError(f"{name} has no FFN {layer} beside attention of this backend; leave the option variator out")
         plugins = files.load(options.plugins, layer, hf_config.hidden_size, ratios)
@@ -133,8 +135,10 @@ def attach(worker: Any, config: Any, options: VariatorOptions, ratios: list[int]
             plugin.to(runner.device, config.model_config.dtype)
         known[layer] = CompressedFFN(ffn.forward, plugins, attention)
         ffn.forward = _call(layer)
-    recorder = metrics.recorder(config)
-    _follow(runner, Compressor(len(layers), hf_config.hidden_size, hf_config.intermediate_size, recorder), known)
+    compressor = known[COMPRESSOR] = Compressor(
+        len(layers), hf_config.hidden_size, hf_config.intermediate_size, recorder(config)
+    )
+    return compressor
 
 
 def _call(layer: str) -> Callable[[Tensor], Tensor]:
@@ -144,28 +148,3 @@ def _call(layer: str) -> Callable[[Tensor], Tensor]:
         return out
 
     return forward
-
-
-def _follow(runner: Any, compressor: Compressor, known: dict[str, Any]) -> None:
-    """Have the compressor told what a model runner runs, and find it where attention's metadata are made."""
-    known[COMPRESSOR] = compressor
-    execute_model = runner.execute_model
-
-    def execute(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("dummy_run"):
-            return execute_model(scheduled, *args, **kwargs)
-        with compressor.step(scheduled):
-            return execute_model(scheduled, *args, **kwargs)
-
-    runner.execute_model = execute
-    if not hasattr(runner, "prepare_inputs"):  # vLLM's first model runner, which keeps the batch
-        compressor.order = lambda: runner.input_batch.req_ids
-        return
-    prepare_inputs = runner.prepare_inputs
-
-    def prepare(*args: Any, **kwargs: Any) -> Any:
-        batch = prepare_inputs(*args, **kwargs)
-        compressor.order = lambda: batch.req_ids
-        return batch
-
-    runner.prepare_inputs = prepare

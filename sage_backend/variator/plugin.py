@@ -1,19 +1,17 @@
-"""The plugin itself, in plain torch: what the engine serves and what is trained."""
+# SPDX-License-Identifier: Apache-2.0
+"""The compression plugin in plain torch, for serving and for training."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-RATIOS = (2, 4, 8)
-"""How many hidden vectors can become one. All divide a page, so a group never reaches into another block of the KV cache."""
 
 BOTTLENECK = 64
 """Channels of the adapter between its two layers, as in the paper."""
 
 
 class CompressionPlugin(nn.Module):
-    """Pools `ratio` consecutive vectors into one and expands a FFN's result for it again.
+    """Pools `ratio` consecutive vectors into one, and expands the FFN's result to `ratio` vectors.
 
-    Untrained, it averages, and repeats the result.
+    An untrained plugin averages, and repeats the result.
     """
 
     def __init__(self, hidden: int, ratio: int) -> None:
@@ -26,7 +24,8 @@ class CompressionPlugin(nn.Module):
             nn.init.zeros_(parameter)
 
     def pool(self, x: Tensor) -> Tensor:
-        """[..., tokens, hidden] -> [..., tokens / ratio, hidden]: sums of groups, weighted by what is in all of the group."""
+        """[..., tokens, hidden] -> [..., tokens / ratio, hidden]: sums of groups, with weights that depend on the whole
+        group."""
         groups = x.unflatten(-2, (-1, self.ratio))
         weights = self.weigh(groups.flatten(-2)).softmax(-1)
         return (weights.unsqueeze(-1) * groups).sum(-2)
@@ -34,9 +33,9 @@ class CompressionPlugin(nn.Module):
     def expand(self, y: Tensor, x: Tensor) -> Tensor:
         """The FFN's results for groups, y [..., tokens / ratio, hidden], and what was pooled, x -> [..., tokens, hidden].
 
-        Each vector of a group gets the group's result, and what the adapter makes of that and of the vector itself.
+        Each vector of a group gets the group's result plus the adapter's output for that result and the vector itself.
         """
-        # The adapter's input is [y, x]; y's share is the same for the whole group.
+        # The adapter's input is [y, x]; y's part is the same for the whole group.
         of_y, of_x = self.down.weight.split(y.shape[-1], -1)
         inner = F.linear(x, of_x, self.down.bias).unflatten(-2, (-1, self.ratio)) + F.linear(y, of_y).unsqueeze(-2)
         return (self.up(F.gelu(inner)) + y.unsqueeze(-2)).flatten(-3, -2)

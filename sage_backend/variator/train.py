@@ -1,18 +1,17 @@
-"""Train compression plugins: `sage variator train MODEL --ratio 2,4 --text FILE --out FILE`.
+# SPDX-License-Identifier: Apache-2.0
+"""Training of compression plugins; the command is `sage_backend.tools.variator`.
 
-The model is frozen and teaches itself. First each plugin learns alone to give what its FFN
-gives, from the inputs that the FFN has in the plain model. Then all plugins of a ratio work together in one pass, and learn to
-leave the predictions for what follows a compressed prompt as they are. Some of the prompts, if asked for, hide a pass key: text
-alone hardly shows whether exact tokens survive.
+The model is frozen and teaches itself. First each plugin learns alone to give what its FFN gives, from the inputs that the FFN
+has in the plain model. Then all plugins of a ratio work together in one pass, and learn to leave the predictions for what
+follows a compressed prompt as they are. Some of the prompts can hide a pass key: text alone hardly shows whether exact tokens
+survive.
 
 Batches depend on the step's number alone, so that a training that was interrupted continues as if it had not been.
 """
 
-import argparse
 import math
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
 
-from sage_backend import cli
 from sage_backend.demo.passkey import KEY_DIGITS, make_passkey
-from sage_backend.model_file import identity
+from sage_backend.options import RATIOS
 from sage_backend.variator import files
-from sage_backend.variator.plugin import RATIOS
 
 RATES = {"layers": 2e-3, "joint": 1e-3}
 """Peak learning rates of the two phases."""
@@ -39,8 +37,8 @@ CHECKPOINT_EVERY = 50  # steps
 
 @dataclass(frozen=True)
 class Batch:
-    """ids: int64 [rows, tokens], of which the first `cut` are the prompt. scored: bool [rows, tokens - cut], which predictions
-    behind it count."""
+    """ids: int64 [rows, tokens], of which the first `cut` are the prompt. scored: bool [rows, tokens - cut], the predictions
+    behind it that count."""
 
     ids: Tensor
     cut: int
@@ -74,7 +72,7 @@ class Batches:
             prompt, answer = make_passkey(self.context - KEY_DIGITS, rng.random(), rng, self.tokenizer)
             start = len(self.tokenizer.encode(prompt))
             row = torch.tensor(self.tokenizer.encode(prompt + answer))
-            rows.append(F.pad(row, (0, self.context + KEY_DIGITS - len(row))))  # with anything, for nothing before looks there
+            rows.append(F.pad(row, (0, self.context + KEY_DIGITS - len(row))))  # with any value: no earlier token attends to it
             ends.append((start - 1, len(row) - 1))
         cut = _whole_groups(min(start for start, _ in ends) - TAIL)
         at = torch.arange(self.context + KEY_DIGITS)
@@ -87,7 +85,7 @@ def _whole_groups(tokens: int) -> int:
 
 
 class Attached:
-    """A transformers model whose FFNs can be watched, and have plugins."""
+    """A transformers model whose FFNs record their inputs and outputs, and can be compressed by plugins."""
 
     def __init__(self, model: nn.Module, plugins: files.Plugins) -> None:
         self.model, self.plugins = model, plugins
@@ -112,7 +110,7 @@ class Attached:
         return forward
 
     def compressed(self, name: str, ratio: int, x: Tensor) -> Tensor:
-        """What the FFN and its plugin make of x [rows, tokens, hidden]."""
+        """The output of the FFN and its plugin for x; both are [rows, tokens, hidden]."""
         plugin = self.plugins[name][ratio]
         return plugin.expand(self.plain[name](plugin.pool(x)), x)
 
@@ -124,14 +122,14 @@ class Attached:
         self._ratio = 1
 
     def log_probabilities(self, batch: Batch) -> Tensor:
-        """Of every token behind the prompt's, float32 [scored, vocabulary]."""
+        """The log-probabilities behind the prompt that are scored, float32 [scored, vocabulary]."""
         keep = batch.ids.shape[1] - batch.cut
         logits = self.model(batch.ids, logits_to_keep=keep, use_cache=False).logits
         return logits[batch.scored].float().log_softmax(-1)
 
 
 def layer_loss(model: Attached, batch: Batch) -> Tensor:
-    """The squared error of every plugin, over the variance of what it should give; the mean over plugins."""
+    """The squared error of each plugin over the variance of the FFN's output, averaged over plugins. float32 []."""
     with torch.no_grad():
         model.model(batch.ids, logits_to_keep=1, use_cache=False)
     losses = []
@@ -151,7 +149,7 @@ def joint_loss(model: Attached, batch: Batch, ratio: int) -> Tensor:
 
 
 class Training:
-    """Plugins on their way. Its state is what a checkpoint holds."""
+    """Plugins, their optimizer and the number of steps done, which is what a checkpoint holds."""
 
     def __init__(self, model: Attached, batches: Batches, steps: dict[str, int]) -> None:
         self.model, self.batches, self.steps = model, batches, steps
@@ -196,9 +194,7 @@ def _rate_scale(step: int, steps: int) -> float:
 
 
 def train(training: Training, checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Advance to the end, with a progress bar, and a checkpoint now and then."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
+    """Advance to the end, with a progress bar and a checkpoint every CHECKPOINT_EVERY steps. settings: kept in checkpoints."""
     losses: dict[Any, float] = {}
     total = sum(training.steps.values())
     with tqdm(total=total, initial=training.step, unit="step", mininterval=1.0) as bar:
@@ -208,88 +204,6 @@ def train(training: Training, checkpoint: Path, settings: dict[str, Any]) -> Non
             bar.update()
             bar.set_postfix({phase: f"{losses[phase]:.4f}"}, refresh=False)
             if training.step % CHECKPOINT_EVERY == 0:
-                part = checkpoint.with_name(checkpoint.name + ".part")
-                torch.save({"settings": settings, **training.state()}, part)
-                os.replace(part, checkpoint)
-
-
-def _restore(training: Training, checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError for a checkpoint that is not there or is one of another training."""
-    if not checkpoint.is_file():
-        raise ValueError(f"there is no checkpoint {checkpoint} to resume from; leave --resume out")
-    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    for name, value in settings.items():
-        if state["settings"].get(name) != value:
-            raise ValueError(
-                f"{checkpoint} is of a training with another {name} ({state['settings'].get(name)}, not {value}); "
-                "use the same arguments, or leave --resume out"
-            )
-    training.restore(state)
-
-
-def _ratios(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() and int(part) in RATIOS for part in parts):
-        raise argparse.ArgumentTypeError(f"takes ratios out of {', '.join(map(str, RATIOS))}, such as 2,4; not {text!r}")
-    return sorted(set(map(int, parts)))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status; what is wrong with the input is told in one line on stderr."""
-    parser = argparse.ArgumentParser(prog="sage variator", description="Compression plugins for a model's FFNs.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("train", help="train plugins on a text and write them to a file")
-    command.add_argument("model", help="folder or name")
-    command.add_argument("--ratio", type=_ratios, default=[2, 4], metavar="RATIOS", help="for example 2,4 (default)")
-    command.add_argument("--text", type=Path, required=True, help="what to train on")
-    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the plugins")
-    command.add_argument("--layer-steps", type=int, default=400, help="steps of plugins alone (default: %(default)s)")
-    command.add_argument("--joint-steps", type=int, default=1600, help="steps of plugins together (default: %(default)s)")
-    command.add_argument("--rows", type=int, default=4, help="windows of a step (default: %(default)s)")
-    command.add_argument("--context", type=int, default=512, help="tokens of a window (default: %(default)s)")
-    command.add_argument("--recall", type=float, default=0.0, help="share of steps with pass keys (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--resume", action="store_true", help="continue from FILE.checkpoint")
-    arguments = parser.parse_args(argv)
-    return cli.run(lambda: _train(arguments))
-
-
-def _train(arguments: argparse.Namespace) -> None:
-    text = cli.read_text(arguments.text)
-    if min(arguments.layer_steps, arguments.joint_steps) < 1 or arguments.rows < 1 or arguments.context < 8 * max(RATIOS):
-        raise ValueError(f"steps and --rows must be at least 1, and --context at least {8 * max(RATIOS)}")
-    if not arguments.out.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {arguments.out.absolute().parent} for --out")
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    config = AutoConfig.from_pretrained(arguments.model)
-    layers = files.default_layers(config)
-    torch.manual_seed(arguments.seed)
-    plugins = files.make(layers, arguments.ratio, config.hidden_size)
-    on_cpu = torch.device(arguments.device).type == "cpu"  # where 16 bits are slow
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32 if on_cpu else "auto")
-    model.to(arguments.device).eval().requires_grad_(False)
-    batches = Batches(
-        AutoTokenizer.from_pretrained(arguments.model), text,
-        arguments.rows, arguments.context, arguments.recall, arguments.seed,
-    )  # fmt: skip
-    steps = {"layers": arguments.layer_steps, "joint": arguments.joint_steps}
-    training = Training(Attached(model, plugins), batches, steps)
-    training.modules.to(arguments.device)
-    checkpoint = arguments.out.with_name(arguments.out.name + ".checkpoint")
-    names = ("ratio", "layer_steps", "joint_steps", "rows", "context", "recall", "seed")
-    settings = {name: getattr(arguments, name) for name in names}
-    settings |= {"model": identity(arguments.model, config), "text": len(text)}
-    if arguments.resume:
-        _restore(training, checkpoint, settings)
-    train(training, checkpoint, settings)
-    files.save(arguments.out, plugins, arguments.model, config)
-    checkpoint.unlink(missing_ok=True)
-    added = sum(parameter.numel() for parameter in training.modules.parameters())
-    share = added / sum(parameter.numel() for parameter in model.parameters())
-    print(f"{arguments.out}: {added:,} parameters in {len(layers)} layers, {100 * share:.2f}% of the model's")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+                partial = checkpoint.with_name(checkpoint.name + ".part")
+                torch.save({"settings": settings, **training.state()}, partial)
+                os.replace(partial, checkpoint)

@@ -2,6 +2,7 @@
 """The anchors of a layer, without an engine: whose they are, where they come from, and when they are fixed and forgotten; and
 whose queries are smoothed."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from engines import environment
 from paged_batch import relative_error
 
-from sage_backend import calibration, options, plugin
+from sage_backend import options, plugin
 from sage_backend.demo import MODEL_DIR
-from sage_kernels import reference
+from sage_backend.features import calibration_file
+from sage_kernels import Modifiers, PagedBatch, reference
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 128
 
@@ -24,7 +26,7 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(options, "_current", options.SageOptions())  # and not those of an engine before
     with environment():
         plugin.register()
-        from sage_backend.backend import SageImpl
+        from sage_backend.engine.impl import SageImpl
 
         impl = SageImpl(HEADS, HEAD_DIM, 0.125, KV_HEADS, logits_soft_cap=5.0)
     content = options.SageOptions().layout(HEAD_DIM).bytes_per_token // 2
@@ -71,16 +73,17 @@ def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
     with environment():
         from vllm.forward_context import override_forward_context
 
-        from sage_backend.backend import SageImpl, SageMetadata
+        from sage_backend.engine.impl import SageImpl
+        from sage_backend.engine.metadata import SageMetadata
 
         sharing = SageImpl(HEADS, HEAD_DIM, 0.125, KV_HEADS, logits_soft_cap=5.0, kv_sharing_target_layer_name="target")
     layer.impl.v_anchor = torch.randn(KV_HEADS, HEAD_DIM) + 3
     key = torch.randn(20, KV_HEADS, HEAD_DIM) + 3
     store(layer, key)
-    starts, lengths = torch.tensor([0, 20], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
-    metadata = SageMetadata(20, 0, 0, 1, None, starts, lengths, torch.zeros(1, 1, dtype=torch.int32), 20, 20)
+    table, lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[0]], [20], [0, 20]))
+    metadata = SageMetadata.of(PagedBatch(table, lengths, starts, 1, 20), 20, num_decodes=0, num_decode_tokens=0)
     query = torch.randn(20, HEADS, HEAD_DIM)
-    exact = reference.exact_attention(query, key, key, 0.125, soft_cap=5.0)
+    exact = reference.exact_attention(query, key, key, 0.125, Modifiers(soft_cap=5.0))
 
     def attend(impl: Any, target: str | None) -> torch.Tensor:
         asking = SimpleNamespace(kv_sharing_target_layer_name=target)
@@ -100,14 +103,14 @@ def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
 def test_queries_of_prompts_are_smoothed(layer: Any) -> None:
     """And not those of decodes."""
     with environment():
-        from sage_backend.backend import SageMetadata
+        from sage_backend.engine.metadata import SageMetadata
 
     impl = layer.impl
     key = torch.randn(120, KV_HEADS, HEAD_DIM)
     store(layer, key)
-    starts, lengths = torch.tensor([0, 3, 93], dtype=torch.int32), torch.tensor([120, 100], dtype=torch.int32)
-    table = torch.zeros(2, 1, dtype=torch.int32)
-    metadata = SageMetadata(93, 1, 3, 3, None, starts, lengths, table, 120, 100)
+    table, lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[0], [0]], [120, 100], [0, 3, 93]))
+    requests = PagedBatch(table, lengths, starts, 3, 120)
+    metadata = SageMetadata.of(requests, 93, num_decodes=1, num_decode_tokens=3, max_prefill_len=100)
     query = torch.randn(93, HEADS, HEAD_DIM)
     query[..., ::17] += 20
     outputs = []
@@ -115,9 +118,9 @@ def test_queries_of_prompts_are_smoothed(layer: Any) -> None:
         outputs.append(impl.forward(layer, query, key, key, layer.kv_cache, metadata, torch.empty_like(query)))
     assert torch.equal(outputs[0][:3], outputs[1][:3])
     pages = impl.layout.pages(layer.kv_cache)
-    mask = {"soft_cap": 5.0, "anchor": impl.anchor}
+    plain = Modifiers(soft_cap=5.0, k_anchor=impl.anchor)
     expected = [
-        reference.attention(query, pages, impl.layout, table, lengths, starts, 0.125, **mask, q_block=q_block)
+        reference.attention(query, pages, impl.layout, requests, 0.125, replace(plain, q_block=q_block))
         for q_block in (0, reference.tile_tokens(HEADS // KV_HEADS))
     ]
     for output, one, other in zip(outputs, expected, reversed(expected), strict=True):
@@ -131,9 +134,9 @@ def test_a_worker_takes_its_share_of_a_calibration(
 ) -> None:
     file = tmp_path / "anchors.safetensors"
     anchors = {"attention": torch.randn(2 * KV_HEADS, HEAD_DIM), "attention.values": torch.randn(2 * KV_HEADS, HEAD_DIM)}
-    calibration.save(file, anchors, SimpleNamespace(model=str(MODEL_DIR), hf_config=SimpleNamespace()))
-    monkeypatch.setattr("sage_backend.backend.get_tensor_model_parallel_rank", lambda: 1)
-    monkeypatch.setattr("sage_backend.backend.get_tensor_model_parallel_world_size", lambda: 2)
+    calibration_file.save(file, anchors, SimpleNamespace(model=str(MODEL_DIR), hf_config=SimpleNamespace()))
+    monkeypatch.setattr("sage_backend.engine.impl.get_tensor_model_parallel_rank", lambda: 1)
+    monkeypatch.setattr("sage_backend.engine.impl.get_tensor_model_parallel_world_size", lambda: 2)
     impl, layer.layer_name = layer.impl, "attention"
     impl.calibration, impl.smooth_k, impl.smooth_v = str(file), smooth_k, smooth_v
     for key in (torch.randn(20, KV_HEADS, HEAD_DIM), torch.ones(20, KV_HEADS, HEAD_DIM)):

@@ -213,7 +213,7 @@ def test_features_of_models(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert (actual - expected).abs().mean() < NOISE
 
     if flaw:
-        from sage_backend.backend import SageImpl
+        from sage_backend.engine.impl import SageImpl
 
         whole = SageImpl.__init__
 

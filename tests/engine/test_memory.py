@@ -6,6 +6,7 @@ import json
 import re
 import timeit
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -18,12 +19,15 @@ from engines import engine, environment
 from paged_batch import Batch, make_batch
 from recording import Event, batch, scraped
 
-from sage_backend import coverage, metrics, needle, positions
-from sage_backend.coverage import Coverage
 from sage_backend.demo.passkey import make_passkey
-from sage_backend.metrics import FileValues, Recorder
+from sage_backend.features import positions
+from sage_backend.observability import coverage, definitions, sinks
+from sage_backend.observability.coverage import Coverage
+from sage_backend.observability.recorder import Recorder, Sample
+from sage_backend.observability.sinks import FileValues
 from sage_backend.options import MemoryOptions, SageOptions
-from sage_kernels import cpu, reference
+from sage_backend.tools import needle
+from sage_kernels import PagedBatch, cpu, reference
 from sage_paged import Memory, PageLayout
 
 RUN = "SAGE:memory.local_tokens=1024,memory.topk_pages=16,memory.extrapolate=2048"
@@ -47,14 +51,14 @@ def ask(llm: Any, prompts: list[str]) -> list[str]:
 def test_keys_are_recalled_past_the_trained_length(remembering: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model was trained for 2048 tokens. The second round finds the pages of the first in the prefix cache, with their
     summaries. What is read has a part of the attention, and most of it."""
-    monkeypatch.setitem(metrics.SAMPLE_EVERY, "decode", 1)
+    monkeypatch.setitem(definitions.SAMPLE_EVERY, "decode", 1)
     tokenizer = remembering.get_tokenizer()
     prompts, answers = zip(*(make_passkey(6000, depth, Random(1), tokenizer) for depth in (0.1, 0.6)), strict=True)
     first = ask(remembering, list(prompts))
     assert [text[: len(answer)] for text, answer in zip(first, answers, strict=True)] == list(answers)
     assert ask(remembering, list(prompts)) == first
-    values = scraped(metrics.directory(remembering.llm_engine.vllm_config))
-    for phase in metrics.PHASES:
+    values = scraped(sinks.directory(remembering.llm_engine.vllm_config))
+    for phase in definitions.PHASES:
         samples = values["sage_memory_attention_mass_covered_count", phase]
         print(f"{phase}: {values['sage_memory_attention_mass_covered_sum', phase] / samples:.3f} of attention in {samples:.0f}")
         assert 0.5 < values["sage_memory_attention_mass_covered_sum", phase] / samples < 1
@@ -72,20 +76,20 @@ MEMORY = Memory(64, 130, 3, 64)
 """It reads up to 386 tokens and, in a prompt, those of a row."""
 
 
-def brute_force(b: Batch, request: int, head: int, lists: reference.PageLists, row: int, soft_cap: float) -> float:
+def brute_force(b: Batch, request: int, head: int, lists: PagedBatch, row: int, soft_cap: float) -> float:
     """The share of attention of a request's last query, key by key, that falls on the pages of a row."""
     tokens, group = b.layout.tokens, b.query.shape[1] // b.pages.shape[1]
-    length, last = int(b.seq_lens[request]), int(b.query_start_loc[request + 1]) - 1
+    length, last = int(b.requests.seq_lens[request]), int(b.requests.query_start_loc[request + 1]) - 1
     read = lists.block_table[row, head, : -(-int(lists.seq_lens[row]) // tokens)].tolist()
-    codes, scales, _, _ = reference.load(b.pages, b.block_table[request, : -(-length // tokens)], b.layout)
+    codes, scales, _, _ = reference.load(b.pages, b.requests.block_table[request, : -(-length // tokens)], b.layout)
     keys = (codes * scales[..., None])[head]
-    if b.anchor is not None:
-        keys = keys + b.anchor[head]
+    if b.k_anchor is not None:
+        keys = keys + b.k_anchor[head]
     shares = []
     for query in b.query[last, head * group : (head + 1) * group].double():
         logits = [float(query @ keys[at].double()) * b.scale for at in range(length)]
         weights = np.exp([soft_cap * np.tanh(x / soft_cap) if soft_cap else x for x in logits])
-        inside = [int(b.block_table[request, at // tokens]) in read for at in range(length)]
+        inside = [int(b.requests.block_table[request, at // tokens]) in read for at in range(length)]
         shares.append(weights[inside].sum() / weights.sum())
     return float(np.mean(shares))
 
@@ -105,21 +109,20 @@ def test_mass_covered(
 ) -> None:
     """Of the longest request that has queries, which is the last one, for each KV head in turn, against adding it up. Keys are
     taken in several pieces."""
-    monkeypatch.setattr("sage_backend.coverage.PIECE", 256)
+    monkeypatch.setattr("sage_backend.observability.coverage.PIECE", 256)
     longest = len(lengths) - 1
     b = make_batch(PageLayout(64, k_bits, 64, has_summary=True), lengths, 4, 2, smooth=True)
-    tables = b.block_table, b.seq_lens, b.query_start_loc
-    reference.store_summaries(b.pages, b.layout, *tables)
-    lists = reference.recall(b.query, b.pages, b.layout, *tables, MEMORY, MEMORY.query_block if phase == "prefill" else 0)
+    reference.store_summaries(b.pages, b.layout, b.requests)
+    query_block = MEMORY.query_block if phase == "prefill" else 0
+    lists = reference.select_pages(b.query, b.pages, b.layout, b.requests, MEMORY, query_block)
     ends = lists.query_start_loc[1:].tolist()
-    row = ends.index(int(b.query_start_loc[longest + 1]))
+    row = ends.index(int(b.requests.query_start_loc[longest + 1]))
     told: list[tuple[str, float]] = []
     measures = Coverage(MEMORY, 64, torch.device("cpu"), lambda phase, share: told.append((phase, share)))
     impl = SimpleNamespace(num_heads=4, num_kv_heads=2, layout=b.layout, scale=b.scale, soft_cap=soft_cap)
     host = np.array([n for _, n in lengths]), np.array([n for n, _ in lengths])
-    read = lists.block_table, lists.seq_lens, lists.query_start_loc
     for _ in range(2):
-        measures.measure(phase, impl, *host, b.query, b.pages, b.block_table, b.seq_lens, read, b.anchor)
+        measures.measure(phase, impl, *host, b.query, b.pages, b.requests, lists, b.k_anchor)
     expected = [brute_force(b, longest, head, lists, row, soft_cap) for head in (1, 0)]
     assert told == [(phase, pytest.approx(share, rel=1e-4)) for share in expected]
     assert min(expected) > 0.1
@@ -129,17 +132,17 @@ def test_mass_covered(
 
 def test_long_contexts_are_measured_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a call reads no more tokens on average than those of a short context."""
-    monkeypatch.setattr("sage_backend.coverage.TOKENS", 640)
+    monkeypatch.setattr("sage_backend.observability.coverage.TOKENS", 640)
     told: dict[int, list[float]] = {}
     for length in (640, 1920):
         b = make_batch(PageLayout(64, tokens=64, has_summary=True), [(length, 1)], 4, 2)
-        lists = b.block_table[:, None].expand(-1, 2, -1), b.seq_lens, b.query_start_loc
+        lists = replace(b.requests, block_table=b.requests.block_table[:, None].expand(-1, 2, -1))
         told[length] = shares = []
         measures = Coverage(MEMORY, 64, torch.device("cpu"), lambda _, share, told=shares: told.append(share))
         impl = SimpleNamespace(num_heads=4, num_kv_heads=2, layout=b.layout, scale=b.scale, soft_cap=0.0)
         host = np.array([1]), np.array([length])
         for _ in range(12):
-            measures.measure("decode", impl, *host, b.query, b.pages, b.block_table, b.seq_lens, lists, None)
+            measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, None)
     assert told == {640: [pytest.approx(1.0)] * 12, 1920: [pytest.approx(1.0)] * 4}
 
 
@@ -147,7 +150,7 @@ def test_long_contexts_are_measured_less_often(monkeypatch: pytest.MonkeyPatch) 
 def test_what_measuring_mass_costs() -> None:
     """Under a fifth of one layer's attention without memory, in the shape of the embedded model. Prints it (pytest -s)."""
     b = make_batch(PageLayout(128, has_summary=True), [(coverage.TOKENS, 1)], 4, 2)
-    lists = b.block_table[:, None].expand(-1, 2, -1), b.seq_lens, b.query_start_loc
+    lists = replace(b.requests, block_table=b.requests.block_table[:, None].expand(-1, 2, -1))
     measures = Coverage(MEMORY, 128, torch.device("cpu"), lambda _, share: None)
     impl = SimpleNamespace(num_heads=4, num_kv_heads=2, layout=b.layout, scale=b.scale, soft_cap=0.0)
     host = np.array([1]), np.array([coverage.TOKENS])
@@ -156,7 +159,7 @@ def test_what_measuring_mass_costs() -> None:
     def seconds(work: Callable[[], None]) -> float:
         return min(timeit.repeat(work, number=1, repeat=7))
 
-    ours = seconds(lambda: measures.measure("decode", impl, *host, b.query, b.pages, b.block_table, b.seq_lens, lists, None))
+    ours = seconds(lambda: measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, None))
     layer = seconds(lambda: cpu.attention(*b.attention_args(), out))
     print(f"{ours * 1e3:.1f} ms, and one layer's attention without memory {layer * 1e3:.1f} ms")
     assert ours < layer / 5
@@ -167,14 +170,14 @@ def test_what_measuring_mass_costs() -> None:
 def test_mass_covered_is_not_waited_for_on_a_gpu() -> None:
     """By torch's own account of what waits."""
     b = make_batch(PageLayout(64, tokens=64, has_summary=True), [(900, 1)], 4, 2, device="cuda", smooth=True)
-    lists = b.block_table[:, None].expand(-1, 2, -1), b.seq_lens, b.query_start_loc
+    lists = replace(b.requests, block_table=b.requests.block_table[:, None].expand(-1, 2, -1))
     shares: list[float] = []
     measures = Coverage(MEMORY, 64, torch.device("cuda"), lambda _, share: shares.append(share))
     impl = SimpleNamespace(num_heads=4, num_kv_heads=2, layout=b.layout, scale=b.scale, soft_cap=2.0)
     torch.cuda.set_sync_debug_mode("error")
     try:
         host = np.array([1]), np.array([900])
-        measures.measure("decode", impl, *host, b.query, b.pages, b.block_table, b.seq_lens, lists, b.anchor)
+        measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, b.k_anchor)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
@@ -186,7 +189,7 @@ def test_mass_that_is_read_whole_is_not_measured() -> None:
     told: list[float] = []
     measures = Coverage(MEMORY, 64, torch.device("cpu"), lambda _, share: told.append(share))
     nothing: Any = None
-    measures.measure("decode", nothing, np.array([1, 0]), np.array([386, 9000]), *[nothing] * 6)
+    measures.measure("decode", nothing, np.array([1, 0]), np.array([386, 9000]), *[nothing] * 5)
     assert not told
 
 
@@ -202,10 +205,11 @@ def test_mass_covered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert not [name for name, *_ in scraped(tmp_path) if "covered" in name]
     recorder.coverage = Coverage(MEMORY, 64, torch.device("cuda"), recorder._add_covered)
     b = make_batch(layout, [(900, 1)], 4, 2)
-    lists = b.block_table[:, None].expand(-1, 2, -1)[..., :6], torch.tensor([384]), b.query_start_loc
+    table = b.requests.block_table[:, None].expand(-1, 2, -1)[..., :6]
+    lists = replace(b.requests, block_table=table, seq_lens=torch.tensor([384]))
     impl = SimpleNamespace(num_heads=4, num_kv_heads=2, layout=layout, scale=b.scale, soft_cap=0.0)
-    sample = metrics.Sample(recorder, "layers.0", ["decode"], 1, np.array([1]), np.array([900]))
-    args = b.query, b.pages, b.block_table, b.seq_lens, lists, None
+    sample = Sample(recorder, "layers.0", ["decode"], 1, np.array([1]), np.array([900]))
+    args = b.query, b.pages, b.requests, lists, None
     for phase, name in (("prefill", "layers.0"), ("decode", "layers.1"), ("decode", "layers.0"), ("decode", "layers.0")):
         sample.cover(phase, SimpleNamespace(layer_name=name, impl=impl), *args)
     recorder.step(["layers.0"], batch((1, 900)), 1)
@@ -247,11 +251,12 @@ def refused_at_start(run: str, **arguments: Any) -> str:
     with environment():
         from vllm.engine.arg_utils import EngineArgs
 
-        from sage_backend import plugin, quality
+        from sage_backend import plugin
         from sage_backend.demo import MODEL_DIR
+        from sage_backend.tools.engines import Run
 
         plugin.register()
-        options = {"additional_config": {"sage": quality.Run.parse(run).options}, **arguments}
+        options = {"additional_config": {"sage": Run.parse(run).options}, **arguments}
         with pytest.raises(ValueError) as caught:  # noqa: PT011 - the caller looks at the message
             EngineArgs(str(MODEL_DIR), attention_backend="SAGE", enforce_eager=True, **options).create_engine_config()
     return str(caught.value)
@@ -275,7 +280,7 @@ def test_positions_that_cannot_be_turned_are_refused(rope: dict[str, Any], form:
 def test_a_layer_whose_rotary_embedding_is_unknown_is_refused() -> None:
     model = torch.nn.Module()
     model.attention = torch.nn.Module()
-    layers = {"attention.attn": SimpleNamespace(impl=SimpleNamespace(turns_pages=True, head_size=64))}
+    layers = {"attention.attn": SimpleNamespace(impl=SimpleNamespace(rotates_pages=True, head_size=64))}
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context=layers), model_config=SimpleNamespace(model="m")
     )

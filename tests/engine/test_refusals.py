@@ -17,8 +17,9 @@ import torch
 from engines import environment
 
 from sage_backend import plugin
-from sage_backend.checks import check_weight_files, reasons
 from sage_backend.demo import MODEL_DIR
+from sage_backend.engine.checkpoint import check_weight_files
+from sage_backend.engine.checks import reasons
 from sage_backend.options import SageOptions
 
 TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 512}

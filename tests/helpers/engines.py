@@ -13,8 +13,8 @@ from unittest import mock
 import pytest
 import torch
 
-from sage_backend import quality
 from sage_backend.demo import HELDOUT, MODEL_DIR
+from sage_backend.tools import engines as runner
 
 PLAIN = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
 """vLLM's own backend, to compare with."""
@@ -48,14 +48,14 @@ def _keep_cpu_kernels() -> None:
 
 @contextmanager
 def engine(run: str = "SAGE", model: Path = MODEL_DIR, **arguments: Any) -> Iterator[Any]:
-    """An engine that runs `run` (as `sage_backend.quality` names it): small, eager and with metrics unless told otherwise."""
+    """An engine that runs `run` (as `sage eval` names it): small, eager and with metrics unless told otherwise."""
     defaults = {
         "enforce_eager": True,
         "max_model_len": 2048,
         "kv_cache_memory_bytes": 64 << 20,
         "disable_log_stats": False,
     }
-    with environment(), quality.engine(quality.Run.parse(run), str(model), **{**defaults, **arguments}) as llm:
+    with environment(), runner.engine(runner.Run.parse(run), str(model), **{**defaults, **arguments}) as llm:
         yield llm
 
 

@@ -5,36 +5,41 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sage_kernels import reference
-from sage_paged import PageLayout
+from sage_kernels import PagedBatch, PageLayout, reference
 
 
 @dataclass
 class Batch:
+    """Requests, their tokens, and a cache that holds them.
+
+    key, value: [tokens, kv_heads, head_dim], the tokens of all requests and one of padding, last. slots: int64 [tokens]. query:
+    [query tokens, heads, head_dim]. requests: where the requests' queries and pages are.
+    """
+
     layout: PageLayout
     key: torch.Tensor
     value: torch.Tensor
     slots: torch.Tensor
     pages: torch.Tensor
-    """The cache with the batch stored by the reference."""
+    """The cache after the reference has stored the tokens, uint8 [blocks, kv_heads, page_bytes]."""
     garbage: torch.Tensor
-    """The cache as it was before."""
-    anchor: torch.Tensor | None
-    """What the stored keys lack."""
+    """The cache before."""
+    k_anchor: torch.Tensor | None
+    """What was subtracted from the stored keys, float32 [kv_heads, head_dim]."""
     v_anchor: torch.Tensor | None
-    """What the stored values lack."""
+    """What was subtracted from the stored values."""
     query: torch.Tensor
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
+    requests: PagedBatch
     scale: float
 
     def to(self, device: str) -> "Batch":
-        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)})
+        """The same batch with all tensors on `device`."""
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor | PagedBatch)}
+        return replace(self, **moved)
 
-    def attention_args(self) -> tuple:
-        tables = self.block_table, self.seq_lens, self.query_start_loc
-        return self.query, self.pages, self.layout, *tables, self.scale
+    def attention_args(self) -> tuple[torch.Tensor, torch.Tensor, PageLayout, PagedBatch, float]:
+        """What every attention function takes first: query, pages, layout, batch, scale."""
+        return self.query, self.pages, self.layout, self.requests, self.scale
 
 
 def make_batch(
@@ -51,8 +56,12 @@ def make_batch(
     smooth: bool = False,
     smooth_v: bool = False,
 ) -> Batch:
-    """requests: (sequence length, query tokens) of each; channel_bias, value_bias, query_bias: constants added to some channels
-    of keys, of values and of queries; smooth, smooth_v: whether keys and values are stored less an anchor."""
+    """A batch of random tokens, stored by the reference.
+
+    requests: (tokens, query tokens) of each; the batch's max_query_len is the largest number of query tokens. channel_bias,
+    value_bias, query_bias: constants added to some channels of keys, values and queries. smooth, smooth_v: whether keys and
+    values are stored less an anchor.
+    """
     g = torch.Generator().manual_seed(seed)
     tokens = layout.tokens
     counts = [-(-length // tokens) for length, _ in requests]
@@ -87,12 +96,15 @@ def make_batch(
         key[:8].mean(0) if smooth else None,
         value.mean(0) if smooth_v else None,
         query.to(dtype),
-        table,
-        torch.tensor([length for length, _ in requests], dtype=torch.int32),
-        starts,
+        PagedBatch(
+            table,
+            torch.tensor([length for length, _ in requests], dtype=torch.int32),
+            starts,
+            max_query_len=max(n for _, n in requests),
+        ),
         layout.head_dim**-0.5,
     )
-    reference.store(batch.key, batch.value, batch.pages, batch.slots, layout, batch.anchor, batch.v_anchor)
+    reference.store(batch.key, batch.value, batch.pages, batch.slots, layout, batch.k_anchor, batch.v_anchor)
     return batch.to(device)
 
 
@@ -100,3 +112,8 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """||actual - expected|| / ||expected||; NaN anywhere gives NaN, which no bound accepts."""
     actual, expected = actual.double().cpu(), expected.double().cpu()
     return float((actual - expected).norm() / expected.norm())
+
+
+def poisoned(query: torch.Tensor) -> torch.Tensor:
+    """An output for `query` full of NaN, float32: a row that a kernel forgets stays NaN."""
+    return torch.full(query.shape, float("nan"), dtype=torch.float32, device=query.device)

@@ -10,7 +10,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 from server import Server
 
-from sage_backend.metrics import COMMON_LABELS
+from sage_backend.observability.definitions import COMMON_LABELS
 
 
 def scraped(folder: Path) -> dict[tuple[str, ...], float]:

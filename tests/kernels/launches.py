@@ -6,9 +6,9 @@ This is the one list of them. Whoever adds a kernel, or a feature that is a cons
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
-from unittest import mock
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 """Shared memory that a program may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
@@ -33,56 +33,53 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     """Every launch of this head size and key precision. Call `imitate_device` first."""
     import torch
 
-    from sage_kernels import decode, prefill, recall, store
-    from sage_kernels.reference import Turns
-    from sage_paged import Memory, PageLayout
+    from sage_kernels import Memory, Modifiers, PagedBatch, PageLayout, RopeShift
+    from sage_kernels.portable import decode, prefill, recall, store
 
-    def decode_by_its_own_kernel(*args: Any, **kwargs: Any) -> None:
-        from sage_kernels import hopper_decode
-
-        with mock.patch.object(decode, "choose_kernel", return_value=hopper_decode):
-            decode.decode(*args, **kwargs)
-
-    starts, lengths, table = torch.tensor([0, 1]), torch.tensor([1]), torch.zeros(1, 2)
-    starts, lengths, table = (x.to(torch.int32) for x in (starts, lengths, table))
+    starts, lengths, table = (torch.zeros(*shape, dtype=torch.int32) for shape in ((2,), (1,), (1, 2)))
+    batch = PagedBatch(table, lengths, starts)
     layout = PageLayout(head_dim, k_bits)
     pages = layout.empty(2, 2)
     key, query = torch.zeros(1, 2, head_dim, dtype=torch.bfloat16), torch.zeros(1, 8, head_dim, dtype=torch.bfloat16)
     anchor = torch.zeros(2, head_dim)
 
     slots = torch.zeros(1, dtype=torch.int64)
-    for name, smoothed in {"": {}, "anchor": {"anchor": anchor}, "values": {"anchor": anchor, "v_anchor": anchor}}.items():
-        yield name, partial(store.store, key, key, pages, slots, layout, **smoothed)
+    for name, anchors in {"": (), "anchor": (anchor,), "values": (anchor, anchor)}.items():
+        yield name, partial(store.store, key, key, pages, slots, layout, *anchors)
 
-    masks: dict[str, dict[str, Any]] = {"": {}}
+    block = prefill.tile(query.device, layout, 4, smooth_q=True)[0] // 4
+    cases: dict[str, tuple[PagedBatch, Modifiers]] = {"": (batch, Modifiers())}
     if head_dim == 256:  # whose tiles leave the least shared memory
-        masks["means"] = {"smooth_q": True}
+        cases["means"] = batch, Modifiers(q_block=block)
     if head_dim == 128:
-        masks["sinks"] = {"sinks": torch.zeros(8), "anchor": anchor}
-        masks["values"] = {"v_anchor": anchor}
-        masks["all"] = {"window": 100, "soft_cap": 30.0, **masks["sinks"], **masks["values"]}
-        masks["turns"] = {"turns": Turns(table.expand(2, 2).unsqueeze(0), torch.zeros(2, 128)), "anchor": anchor}
-        masks["turned means"] = {**masks["turns"], "smooth_q": True}
-        remembering = PageLayout(head_dim, k_bits, has_summary=True)
-        where = remembering.empty(2, 2), remembering, table, lengths, starts
-        yield "", partial(recall.store_summaries, *where, 1, torch.zeros(2, 128), anchor)
-        yield "", partial(recall.recall, query, *where, Memory(), 512)
-        long = *where[:2], torch.zeros(1, 2000, dtype=torch.int32), *where[3:]
+        sinks = torch.zeros(8)
+        cases["sinks"] = batch, Modifiers(sinks=sinks, k_anchor=anchor)
+        cases["values"] = batch, Modifiers(v_anchor=anchor)
+        cases["all"] = batch, Modifiers(100, 30.0, sinks, anchor, anchor)
+        shifted = replace(batch, rope_shift=RopeShift(table.expand(2, 2).unsqueeze(0), torch.zeros(2, 128)))
+        cases["turns"] = shifted, Modifiers(k_anchor=anchor)
+        cases["turned means"] = shifted, Modifiers(k_anchor=anchor, q_block=block)
+        with_summary = PageLayout(head_dim, k_bits, has_summary=True)
+        cache = with_summary.empty(2, 2), with_summary
+        yield "", partial(recall.store_summaries, *cache, batch, 1, torch.zeros(2, 128), anchor)
+        yield "", partial(recall.select_pages, query, *cache, batch, Memory(), 512)
+        long = replace(batch, block_table=torch.zeros(1, 2000, dtype=torch.int32))
         for query_block in (0, 512):
             trained = Memory(trained_tokens=8192)
-            yield f"long {query_block}", partial(recall.recall, query, *long, Memory(), query_block)
-            yield f"trained {query_block}", partial(recall.recall, query, *where, trained, query_block, torch.zeros(2, 128))
+            yield f"long {query_block}", partial(recall.select_pages, query, *cache, long, Memory(), query_block)
+            table_of = torch.zeros(2, 128)
+            yield f"trained {query_block}", partial(recall.select_pages, query, *cache, batch, trained, query_block, table_of)
 
     attentions: list[Callable[..., Any]] = [prefill.prefill, decode.decode]
     if capability == 90:
-        from sage_kernels import hopper, hopper_decode
+        from sage_kernels.hopper import decode as hopper_decode
+        from sage_kernels.hopper import prefill as hopper_prefill
 
-        if hopper.supports(layout, 4):
-            attentions.append(hopper.prefill)
+        if hopper_prefill.supports(layout, 4):
+            attentions.append(hopper_prefill.prefill)
         if hopper_decode.supports(layout):
-            attentions.append(decode_by_its_own_kernel)
-    for name, mask in masks.items():
-        # Only the portable kernels turn queries, and of these only that for prompts takes off their means.
-        for attention in attentions[: 1 if "smooth_q" in mask else 2 if "turns" in mask else None]:
-            out = torch.empty_like(query)
-            yield name, partial(attention, query, pages, layout, table, lengths, starts, 0.1, out, **mask)
+            attentions.append(hopper_decode.decode)
+    for name, (where, modifiers) in cases.items():
+        # Only the portable kernels rotate queries, and of these only that for prefill smooths them.
+        for attention in attentions[: 1 if modifiers.q_block else 2 if where.rope_shift else None]:
+            yield name, partial(attention, query, pages, layout, where, 0.1, torch.empty_like(query), modifiers)

@@ -31,7 +31,7 @@ def test_sections_cover_the_page_without_overlap(layout: PageLayout) -> None:
 
 def decoded(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The keys that codes and scales stand for, as attention sees them: their products with unit vectors."""
-    return reference.products(torch.eye(codes.shape[-1]), codes, scale).transpose(-1, -2)
+    return reference.code_product(torch.eye(codes.shape[-1]), codes, scale).transpose(-1, -2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -96,12 +96,12 @@ def test_int4_keys_stand_for_int8_codes() -> None:
     codes = torch.randint(-127, 128, (500, 2, 96), dtype=torch.int8)
     codes[:200] //= 20  # groups that 16 levels suffice for
     codes[0], codes[1], codes[2] = 127, -127, 0
-    packed, groups = reference.narrow(codes)
+    packed, groups = reference.pack_int4(codes)
     assert (packed.shape, groups.shape) == ((500, 2, 48), (500, 2, 2, 6))
     step, base = groups.int().unbind(-2)
     assert (step >= 1).all()
     assert (base + 15 * step <= 127).all()
-    wide = reference.widen(packed, groups)
+    wide = reference.unpack_int4(packed, groups)
     assert torch.equal(wide[:200], codes[:200])
     # Byte i has channels i and i + 48, with the step and the base of i // 8.
     nibbles = torch.stack([packed.view(torch.uint8) & 0xF, packed.view(torch.uint8) >> 4], -2).int()

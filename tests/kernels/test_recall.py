@@ -1,32 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory: which pages are read, by the specification and by the kernels, and that reading all of them changes nothing."""
+"""InfLLM memory: which pages are read, by the reference and by the kernels, and that reading all of them changes nothing."""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from paged_batch import Batch, make_batch, relative_error
 
-from sage_kernels import cpu, reference
+from sage_kernels import Modifiers, PagedBatch, cpu, reference
 from sage_paged import Memory, PageLayout
 
-ON_GPU = torch.cuda.is_available()
 LAYOUT = PageLayout(64, 8, 64, has_summary=True)
 FREQUENCIES = 10000.0 ** -(torch.arange(0, 64, 2) / 64)
-TURNS = reference.turn_table(FREQUENCIES, 64, 64)
+SHIFT_TABLE = reference.rope_shift_table(FREQUENCIES, 64, 64)
 REQUESTS = [(700, 150), (40, 40), (984, 1), (500, 129)]
 
 
-def make(requests: list[tuple[int, int]] = REQUESTS, layout: PageLayout = LAYOUT, turns: bool = False, **how) -> Batch:
-    batch = make_batch(layout, requests, heads=4, kv_heads=2, smooth=True, **how)
-    # All pages were filled by steps before.
-    starts = torch.tensor([0, *(length for length, _ in requests)]).cumsum(0)
-    reference.store_summaries(
-        batch.pages, layout, batch.block_table, batch.seq_lens, starts, TURNS if turns else None, batch.anchor
-    )
+def summarize(batch: Batch, shift_table: torch.Tensor | None = None) -> None:
+    """Write the summaries of all full pages, as if the whole contexts had been stored in one step."""
+    starts = torch.nn.functional.pad(batch.requests.seq_lens.cumsum(0), (1, 0))
+    step = replace(batch.requests, query_start_loc=starts)
+    reference.store_summaries(batch.pages, batch.layout, step, shift_table, batch.k_anchor)
+
+
+def make(
+    requests: list[tuple[int, int]] = REQUESTS, layout: PageLayout = LAYOUT, shifted: bool = False, **options: Any
+) -> Batch:
+    """A batch whose full pages have summaries, of keys that are rotated by SHIFT_TABLE if `shifted`."""
+    batch = make_batch(layout, requests, heads=4, kv_heads=2, smooth=True, **options)
+    summarize(batch, SHIFT_TABLE if shifted else None)
     return batch
 
 
-def tables(batch: Batch) -> tuple:
-    return batch.pages, batch.layout, batch.block_table, batch.seq_lens, batch.query_start_loc
+def select(batch: Batch, memory: Memory, query_block: int, shift_table: torch.Tensor | None = None) -> PagedBatch:
+    """The reference's choice."""
+    return reference.select_pages(batch.query, batch.pages, batch.layout, batch.requests, memory, query_block, shift_table)
 
 
 def test_summaries_of_full_pages() -> None:
@@ -35,95 +44,91 @@ def test_summaries_of_full_pages() -> None:
     keys = views.k * views.k_scale[..., None]
     full = 0
     for request, (length, _) in enumerate(REQUESTS):
-        for page in batch.block_table[request, : length // 64].long():
+        for page in batch.requests.block_table[request, : length // 64].long():
             center, radius = views.summary[page].float().unbind(1)
             assert torch.allclose(center, keys[page].mean(1), atol=1e-2)
             assert torch.allclose(radius, (keys[page].amax(1) - keys[page].amin(1)) / 2, atol=1e-2)
             full += 1
     assert full == 10 + 0 + 15 + 7
-    partly_filled = batch.block_table[1, 0].long()
+    partly_filled = batch.requests.block_table[1, 0].long()
     assert torch.equal(batch.pages[partly_filled][:, -256:], batch.garbage[partly_filled][:, -256:])
 
 
 @pytest.mark.parametrize("query_block", [0, 128])
-def test_a_list_that_holds_the_context_is_the_context(query_block: int) -> None:
+def test_a_list_of_all_pages_changes_nothing(query_block: int) -> None:
     batch = make()
     memory = Memory(sink_tokens=64, local_tokens=128, topk_pages=64, query_block=128)
-    lists = reference.recall(batch.query, *tables(batch), memory, query_block)
+    chosen = select(batch, memory, query_block)
     dense, recalled = torch.empty_like(batch.query), torch.empty_like(batch.query)
-    cpu.attention(batch.query, *tables(batch), batch.scale, dense)
-    args = lists.block_table, lists.seq_lens, lists.query_start_loc, batch.scale
-    cpu.attention(batch.query, batch.pages, batch.layout, *args, recalled)
+    cpu.attention(*batch.attention_args(), dense)
+    cpu.attention(batch.query, batch.pages, batch.layout, chosen, batch.scale, recalled)
     assert relative_error(recalled, dense) < 1e-3
 
 
 @pytest.mark.parametrize(("head_dim", "k_bits"), [(64, 8), (128, 4)])
-def test_a_list_that_holds_the_context_is_the_context_bit_by_bit(kernels, head_dim: int, k_bits: int) -> None:
-    """Prompts and decodes by the kernels, with lists by the kernels."""
+def test_a_list_of_all_pages_changes_no_bit(kernels, head_dim: int, k_bits: int) -> None:
+    """Prefill and decode by the kernels, with lists by the kernels."""
     layout = PageLayout(head_dim, k_bits, 64, has_summary=True)
     batch = make(layout=layout, device=kernels.device)
     memory = Memory(sink_tokens=64, local_tokens=128, topk_pages=64, query_block=128)
-    mask = {"anchor": batch.anchor, "sinks": torch.randn(4, device=kernels.device)}
+    modifiers = Modifiers(k_anchor=batch.k_anchor, sinks=torch.randn(4, device=kernels.device))
     dense, recalled = (torch.full_like(batch.query, float("nan")) for _ in range(2))
 
-    kernels.prefill(*batch.attention_args(), dense, **mask)
-    lists = kernels.recall(batch.query, *tables(batch), memory, 128)
-    args = lists.block_table, lists.seq_lens, lists.query_start_loc, batch.scale
-    kernels.prefill(batch.query, batch.pages, layout, *args, recalled, **mask)
+    kernels.prefill(*batch.attention_args(), dense, modifiers)
+    chosen = kernels.select_pages(batch.query, batch.pages, layout, batch.requests, memory, 128)
+    kernels.prefill(batch.query, batch.pages, layout, chosen, batch.scale, recalled, modifiers)
     assert torch.equal(recalled, dense)
 
     starts = torch.arange(len(REQUESTS) + 1, dtype=torch.int32, device=kernels.device)
-    query, where = batch.query[: len(REQUESTS)], (batch.block_table, batch.seq_lens, starts)
+    query, step = batch.query[: len(REQUESTS)], replace(batch.requests, query_start_loc=starts, max_query_len=1)
     dense, recalled = (torch.full_like(query, float("nan")) for _ in range(2))
-    kernels.decode(query, batch.pages, layout, *where, batch.scale, dense, **mask, programs=5)
-    lists = kernels.recall(query, batch.pages, layout, *where, memory, 0)
-    args = lists.block_table, lists.seq_lens, lists.query_start_loc, batch.scale
-    kernels.decode(query, batch.pages, layout, *args, recalled, **mask, programs=5)
+    kernels.decode(query, batch.pages, layout, step, batch.scale, dense, modifiers, programs=5)
+    chosen = kernels.select_pages(query, batch.pages, layout, step, memory, 0)
+    kernels.decode(query, batch.pages, layout, chosen, batch.scale, recalled, modifiers, programs=5)
     assert torch.equal(recalled, dense)
 
 
-def test_what_is_read() -> None:
-    """Sinks, local pages, and of the others those whose ellipsoids reach farthest towards the queries, each once, in order."""
+def test_pages_that_are_read() -> None:
+    """Sinks, local pages, and of the others those whose ellipsoids reach farthest toward the queries, each once, in order."""
     batch = make([(1500, 1)])
     memory = Memory(sink_tokens=100, local_tokens=200, topk_pages=3, query_block=128)
-    lists = reference.recall(batch.query, *tables(batch), memory, 0)
+    chosen, table = select(batch, memory, 0), batch.requests.block_table[0]
     views = batch.layout.views(batch.pages)
     for head in range(2):
         queries = batch.query[0].float().view(2, 2, 64)[head]
         reached = []
         for page in range(2, 20):  # 1300 is the first local token, in page 20
-            center, radius = views.summary[batch.block_table[0, page].long(), head].float()
+            center, radius = views.summary[table[page].long(), head].float()
             axes = 2 * radius
-            toward = axes * axes * queries  # from the center to where each query's product is largest, but for its length
+            toward = axes * axes * queries  # the direction from the center to the point with each query's largest product
             steps = toward / (toward / axes).norm(dim=1, keepdim=True)
             assert torch.allclose((steps / axes).norm(dim=1), torch.ones(2))  # on the ellipsoid
             extents = (queries * steps).sum(1)
             reached.append((queries @ center).mean() + extents.square().mean().sqrt())
         best = (torch.stack(reached).topk(3).indices + 2).sort().values.tolist()
         expected = [0, 1, *best, 20, 21, 22, 23]
-        assert torch.equal(lists.block_table[0, head, : len(expected)], batch.block_table[0][expected])
-    assert lists.seq_lens.tolist() == [5 * 64 + 1500 - 20 * 64]
+        assert torch.equal(chosen.block_table[0, head, : len(expected)], table[expected])
+    assert chosen.seq_lens.tolist() == [5 * 64 + 1500 - 20 * 64]
 
 
-def test_turned_pages_are_read_at_the_distance_of_the_page_before_the_local_ones() -> None:
+def test_distant_pages_are_read_right_before_the_local_ones() -> None:
     """Against exact attention to keys that were rotated to there."""
     g = torch.Generator().manual_seed(1)
     keys, values, queries = (torch.randn(1000, n, 64, generator=g) for n in (2, 2, 4))
-    at = reference.turn_table(FREQUENCIES, 1000, 1)
+    angles = reference.rope_shift_table(FREQUENCIES, 1000, 1)
 
     def rotated(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return reference.turned(x, at[positions][:, None] * torch.cat([torch.ones(32), -torch.ones(32)]))
+        return reference.rotate_back(x, angles[positions][:, None] * torch.cat([torch.ones(32), -torch.ones(32)]))
 
     layout = PageLayout(64, 8, 64, has_summary=True)
     pages, slots, table = layout.empty(16, 2), torch.arange(1000), torch.arange(16, dtype=torch.int32)[None]
     anchor = torch.full((2, 64), 3.0)
     reference.store(rotated(keys, slots), values, pages, slots, layout, anchor)
-    lengths, starts = torch.tensor([1000], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    batch = PagedBatch(table, torch.tensor([1000], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32))
     memory = Memory(sink_tokens=64, local_tokens=100, topk_pages=20, query_block=64, trained_tokens=400)
-    query = rotated(queries[999:], torch.tensor([999]))
-    lists = reference.recall(query, pages, layout, table, lengths, starts, memory, 0, TURNS)
-    args = lists.block_table, lists.seq_lens, lists.query_start_loc, 0.125
-    result = reference.attention(query, pages, layout, *args, anchor=anchor, turns=lists.turns)
+    query, modifiers = rotated(queries[999:], torch.tensor([999])), Modifiers(k_anchor=anchor)
+    chosen = reference.select_pages(query, pages, layout, batch, memory, 0, SHIFT_TABLE)
+    result = reference.attention(query, pages, layout, chosen, 0.125, modifiers)
 
     local = 14  # the page of token 900
     positions = torch.where(slots < local * 64, (local - 1) * 64 + slots % 64, slots)
@@ -133,57 +138,49 @@ def test_turned_pages_are_read_at_the_distance_of_the_page_before_the_local_ones
     assert relative_error(result, exact) < 0.05
 
     served = torch.empty_like(query)
-    cpu.attention(query, pages, layout, *args, served, anchor=anchor, turns=lists.turns)
+    cpu.attention(query, pages, layout, chosen, 0.125, served, modifiers)
     assert relative_error(served, result) < 1e-4
 
 
-def query_rows(batch: Batch, memory: Memory, query_block: int, turn_table: torch.Tensor | None = None) -> reference.PageLists:
-    return reference.recall(batch.query, *tables(batch), memory, query_block, turn_table)
-
-
-@pytest.mark.parametrize("turns", [False, True])
-@pytest.mark.parametrize("format", [(64, 8, 64), (80, 4, 128), (128, 8, 128)])
-def test_summary_kernel(kernels, format: tuple[int, int, int], turns: bool) -> None:
-    layout = PageLayout(*format, has_summary=True)
-    table = reference.turn_table(torch.rand(layout.head_dim // 2), 64, layout.tokens) if turns else None
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("page_format", [(64, 8, 64), (80, 4, 128), (128, 8, 128)])
+def test_store_summaries(kernels, page_format: tuple[int, int, int], shifted: bool) -> None:
+    layout = PageLayout(*page_format, has_summary=True)
+    table = reference.rope_shift_table(torch.rand(layout.head_dim // 2), 64, layout.tokens) if shifted else None
     batch = make_batch(layout, REQUESTS, heads=4, kv_heads=2, smooth=True)
     expected = batch.pages.clone()
-    reference.store_summaries(expected, *tables(batch)[1:], table, batch.anchor)
-    batch = make_batch(layout, REQUESTS, heads=4, kv_heads=2, smooth=True, device=kernels.device)
+    reference.store_summaries(expected, layout, batch.requests, table, batch.k_anchor)
+    batch = batch.to(kernels.device)
     table = None if table is None else table.to(kernels.device)
-    kernels.store_summaries(*tables(batch), len(batch.query), table, batch.anchor)
-    mine, theirs = (layout.views(x.cpu()).summary for x in (batch.pages, expected))
-    written = (theirs.view(torch.int16) != layout.views(batch.garbage.cpu()).summary.view(torch.int16)).flatten(1).any(1)
+    kernels.store_summaries(batch.pages, layout, batch.requests, len(batch.query), table, batch.k_anchor)
+    actual_summary, summary = (layout.views(x.cpu()).summary for x in (batch.pages, expected))
+    written = (summary.view(torch.int16) != layout.views(batch.garbage.cpu()).summary.view(torch.int16)).flatten(1).any(1)
     assert written.sum() == sum(length // layout.tokens - (length - n) // layout.tokens for length, n in REQUESTS)
-    assert torch.allclose(mine[written].float(), theirs[written].float(), atol=1e-2, rtol=1e-3)
+    assert torch.allclose(actual_summary[written].float(), summary[written].float(), atol=1e-2, rtol=1e-3)
     assert torch.equal(batch.pages.cpu()[~written], expected[~written])
 
 
 @pytest.mark.parametrize("query_block", [0, 128])
-@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("topk", [3, 40])
-def test_recall_kernels(kernels, topk: int, turns: bool, query_block: int) -> None:
-    memory = Memory(
-        sink_tokens=64, local_tokens=150, topk_pages=topk, query_block=128, trained_tokens=400 if turns else 0
-    )
-    # In a step, decodes come first, and prefills are handed over with what is left of the batch's tensors.
-    expected = query_rows(make(turns=turns), memory, query_block, TURNS if turns else None)
-    batch = make(turns=turns)
-    for name in ("query", "pages", "block_table", "seq_lens", "query_start_loc"):
-        setattr(batch, name, getattr(batch, name).to(kernels.device))
-    longest = max(n for _, n in REQUESTS)
-    table = TURNS.to(kernels.device) if turns else None
-    lists = kernels.recall(batch.query, *tables(batch), memory, query_block, table, max_query_len=longest)
-    starts, lengths = lists.query_start_loc.cpu(), lists.seq_lens.cpu()
-    assert torch.equal(starts, expected.query_start_loc)
-    assert torch.equal(lengths, expected.seq_lens)
-    assert (lengths > 0).sum() == (4 if not query_block else 2 + 1 + 1 + 2)
-    for row, pages in enumerate((-(-lengths // LAYOUT.tokens)).tolist()):
-        assert torch.equal(lists.block_table[row, :, :pages].cpu(), expected.block_table[row, :, :pages])
-        if turns:
-            assert torch.equal(lists.turns.pages[row, :, :pages].cpu(), expected.turns.pages[row, :, :pages])
-    if turns:
-        assert expected.turns.pages.any()
+def test_select_pages(kernels, topk: int, shifted: bool, query_block: int) -> None:
+    memory = Memory(sink_tokens=64, local_tokens=150, topk_pages=topk, query_block=128, trained_tokens=400 if shifted else 0)
+    batch = make(shifted=shifted)
+    expected = select(batch, memory, query_block, SHIFT_TABLE if shifted else None)
+    batch = batch.to(kernels.device)
+    table = SHIFT_TABLE.to(kernels.device) if shifted else None
+    chosen = kernels.select_pages(batch.query, batch.pages, LAYOUT, batch.requests, memory, query_block, table).to("cpu")
+    assert torch.equal(chosen.query_start_loc, expected.query_start_loc)
+    assert torch.equal(chosen.seq_lens, expected.seq_lens)
+    assert (chosen.seq_lens > 0).sum() == (4 if not query_block else 2 + 1 + 1 + 2)
+    for row, pages in enumerate((-(-chosen.seq_lens // LAYOUT.tokens)).tolist()):
+        assert torch.equal(chosen.block_table[row, :, :pages], expected.block_table[row, :, :pages])
+        if shifted:
+            assert torch.equal(chosen.rope_shift.pages[row, :, :pages], expected.rope_shift.pages[row, :, :pages])
+    if shifted:
+        assert expected.rope_shift.pages.any()
+    else:
+        assert chosen.rope_shift is None
 
 
 @pytest.mark.parametrize("pages", [1100, 1300, 2500])
@@ -196,58 +193,52 @@ def test_the_best_of_many_pages(kernels, topk: int, pages: int) -> None:
     LAYOUT.views(cache).summary[:, :, 0, :2] = torch.randint(-20, 20, (pages, 2, 2), generator=g).half()
     query = torch.zeros(2, 4, 64)
     query[..., :2] = torch.randint(-3, 4, (2, 4, 2), generator=g).float()
-    table = torch.stack([torch.randperm(pages, generator=g) for _ in range(2)]).int()
-    requests = table, torch.tensor([pages * 64 - 70, 900 * 64], dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32)
-    expected = reference.recall(query, cache, LAYOUT, *requests, memory, 0)
-    on = [x.to(kernels.device) for x in (query, cache, *requests)]
-    lists = kernels.recall(*on[:2], LAYOUT, *on[2:], memory, 0)
-    assert torch.equal(lists.seq_lens.cpu(), expected.seq_lens)
+    batch = PagedBatch(
+        torch.stack([torch.randperm(pages, generator=g) for _ in range(2)]).int(),
+        torch.tensor([pages * 64 - 70, 900 * 64], dtype=torch.int32),
+        torch.tensor([0, 1, 2], dtype=torch.int32),
+    )
+    expected = reference.select_pages(query, cache, LAYOUT, batch, memory, 0)
+    query, cache, batch = (x.to(kernels.device) for x in (query, cache, batch))
+    chosen = kernels.select_pages(query, cache, LAYOUT, batch, memory, 0).to("cpu")
+    assert torch.equal(chosen.seq_lens, expected.seq_lens)
     for row, count in enumerate((-(-expected.seq_lens // 64)).tolist()):
-        assert torch.equal(lists.block_table[row, :, :count].cpu(), expected.block_table[row, :, :count])
+        assert torch.equal(chosen.block_table[row, :, :count], expected.block_table[row, :, :count])
 
 
 @pytest.mark.parametrize("k_bits", [4, 8])
 @pytest.mark.parametrize(
-    ("turns", "soft_cap", "smooth_q"),
+    ("shifted", "soft_cap", "smooth_q"),
     [(False, 0.0, False), (False, 15.0, False), (True, 0.0, False), (True, 15.0, False), (True, 15.0, True)],
 )
-def test_attention_to_page_lists(kernels, turns: bool, smooth_q: bool, soft_cap: float, k_bits: int) -> None:
-    """Each head with pages of its own, rows that nobody has, turned queries, of which the means are taken off."""
+def test_attention_to_selected_pages(kernels, shifted: bool, smooth_q: bool, soft_cap: float, k_bits: int) -> None:
+    """Each KV head with pages of its own, rows of no request, rotated queries, and Q smoothing."""
     layout = PageLayout(80, k_bits, 64, has_summary=True)
-    table = reference.turn_table(FREQUENCIES[:1].expand(40) ** torch.rand(40), 64, 64)
-    memory = Memory(sink_tokens=64, local_tokens=150, topk_pages=3, query_block=128, trained_tokens=400 if turns else 0)
+    table = reference.rope_shift_table(FREQUENCIES[:1].expand(40) ** torch.rand(40), 64, 64) if shifted else None
+    memory = Memory(sink_tokens=64, local_tokens=150, topk_pages=3, query_block=128, trained_tokens=400 if shifted else 0)
     batch = make_batch(layout, REQUESTS, heads=4, kv_heads=2, smooth=True, query_bias=8.0 * smooth_q)
+    summarize(batch, table)
     q_block = reference.tile_tokens(2) if smooth_q else 0
-    starts = torch.tensor([0, *(length for length, _ in REQUESTS)]).cumsum(0)
-    tables_of_all = batch.block_table, batch.seq_lens, starts
-    reference.store_summaries(batch.pages, layout, *tables_of_all, table if turns else None, batch.anchor)
-    mask = {"soft_cap": soft_cap, "sinks": torch.randn(4), "anchor": batch.anchor}
+    modifiers = Modifiers(0, soft_cap, torch.randn(4), batch.k_anchor, q_block=q_block)
     for query_block in (0, 128):
-        lists = query_rows(batch, memory, query_block, table if turns else None)
-        args = lists.block_table, lists.seq_lens, lists.query_start_loc, batch.scale
-        how = {**mask, "turns": lists.turns}
-        expected = reference.attention(batch.query, batch.pages, layout, *args, **how, q_block=q_block)
+        chosen = select(batch, memory, query_block, table)
+        expected = reference.attention(batch.query, batch.pages, layout, chosen, batch.scale, modifiers)
         served = torch.empty_like(expected)
-        cpu.attention(batch.query, batch.pages, layout, *args, served, **how, q_block=q_block)
+        cpu.attention(batch.query, batch.pages, layout, chosen, batch.scale, served, modifiers)
         assert relative_error(served, expected) < 1e-3
 
-        on = {name: x.to(kernels.device) if isinstance(x, torch.Tensor) else x for name, x in mask.items()}
-        if lists.turns is not None:
-            on["turns"] = reference.Turns(lists.turns.pages.to(kernels.device), table.to(kernels.device))
-        args = (*(x.to(kernels.device) for x in args[:3]), batch.scale)
+        chosen, on_device = chosen.to(kernels.device), modifiers.to(kernels.device)
         query, pages = batch.query.to(kernels.device), batch.pages.to(kernels.device)
         out = torch.full(query.shape, float("nan"), device=kernels.device)
-        kernels.prefill(query, pages, layout, *args, out, **on, smooth_q=smooth_q)
+        kernels.prefill(query, pages, layout, chosen, batch.scale, out, on_device)
         assert relative_error(out, expected) < 2e-2
         if smooth_q:
-            continue  # decodes are not smoothed
-        few = [n for n in lists.query_start_loc.diff().tolist() if n <= 8]
-        if query_block == 0 and few:
-            one = 2  # the request that decodes
-            rows = slice(int(lists.query_start_loc[one]), int(lists.query_start_loc[one + 1]))
-            if "turns" in on:
-                on["turns"] = reference.Turns(on["turns"].pages[one : one + 1], on["turns"].table)
-            single = args[0][one : one + 1], args[1][one : one + 1], args[2][one : one + 2] - rows.start, batch.scale
-            decoded = torch.full_like(out[rows], float("nan"))
-            kernels.decode(query[rows], pages, layout, *single, decoded, **on, programs=5)
-            assert relative_error(decoded, expected[rows]) < 2e-2
+            continue  # decode does not smooth
+        if query_block == 0:
+            one = chosen.requests(2, 3, max_query_len=1)  # the request that decodes
+            start = int(one.query_start_loc[0])
+            assert one.query_start_loc.diff().tolist() == [1]
+            one = replace(one, query_start_loc=one.query_start_loc - start)
+            decoded = torch.full_like(out[start : start + 1], float("nan"))
+            kernels.decode(query[start : start + 1], pages, layout, one, batch.scale, decoded, on_device, programs=5)
+            assert relative_error(decoded, expected[start : start + 1]) < 2e-2

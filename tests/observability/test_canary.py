@@ -12,12 +12,14 @@ from engines import engine, environment, greedy, heldout_prompts
 from recording import Event, batch, exported, scraped
 from server import Server
 
-from sage_backend import calibration, metrics
-from sage_backend.canary import LARGEST, QUERIES, TOKENS, Canary, Check
 from sage_backend.demo import MODEL_DIR
-from sage_backend.metrics import FileValues, Recorder
+from sage_backend.features import observers
+from sage_backend.observability import sinks
+from sage_backend.observability.canary import LARGEST, QUERIES, TOKENS, Canary, Check
+from sage_backend.observability.recorder import Recorder
+from sage_backend.observability.sinks import FileValues
 from sage_backend.options import SageOptions
-from sage_kernels import reference
+from sage_kernels import Modifiers, reference
 from sage_paged import PageLayout
 
 CPU = torch.device("cpu")
@@ -49,7 +51,7 @@ def test_layers_and_heads_take_turns() -> None:
         assert not planned(canary, batch((1, 9), (5, 100)), 1), "a later chunk, or a prompt that is cached in part"
         checks = planned(canary, batch((1, 9), (30, 30)), 1)
         assert len(checks) == (step % 3 == 0)
-        turns += [(check.layer, check.turn) for check in checks]
+        turns += [(check.layer, check.check_index) for check in checks]
     assert turns == [(layer, head) for head in (0, 1) for layer in LAYERS]
 
 
@@ -80,8 +82,8 @@ def test_error(mask: dict[str, Any]) -> None:
         soft_cap=mask.get("soft_cap", 0.0), sinks=sinks,
     )  # fmt: skip
     prompt = slice(start, start + tokens)
-    how = {"window": impl.window, "soft_cap": impl.soft_cap, "sinks": sinks}
-    exact = reference.exact_attention(query[prompt], key[prompt], value[prompt], impl.scale, **how)
+    modifiers = Modifiers(impl.window, impl.soft_cap, sinks)
+    exact = reference.exact_attention(query[prompt], key[prompt], value[prompt], impl.scale, modifiers)
     out = torch.full(query.shape, torch.nan)
     checked = slice(start + tokens - QUERIES, start + tokens)
     out[checked, 2:4] = exact[-QUERIES:, 2:4] * 1.25
@@ -216,21 +218,21 @@ def test_overhead(server: Server) -> None:
 @pytest.mark.engine
 def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each prompt is checked, and the mean error is what a calibration finds for the same queries, with either kind of page."""
-    from sage_backend.backend import SageImpl
+    from sage_backend.engine.impl import SageImpl
 
-    monkeypatch.setattr(calibration, "_ERROR_QUERIES", QUERIES)
+    monkeypatch.setattr(observers, "_ERROR_QUERIES", QUERIES)
     means, known = {}, {}
     for bits in (8, 4):
         with engine(f"SAGE:canary=1,k_bits={bits}") as llm:
             context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
             impls = [layer.impl for layer in context.values() if isinstance(getattr(layer, "impl", None), SageImpl)]
             for impl in impls:
-                impl.watch = calibration.PageErrors(impl)
+                impl.observer = observers.PageErrors(impl)
             # Each layer and KV head once. The first half of a prompt is cached when it comes again, which is not checked.
             prompts = heldout_prompts(llm, [TOKENS] * len(impls) * impls[0].num_kv_heads)
             greedy(llm, [*prompts, prompts[0]], tokens=2, together=False)
-            values = scraped(metrics.directory(llm.llm_engine.vllm_config))
-            squares = [impl.watch.squares for impl in impls]
+            values = scraped(sinks.directory(llm.llm_engine.vllm_config))
+            squares = [impl.observer.squares for impl in impls]
         count = values[("sage_canary_relative_error_count",)]
         assert count == len(prompts)
         means[bits] = values[("sage_canary_relative_error_sum",)] / count

@@ -23,10 +23,16 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from recording import Event, batch, exported, scraped
 from server import Server
 
-from sage_backend import exporter, metrics, plugin
-from sage_backend.metrics import COMMON_LABELS, METRICS, SAMPLE_EVERY, FileValues, Metric, Recorder, Rows, Work
+from sage_backend import plugin
+from sage_backend.engine.patches import pages_gauge
+from sage_backend.observability import definitions, exporter, sinks
+from sage_backend.observability import recorder as recording
+from sage_backend.observability.definitions import COMMON_LABELS, METRICS, SAMPLE_EVERY, Metric
+from sage_backend.observability.recorder import Recorder
+from sage_backend.observability.sinks import FileValues
+from sage_backend.observability.work import QueryBlocks, Work
 from sage_backend.options import SageOptions
-from sage_kernels import reference
+from sage_kernels import KernelChoice, PagedBatch, reference
 from sage_paged import Memory, PageLayout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +62,8 @@ def recorder(tmp_path: Path) -> Recorder:
 
 def documented() -> list[tuple[str, str, frozenset[str]]]:
     """Name, kind and labels of every row of the table."""
-    rows = re.findall(r"^\| `(sage_\w+)` +\| (\w+) +\| (.*?) +\|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    text = (ROOT / "docs" / "operator" / "metrics.md").read_text()
+    rows = re.findall(r"^\| `(sage_\w+)` +\| (\w+) +\| (.*?) +\|", text, re.MULTILINE)
     return [(name, kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows]
 
 
@@ -83,8 +90,9 @@ def test_rows_are_those_that_are_read(lengths: tuple[int, int], query_block: int
     layout, memory = PageLayout(64, tokens=64, has_summary=True), Memory(70, 130, 3, 64)
     starts, ends = torch.tensor([0, queries, queries]), torch.tensor([tokens, 0])
     query, table = torch.randn(queries, 1, 64), torch.arange(20).expand(2, -1)
-    lists = reference.recall(query, layout.empty(20, 1), layout, table, ends, starts, memory, query_block)
-    rows = Rows.of(memory, 64, np.array([queries, 0]), np.array([tokens, 0]), query_block)
+    requests = PagedBatch(table, ends, starts)
+    lists = reference.select_pages(query, layout.empty(20, 1), layout, requests, memory, query_block)
+    rows = QueryBlocks.of(memory, 64, np.array([queries, 0]), np.array([tokens, 0]), query_block)
     read = [length for length in lists.seq_lens.tolist() if length]
     assert rows.read.tolist() == read
     assert (rows.end - rows.first).tolist() == [n for n in lists.query_start_loc.diff().tolist() if n]
@@ -125,11 +133,9 @@ def test_steps(recorder: Recorder, tmp_path: Path) -> None:
 
 def test_prompts_that_get_a_slower_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Smoothed queries are the reason, which the recorder learns from the engine's options."""
-    from sage_kernels import decode, prefill
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(prefill, "choose_kernel", lambda *which: (None, "smooth_q") if which[-1] else (object(), None))
-    monkeypatch.setattr(decode, "choose_kernel", lambda *_: object())
+    choices = {True: KernelChoice("portable", "hopper", "smooth_q"), False: KernelChoice("hopper", "hopper")}
+    monkeypatch.setattr(recording, "choose_kernels", lambda *which: choices[which[-1]])
     for smooth_q in (True, False):
         values = FileValues(tmp_path, f"sage-{int(smooth_q)}", ("a model", "0"))
         recorder = Recorder(values, SageOptions(smooth_q=smooth_q))
@@ -147,8 +153,8 @@ def test_one_layer_is_timed_now_and_then(recorder: Recorder, tmp_path: Path) -> 
         assert recorder.step(LAYERS, batch((1, 10)), 1) is None
     sample = recorder.step(LAYERS, batch((1, 10), (4, 20)), 1)
     for name in LAYERS:
-        for phase in metrics.PHASES:
-            with metrics.timed(sample, phase, SimpleNamespace(layer_name=name, impl=IMPL), torch.device("cpu")):
+        for phase in definitions.PHASES:
+            with recording.timed(sample, phase, SimpleNamespace(layer_name=name, impl=IMPL), torch.device("cpu")):
                 time.sleep(0.01)
     values, work = scraped(tmp_path), Work.of(IMPL, np.array([1]), np.array([10]))
     assert values["sage_attention_samples_total", "decode"] == 1
@@ -165,7 +171,7 @@ def test_the_device_is_not_waited_for(recorder: Recorder, tmp_path: Path, monkey
     for _ in range(3 * SAMPLE_EVERY["decode"]):
         if sample := recorder.step(LAYERS, batch((1, 10)), 1):
             layer = SimpleNamespace(layer_name=LAYERS[-1], impl=IMPL)
-            with metrics.timed(sample, "decode", layer, torch.device("cuda")):
+            with recording.timed(sample, "decode", layer, torch.device("cuda")):
                 pass
     assert len(Event.made) == 2
     assert scraped(tmp_path)["sage_attention_samples_total", "decode"] == 0
@@ -192,16 +198,16 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     monkeypatch.setattr(exporter, "_folders", list(exporter._folders))
-    monkeypatch.setattr(metrics, "_current", ("", None))
+    monkeypatch.setattr(recording, "_current", ("", None))
     with environment():
         yield tmp_path
 
 
 def write(config: Any, tokens: int) -> None:
-    recorder = metrics.recorder(config)
+    recorder = recording.recorder(config)
     assert recorder is not None
     recorder.add_layers(LAYERS, 2, PageLayout(64), 2, 4, torch.device("cpu"))
-    with metrics.paused():
+    with recording.paused():
         recorder.step(LAYERS, batch((1000, 1000)), 0)
     recorder.step(LAYERS, batch((tokens, tokens)), 0)
 
@@ -213,13 +219,14 @@ def prefill_tokens(registry: CollectorRegistry) -> float | None:
 
 def test_one_server(temporary: Path) -> None:
     """Its registry shows what the first worker of each of its engines wrote, and nobody else can read or write it."""
-    assert metrics.recorder(config()) is None  # nobody asked
+    assert recording.recorder(config()) is None  # nobody asked
     engines = [config(), config()]
     for engine in engines:
         exporter.export(engine)
-        assert stat.S_IMODE(metrics.directory(engine).stat().st_mode) == 0o700
+        assert stat.S_IMODE(sinks.directory(engine).stat().st_mode) == 0o700
         write(engine, 5)
-    assert metrics.recorder(SimpleNamespace(**{**vars(engines[0]), "parallel_config": config(rank=1).parallel_config})) is None
+    second_worker = SimpleNamespace(**{**vars(engines[0]), "parallel_config": config(rank=1).parallel_config})
+    assert recording.recorder(second_worker) is None
     assert prefill_tokens(REGISTRY) == 10
 
 
@@ -239,13 +246,14 @@ def test_a_killed_worker_keeps_what_it_counted(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
-from sage_backend.metrics import TOKENS, FileValues
+from sage_backend.observability.definitions import TOKENS
+from sage_backend.observability.sinks import FileValues
 values = FileValues(Path({str(tmp_path)!r}), f"sage-{{os.getpid()}}", ("a model", "0"))
 values.add(TOKENS, 7, "decode")
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
-    FileValues(tmp_path, "sage-another", ("a model", "0")).add(metrics.TOKENS, 5, "decode")
+    FileValues(tmp_path, "sage-another", ("a model", "0")).add(definitions.TOKENS, 5, "decode")
     assert scraped(tmp_path) == {("sage_attended_tokens_total", "decode"): 12}
 
 
@@ -273,8 +281,8 @@ class RayMetric:
 def ray_metrics(monkeypatch: pytest.MonkeyPatch) -> type[RayMetric]:
     """Ray's metrics, in a process that is a Ray actor."""
     metric = type("RayMetric", (RayMetric,), {"told": {}})
-    metrics.ray_values.cache_clear()
-    monkeypatch.setattr(metrics, "REPEAT_SECONDS", 0.01)
+    sinks.ray_values.cache_clear()
+    monkeypatch.setattr(sinks, "REPEAT_SECONDS", 0.01)
     ray = SimpleNamespace(
         is_initialized=lambda: True, get_runtime_context=lambda: SimpleNamespace(get_actor_id=lambda: "an actor")
     )
@@ -315,23 +323,23 @@ def test_ray_replica(temporary: Path, ray_metrics: type[RayMetric], monkeypatch:
     write(engine, 5)
     tokens = "sage_attended_tokens_total", "a model", "1", "prefill"
     wait_until(lambda: ray_metrics.told.get(tokens) == 5)
-    metrics.recorder(engine).step(LAYERS, batch((7, 7)), 0)
+    recording.recorder(engine).step(LAYERS, batch((7, 7)), 0)
     wait_until(lambda: ray_metrics.told.get(tokens) == 12)
     assert ray_metrics.told["sage_kv_bytes_per_token", "a model", "1"] == 2 * 2 * (64 + 64 + 8)
-    FileValues(metrics.directory(engine), "sage-2", ("a model", "1")).observe(metrics.CANARY_ERROR, [0.035, 0.25, 0.25])
+    FileValues(sinks.directory(engine), "sage-2", ("a model", "1")).observe(definitions.CANARY_ERROR, [0.035, 0.25, 0.25])
     wait_until(lambda: ("sage_canary_relative_error", "a model", "1") in ray_metrics.told)
     wait_until(lambda: ray_metrics.told["sage_canary_relative_error", "a model", "1"] == pytest.approx(0.04 + 0.3 + 0.3))
-    shutil.rmtree(metrics.directory(engine))
+    shutil.rmtree(sinks.directory(engine))
     relay.join(10)
     assert not relay.is_alive()
-    exporter._setter(object, metrics.PAGES, ["a model", 1])(7)  # with a logger whose gauges are not Prometheus's
+    exporter._setter(object, definitions.PAGES, ["a model", 1])(7)  # with a logger whose gauges are not Prometheus's
     assert ray_metrics.told["sage_kv_pages", "a model", "1"] == 7
 
 
 def test_who_gets_a_configuration_may_show_its_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though it has not made it, as replicas of Ray Serve on GPUs."""
     shown = []
-    monkeypatch.setattr(exporter, "follow_schedulers", lambda: shown.append(True))
+    monkeypatch.setattr(pages_gauge, "apply", lambda: shown.append(True))
     member = plugin.backend_member(plugin.BACKEND)
     assert pickle.loads(pickle.dumps(member)) is member
     assert shown
@@ -362,7 +370,7 @@ def step_seconds(folder: Path, layers: int, requests: int) -> float:
         for _ in range(steps):
             sample = recorder.step(names, common, requests)
             for name in names:
-                with metrics.timed(sample, "decode", SimpleNamespace(layer_name=name, impl=IMPL), device):
+                with recording.timed(sample, "decode", SimpleNamespace(layer_name=name, impl=IMPL), device):
                     pass
         seconds.append((time.perf_counter() - began) / steps)
     return sorted(seconds)[len(seconds) // 2]

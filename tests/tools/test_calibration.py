@@ -11,14 +11,15 @@ import pytest
 import torch
 from engines import capacity, engine, environment, greedy, heldout_prompts, prompt_logprobs
 
-from sage_backend import calibration, cli
 from sage_backend.demo import MODEL_DIR
-from sage_kernels import reference
+from sage_backend.features import calibration_file, observers
+from sage_backend.tools import calibrate, cli
+from sage_kernels import Modifiers, PagedBatch, reference
 from sage_paged import PageLayout
 
 
 def config(model: Path) -> Any:
-    """What `calibration` looks at of vLLM's ModelConfig."""
+    """What a calibration looks at of vLLM's ModelConfig."""
     return SimpleNamespace(model=str(model), hf_config=SimpleNamespace())
 
 
@@ -27,27 +28,27 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "anchors.safetensors"
     heads = torch.arange(8.0)[:, None].expand(8, 64)
     anchors = {"layer": heads.contiguous(), "layer.values": heads + 10, "layer of old": heads.clone()}
-    calibration.save(path, anchors, config(MODEL_DIR))
+    calibration_file.save(path, anchors, config(MODEL_DIR))
     return path
 
 
 def test_round_trip(file: Path) -> None:
-    calibration.check(str(file), config(MODEL_DIR))
-    keys, values = calibration.anchors(str(file), "layer", 8, 0, 1)
+    calibration_file.check(str(file), config(MODEL_DIR))
+    keys, values = calibration_file.anchors(str(file), "layer", 8, 0, 1)
     assert keys is not None
     assert values is not None
     assert keys[:, 0].tolist() == list(range(8))
     assert values[:, 0].tolist() == list(range(10, 18))
-    keys, values = calibration.anchors(str(file), "layer of old", 8, 0, 1)
+    keys, values = calibration_file.anchors(str(file), "layer of old", 8, 0, 1)
     assert keys is not None
     assert values is None
-    assert calibration.anchors(str(file), "another layer", 8, 0, 1) == (None, None)
+    assert calibration_file.anchors(str(file), "another layer", 8, 0, 1) == (None, None)
     assert list(file.parent.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(("ranks", "heads"), [(2, 4), (8, 1), (16, 1)])
 def test_workers_take_their_heads(file: Path, ranks: int, heads: int) -> None:
-    shares = [calibration.anchors(str(file), "layer", heads, rank, ranks) for rank in range(ranks)]
+    shares = [calibration_file.anchors(str(file), "layer", heads, rank, ranks) for rank in range(ranks)]
     for kind, first in ((0, 0), (1, 10)):
         found = [int(head) - first for share in shares for head in share[kind][:, 0]]
         assert found == sorted([*range(8)] * max(1, ranks // 8))
@@ -68,12 +69,12 @@ def test_anchors_of_values_are_kept_where_they_pay(workers: int) -> None:
         heads = slice(worker * 4 // workers, max(worker * 4 // workers + 1, (worker + 1) * 4 // workers))
         means.append({})
         for layer, values in (("plain", value), ("biased", biased)):
-            watch = calibration.Means()
-            assert watch.result() is None
+            observer = observers.Means()
+            assert observer.result() is None
             for part in (slice(0, 300), slice(300, 500)):
-                watch.stored(key[part, heads], values[part, heads], slots[part])
-            means[-1][layer] = watch.result()
-    found = calibration._anchors_of(means, 4)
+                observer.stored(key[part, heads], values[part, heads], slots[part])
+            means[-1][layer] = observer.result()
+    found = calibrate._anchors_of(means, 4)
     assert set(found) == {"plain", "biased", "biased.values"}
     assert torch.allclose(found["plain"], key[:-1].mean(0), atol=1e-6)
     assert torch.allclose(found["biased.values"], biased[:-1].mean(0), atol=1e-6)
@@ -81,67 +82,69 @@ def test_anchors_of_values_are_kept_where_they_pay(workers: int) -> None:
 
 def test_another_number_of_heads_is_refused(file: Path) -> None:
     with pytest.raises(ValueError, match="has 8 KV heads in layer, and not 2 for each of 1 workers"):
-        calibration.anchors(str(file), "layer", 2, 0, 1)
+        calibration_file.anchors(str(file), "layer", 2, 0, 1)
 
 
 def test_unusable_files_are_refused(file: Path, tmp_path: Path) -> None:
     other = tmp_path / "model"
     shutil.copytree(MODEL_DIR, other)
     weights = other / "model.safetensors"
-    calibration.check(str(file), config(other))  # the same model elsewhere
+    calibration_file.check(str(file), config(other))  # the same model elsewhere
     content = bytearray(weights.read_bytes())
     content[1 << 19] ^= 1
     weights.write_bytes(content)
     with pytest.raises(ValueError, match="is of another model; make one with: sage calibrate"):
-        calibration.check(str(file), config(other))
+        calibration_file.check(str(file), config(other))
     with pytest.raises(ValueError, match="is not a calibration of this release"):
-        calibration.check(str(weights), config(MODEL_DIR))
+        calibration_file.check(str(weights), config(MODEL_DIR))
     with pytest.raises(ValueError, match=r"there is no calibration nowhere; make one with: sage calibrate"):
-        calibration.check("nowhere", config(MODEL_DIR))
-    calibration.save(file, {}, config(MODEL_DIR), {"layer": 5})
+        calibration_file.check("nowhere", config(MODEL_DIR))
+    calibration_file.save(file, {}, config(MODEL_DIR), {"layer": 5})
     with pytest.raises(ValueError, match="is damaged: its k_bits are"):
-        calibration.k_bits(str(file))
+        calibration_file.k_bits(str(file))
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="is not a calibration or is damaged"):
-        calibration.check(str(file), config(MODEL_DIR))
+        calibration_file.check(str(file), config(MODEL_DIR))
 
 
 def test_bits_are_the_least_within_the_budget(file: Path) -> None:
     errors = {"a": {4: 0.2, 8: 0.03}, "b": {4: 0.1, 8: 0.02}}
-    found = calibration.Calibration(config(MODEL_DIR), {}, errors)
+    found = calibrate.Calibration(config(MODEL_DIR), {}, errors)
     assert found.choose(0.15) == {"a": 8, "b": 4}
     with pytest.raises(ValueError, match=r"--budget 0.025 cannot be met: the error of a is at least 0.0300"):
         found.choose(0.025)
-    assert calibration.k_bits(str(file)) == {}
-    calibration.save(file, {}, config(MODEL_DIR), found.choose(0.15))
-    assert calibration.k_bits(str(file)) == {"a": 8, "b": 4}
+    assert calibration_file.k_bits(str(file)) == {}
+    calibration_file.save(file, {}, config(MODEL_DIR), found.choose(0.15))
+    assert calibration_file.k_bits(str(file)) == {"a": 8, "b": 4}
 
 
 @pytest.mark.parametrize(("soft_cap", "smooth_q"), [(0.0, False), (5.0, False), (0.0, True)])
 def test_errors_of_pages(soft_cap: float, smooth_q: bool) -> None:
-    """What the watch sums up for the last queries of a prompt is what the reference makes of their pages."""
+    """What the observer sums up for the last queries of a prompt is what the reference makes of their pages."""
     g = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(300, heads, 64, generator=g) for heads in (4, 2, 2))
     query[..., ::17] += 20 * smooth_q
-    smoothed = {name: torch.randn(2, 64, generator=g) for name in ("anchor", "v_anchor")}
+    anchor, v_anchor = (torch.randn(2, 64, generator=g) for _ in range(2))
+    q_block = 32 if smooth_q else 0
     shape = {"head_size": 64, "scale": 0.125, "window": 0, "soft_cap": soft_cap, "sinks": None}
-    of_prompts = {"q_block": 32 if smooth_q else 0}
-    impl = SimpleNamespace(**shape, layout=PageLayout(64), **smoothed, smoothing_of_prompts=lambda device: of_prompts)
-    watch = calibration.PageErrors(impl)
-    watch.stored(torch.cat([key, key[:1]]), torch.cat([value, value[:1]]), torch.tensor([*range(300), -1]))
-    watch.attended(query)
-    watch.attended(query[:1])  # a decode
-    exact = reference.exact_attention(query, key, value, 0.125, soft_cap=soft_cap)[-256:]
-    assert watch.squares["exact"] == pytest.approx(float(exact.square().sum()), rel=1e-4)
-    starts, lengths, table = torch.tensor([0, 256]), torch.tensor([300]), torch.arange(3)[None]
+    impl = SimpleNamespace(
+        **shape, layout=PageLayout(64), anchor=anchor, v_anchor=v_anchor, q_block=lambda device, layout: q_block
+    )
+    observer = observers.PageErrors(impl)
+    observer.stored(torch.cat([key, key[:1]]), torch.cat([value, value[:1]]), torch.tensor([*range(300), -1]))
+    observer.attended(query)
+    observer.attended(query[:1])  # a decode
+    exact = reference.exact_attention(query, key, value, 0.125, Modifiers(soft_cap=soft_cap))[-256:]
+    assert observer.squares["exact"] == pytest.approx(float(exact.square().sum()), rel=1e-4)
+    requests = PagedBatch(torch.arange(3)[None], torch.tensor([300]), torch.tensor([0, 256]))
+    modifiers = Modifiers(soft_cap=soft_cap, k_anchor=anchor, v_anchor=v_anchor, q_block=q_block)
     query = query[-256:]
     for bits in (4, 8):
         layout = PageLayout(64, bits)
         pages = layout.empty(3, 2)
-        reference.store(key, value, pages, torch.arange(300), layout, **smoothed)
-        where = layout, table, lengths, starts, 0.125
-        out = reference.attention(query, pages, *where, soft_cap=soft_cap, **smoothed, **of_prompts)
-        assert watch.squares[bits] == pytest.approx(float((out - exact).square().sum()), rel=0.02)
+        reference.store(key, value, pages, torch.arange(300), layout, anchor, v_anchor)
+        out = reference.attention(query, pages, layout, requests, 0.125, modifiers)
+        assert observer.squares[bits] == pytest.approx(float((out - exact).square().sum()), rel=0.02)
 
 
 def test_only_layers_of_one_kind_can_differ() -> None:
@@ -152,13 +155,13 @@ def test_only_layers_of_one_kind_can_differ() -> None:
     window = SlidingWindowSpec(**shape, sliding_window=100, state_content_bytes=136)
     for specs, can_differ in (([full, small], True), ([full, window], False)):
         worker = SimpleNamespace(get_kv_cache_spec=lambda specs=specs: dict(enumerate(specs)))
-        assert calibration._can_differ(worker) == can_differ
+        assert calibrate._can_differ(worker) == can_differ
 
 
 def test_bits_are_chosen_once(file: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    calibration.save(file, {}, config(MODEL_DIR), {"layer": 4})
+    calibration_file.save(file, {}, config(MODEL_DIR), {"layer": 4})
     option = {"sage": {"calibration": str(file), "k_bits": 8}}
     with environment(), pytest.raises(ValueError, match='has chosen the bits of keys; leave out option "k_bits"'):
         EngineArgs(str(MODEL_DIR), attention_backend="SAGE", additional_config=option).create_engine_config()
@@ -170,14 +173,14 @@ def test_engine_with_a_calibration(
 ) -> None:
     """`sage calibrate` on the embedded model; an engine that loads the file has its anchors, keeps them, and has pages of the
     kinds that were chosen."""
-    monkeypatch.setattr(calibration, "LEAST_SHARE", 0.01)  # its values have two or three hundredths in common
+    monkeypatch.setattr(calibrate, "MIN_MEAN_FRACTION", 0.01)  # its values have two or three hundredths in common
     file = tmp_path / "anchors.safetensors"
     choice = ["--k-bits", "auto", "--budget", "0.064"]
     with environment():
-        assert calibration.main([str(MODEL_DIR), "--out", str(file), "--tokens", "3000", *choice]) == 0
+        assert calibrate.main([str(MODEL_DIR), "--out", str(file), "--tokens", "3000", *choice]) == 0
     told = capsys.readouterr().out
     assert f"{file}: anchors of 4 layers, 4 of which have one for values, too" in told
-    chosen = calibration.k_bits(str(file))
+    chosen = calibration_file.k_bits(str(file))
     assert set(chosen.values()) == {4, 8}, "this test needs a budget between the errors of these layers"
     for name, bits in chosen.items():
         assert f"{name}: INT{bits} (errors: INT8 0.0" in told
@@ -190,7 +193,7 @@ def test_engine_with_a_calibration(
         found = prompt_logprobs(llm, prompts)
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
         for name, layer in layers.items():
-            expected, of_values = calibration.anchors(str(file), name, 2, 0, 1)
+            expected, of_values = calibration_file.anchors(str(file), name, 2, 0, 1)
             assert expected is not None
             assert of_values is not None
             assert torch.equal(layer.impl.anchor, expected)
@@ -232,7 +235,7 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: p
     (tmp_path / "text").touch()
     arguments = [argument.replace("EMPTY", str(tmp_path)) for argument in arguments]
     with environment():
-        assert calibration.main(arguments) == 1
+        assert calibrate.main(arguments) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert errors[0].startswith("error: ")

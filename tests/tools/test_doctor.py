@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from sage_backend import doctor
-from sage_backend.doctor import FAIL, OK, WARN, Finding
+from sage_backend.tools import doctor
+from sage_backend.tools.doctor import FAIL, OK, WARN, Finding
+from sage_kernels import KernelChoice
 
 
 def run(*hidden: str, **environment: str) -> tuple[int, str]:
@@ -20,7 +21,7 @@ def run(*hidden: str, **environment: str) -> tuple[int, str]:
 import sys
 sys.modules.update(dict.fromkeys({hidden!r}))
 sys.argv = ["sage", "doctor"]
-from sage_backend.cli import main
+from sage_backend.tools.cli import main
 sys.exit(main())
 """
     # From nothing, so that settings of the tests have no part in it.
@@ -41,7 +42,7 @@ def test_this_machine() -> None:
     status, output = run()
     assert (status, set(states(output).values()) - {doctor.ABSENT}) == (0, {OK}), output
     assert {"Python", "torch", "device", "Triton", "vLLM", "plugin", "kernels"} < set(states(output))
-    assert "sage_backend.backend.SageBackend" in output
+    assert "sage_backend.engine.backend.SageBackend" in output
     assert output.count("\n") <= 24
     assert max(map(len, output.splitlines())) <= 120
 
@@ -116,13 +117,13 @@ def test_a_gpu_that_torch_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("choice", "fp8", "state", "words"),
     [
-        ((object(), None), "native", OK, "prefill and decode Gluon"),
-        ((None, "gluon_missing"), "native", WARN, "Gluon cannot be imported"),
-        ((None, None), "half", OK, "prefill and decode Triton; store Triton; FP16"),
+        (KernelChoice("hopper", "hopper"), "native", OK, "prefill and decode Gluon"),
+        (KernelChoice("portable", "portable", "gluon_missing"), "native", WARN, "Gluon cannot be imported"),
+        (KernelChoice("portable", "portable"), "half", OK, "prefill and decode Triton; store Triton; FP16"),
     ],
 )
 def test_which_kernels(choice: Any, fp8: str, state: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sage_kernels.prefill.choose_kernel", lambda *_: choice)
+    monkeypatch.setattr("sage_kernels.choose_kernels", lambda *_: choice)
     monkeypatch.setattr("sage_kernels.device.fp8_path", lambda _: fp8)
     finding = doctor._choice(torch.device("cuda"))
     assert finding.state == state
@@ -131,8 +132,10 @@ def test_which_kernels(choice: Any, fp8: str, state: str, words: str, monkeypatc
 
 def test_kernels_are_compared_with_the_reference(kernels: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device(kernels.device)
+    for name in ("store", "prefill", "decode"):  # on a CPU, Triton's kernels in the interpreter
+        monkeypatch.setattr(f"sage_kernels.{'attend_' * (name != 'store')}{name}", getattr(kernels, name))
     assert "equal to the reference" in doctor.compile_kernels(device)
-    monkeypatch.setattr("sage_kernels.decode.decode", lambda *_: None)
+    monkeypatch.setattr("sage_kernels.attend_decode", lambda *_: None)
     with pytest.raises(RuntimeError, match="decode with INT8 keys is off by nan"):
         doctor.compile_kernels(device)
 

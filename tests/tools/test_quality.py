@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What quantized pages cost the small model, as `sage_backend.quality` measures it."""
+"""What quantized pages cost the small model, as `sage eval` measures it."""
 
 import json
 import sys
@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from engines import PLAIN, environment
 
-from sage_backend import plots, quality
-from sage_backend.quality import KL_TOP, PASSKEY_DEPTHS, TOP, Run, Scores
+from sage_backend.tools import plots, quality
+from sage_backend.tools.engines import Run
+from sage_backend.tools.quality import KL_TOP, PASSKEY_DEPTHS, TOP, Scores
 
 TOKENS = 1 << 14
 

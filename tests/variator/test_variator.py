@@ -30,13 +30,15 @@ from engines import (
 from prometheus_client import REGISTRY
 from safetensors.torch import load_file
 
-from sage_backend import cli, quality
 from sage_backend.demo import HELDOUT, MODEL_DIR, PLUGINS
-from sage_backend.options import SageOptions, VariatorOptions
-from sage_backend.variator import admission, files, train
-from sage_backend.variator.admission import RATIO, READING, TAIL, Policy, check_request
-from sage_backend.variator.groups import CHUNK, MIN_TAIL, PLAIN, Reading, Segment, clip, segments
-from sage_backend.variator.plugin import RATIOS, CompressionPlugin
+from sage_backend.engine.patches import block_hash
+from sage_backend.engine.patches import scheduler as scheduling
+from sage_backend.options import MIN_TAIL, RATIOS, SageOptions, VariatorOptions
+from sage_backend.tools import cli, quality
+from sage_backend.variator import files, train
+from sage_backend.variator.admission import PLAN_KEY, RATIO, TAIL, Policy, check_request
+from sage_backend.variator.groups import CHUNK, PLAIN, CompressionPlan, Segment, clip, segments
+from sage_backend.variator.plugin import CompressionPlugin
 
 LAYERS = ["model.layers.1.mlp", "model.layers.2.mlp"]
 
@@ -87,7 +89,7 @@ def test_plugins_are_small() -> None:
 # Groups
 
 
-def by_token(requests: list[tuple[int, int, Reading]]) -> list[int]:
+def by_token(requests: list[tuple[int, int, CompressionPlan]]) -> list[int]:
     """The ratio of every row, by the definition. requests: position of the first token, tokens, reading."""
     ratios = []
     for position, tokens, reading in requests:
@@ -104,7 +106,7 @@ def test_segments() -> None:
     for _ in range(500):
         requests, rows = [], [0]
         for _ in range(rng.randint(1, 4)):
-            reading = rng.choice([PLAIN, Reading.of(rng.randint(1, 90), rng.choice(RATIOS), rng.randint(16, 40))])
+            reading = rng.choice([PLAIN, CompressionPlan.of(rng.randint(1, 90), rng.choice(RATIOS), rng.randint(16, 40))])
             requests.append((rng.randint(0, 60), rng.randint(1, 60), reading))
             rows.append(rows[-1] + requests[-1][1])
         expected = by_token(requests)
@@ -124,7 +126,7 @@ def test_chunks_do_not_matter() -> None:
     rng = Random(0)
     for _ in range(200):
         prompt = rng.randint(1, 600)
-        reading = Reading.of(prompt, rng.choice(RATIOS), rng.randint(16, 100))
+        reading = CompressionPlan.of(prompt, rng.choice(RATIOS), rng.randint(16, 100))
         ratios: list[int] = []
         while len(ratios) < prompt:
             tokens = clip(min(rng.randint(CHUNK, 150), prompt - len(ratios)), len(ratios), reading)
@@ -135,9 +137,9 @@ def test_chunks_do_not_matter() -> None:
 
 def test_rows() -> None:
     assert [Segment(0, 8, 1).rows, Segment(8, 24, 4).rows] == [8, 4]
-    assert Reading.of(100, 4, 30) == (4, 68)
-    assert Reading.of(100, 1, 30) == PLAIN
-    assert Reading.of(20, 2, 30).limit == 0
+    assert CompressionPlan.of(100, 4, 30) == (4, 68)
+    assert CompressionPlan.of(100, 1, 30) == PLAIN
+    assert CompressionPlan.of(20, 2, 30).limit == 0
 
 
 # The choice of a ratio
@@ -173,32 +175,34 @@ class WaitingRequest:
         self.block_hashes = ["hashed as it came"]
 
     def update_block_hashes(self) -> None:
-        self.block_hashes.append(f"hashed for {getattr(self, READING)}")
+        self.block_hashes.append(f"hashed for {getattr(self, PLAN_KEY)}")
 
 
 def test_admission(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request gets its ratio with its first look at the cache, and keeps it when it is preempted and looks again."""
-    monkeypatch.setattr(admission, "_tell_blocks_apart", lambda: None)
+    monkeypatch.setattr(block_hash, "apply", lambda: None)
     load = SimpleNamespace(waiting=9, kv_use=0.0)
     scheduler: Any = SimpleNamespace(
         _get_local_prefix_cache_hit=lambda request: tuple(request.block_hashes),
+        need_mamba_block_aligned_split=False,
+        _mamba_block_aligned_split=None,
         get_request_counts=lambda: (0, load.waiting),
         get_kv_cache_usage=lambda: load.kv_use,
     )
-    admission.attach(scheduler, VariatorOptions("file", waiting=8), [2, 4])
+    scheduling.attach(scheduler, VariatorOptions("file", waiting=8), [2, 4])
     shared = SimpleNamespace(extra_args=None)
     first, second, short = (WaitingRequest(tokens, shared) for tokens in (200, 200, 40))
-    assert scheduler._get_local_prefix_cache_hit(first) == ("hashed for Reading(ratio=2, limit=136)",)
-    assert scheduler._get_local_prefix_cache_hit(second) == ("hashed for Reading(ratio=4, limit=136)",)
+    assert scheduler._get_local_prefix_cache_hit(first) == ("hashed for CompressionPlan(ratio=2, limit=136)",)
+    assert scheduler._get_local_prefix_cache_hit(second) == ("hashed for CompressionPlan(ratio=4, limit=136)",)
     load.waiting = 1
     for _ in range(3):
-        assert scheduler._get_local_prefix_cache_hit(second) == ("hashed for Reading(ratio=4, limit=136)",)
-    assert [request.sampling_params.extra_args for request in (first, second)] == [{READING: [2, 136]}, {READING: [4, 136]}]
+        assert scheduler._get_local_prefix_cache_hit(second) == ("hashed for CompressionPlan(ratio=4, limit=136)",)
+    assert [request.sampling_params.extra_args for request in (first, second)] == [{PLAN_KEY: [2, 136]}, {PLAN_KEY: [4, 136]}]
     assert shared.extra_args is None
     own = WaitingRequest(200, SimpleNamespace(extra_args={RATIO: 1, "other": 5}))
     for plain in (short, own, WaitingRequest(200, None)):
         assert scheduler._get_local_prefix_cache_hit(plain) == ("hashed as it came",)
-    assert own.sampling_params.extra_args == {RATIO: 1, "other": 5, READING: [1, 0]}
+    assert own.sampling_params.extra_args == {RATIO: 1, "other": 5, PLAN_KEY: [1, 0]}
 
     assert scheduler.need_mamba_block_aligned_split
     split = scheduler._mamba_block_aligned_split
@@ -770,15 +774,15 @@ def test_hashes_of_blocks() -> None:
     with environment():
         from vllm.v1.core import kv_cache_utils
 
-        admission._tell_blocks_apart()
+        block_hash.apply()
 
-        def keys(reading: Reading | None, first: int) -> Any:
+        def keys(reading: CompressionPlan | None, first: int) -> Any:
             request = SimpleNamespace(mm_features=[], lora_request=None, cache_salt="salt", prompt_embeds=None)
             if reading is not None:
-                setattr(request, READING, reading)
+                setattr(request, PLAN_KEY, reading)
             return kv_cache_utils.generate_block_hash_extra_keys(request, first, first + 128, 0)[0]
 
         assert keys(None, 0) == keys(PLAIN, 0) == (("cache_salt", "salt"),)
-        assert keys(Reading(2, 200), 0) == (("cache_salt", "salt"), (READING, "2:128"))
-        assert keys(Reading(4, 200), 128) == ((READING, "4:72"),)
-        assert keys(Reading(2, 200), 256) is None
+        assert keys(CompressionPlan(2, 200), 0) == (("cache_salt", "salt"), (PLAN_KEY, "2:128"))
+        assert keys(CompressionPlan(4, 200), 128) == ((PLAN_KEY, "4:72"),)
+        assert keys(CompressionPlan(2, 200), 256) is None

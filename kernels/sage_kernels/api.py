@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paged SageAttention: store keys and values in quantized KV pages, and attend to them.
+
+These functions run on the CPU and on NVIDIA GPUs from sm_80 on. They choose the implementation by the device of their tensors,
+the page layout and the modifiers (`choose_kernels`): torch on a CPU, portable Triton kernels, or Gluon kernels for sm_90. All
+of them compute what `reference` specifies. None of them waits for the device, and all can be captured in a CUDA graph.
+
+A whole attention layer, on any device:
+
+    >>> import torch
+    >>> from sage_kernels import PagedBatch, PageLayout, attend_prefill, store
+    >>> layout = PageLayout(head_dim=64)                   # INT8 keys, FP8 values, 128 tokens a page
+    >>> pages = layout.empty(blocks=4, kv_heads=2)
+    >>> key, value = torch.randn(200, 2, 64), torch.randn(200, 2, 64)
+    >>> store(key, value, pages, torch.arange(200), layout)       # token t goes to slot t: block t // 128
+    >>> batch = PagedBatch(
+    ...     block_table=torch.tensor([[0, 1]], dtype=torch.int32),
+    ...     seq_lens=torch.tensor([200], dtype=torch.int32),
+    ...     query_start_loc=torch.tensor([0, 200], dtype=torch.int32),
+    ... )
+    >>> query = torch.randn(200, 8, 64)
+    >>> out = torch.empty_like(query)
+    >>> attend_prefill(query, pages, layout, batch, 64**-0.5, out)
+    >>> out.isfinite().all().item()
+    True
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sage_kernels import cpu, reference
+from sage_kernels.batch import Modifiers, PagedBatch
+from sage_kernels.device import gluon_available, is_hopper
+from sage_paged import Memory, PageLayout
+
+# The Triton modules are imported where a GPU needs them: importing Triton takes a second, and a CPU build of torch has none.
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """Which implementations serve a layer on a device.
+
+    prefill, decode: "torch", "portable" or "hopper". fallback_reason: why prefill is portable on a device that has Hopper
+    kernels: "gluon_missing" (Triton's Gluon cannot be imported), "page_format" (no kernel for this layout or group) or
+    "smooth_q" (no kernel with Q smoothing); None elsewhere.
+    """
+
+    prefill: str
+    decode: str
+    fallback_reason: str | None = None
+
+
+@functools.cache
+def choose_kernels(device: torch.device, layout: PageLayout, group: int, smooth_q: bool = False) -> KernelChoice:
+    """The implementations for `group` query heads per KV head, with Q smoothing or not.
+
+    Batches with a RopeShift take portable kernels, whatever the choice.
+    """
+    if device.type == "cpu":
+        return KernelChoice("torch", "torch")
+    if not is_hopper(device):
+        return KernelChoice("portable", "portable")
+    if not gluon_available():
+        return KernelChoice("portable", "portable", "gluon_missing")
+    from sage_kernels.hopper import decode, prefill
+
+    of_decode = "hopper" if decode.supports(layout) else "portable"
+    if not prefill.supports(layout, group):
+        return KernelChoice("portable", of_decode, "page_format")
+    return KernelChoice("portable", of_decode, "smooth_q") if smooth_q else KernelChoice("hopper", of_decode)
+
+
+def smoothing_block(device: torch.device, layout: PageLayout, group: int) -> int:
+    """The `Modifiers.q_block` of Q smoothing on a device: the query tokens of a prefill tile."""
+    if device.type == "cpu":
+        return reference.tile_tokens(group)
+    from sage_kernels.portable.prefill import tile
+
+    return tile(device, layout, group, smooth_q=True)[0] // group
+
+
+def prefill_scratch_bytes(device: torch.device, layout: PageLayout, group: int, smooth_q: bool = False) -> int:
+    """Memory that `attend_prefill` allocates while it runs, in bytes. Only INT4 pages on sm_90 need any (`portable.widen`)."""
+    if layout.k_bits == 8 or choose_kernels(device, layout, group, smooth_q).prefill != "hopper":
+        return 0
+    from sage_kernels.hopper.prefill import SCRATCH
+
+    return SCRATCH
+
+
+def max_decode_rows() -> int:
+    """Most query rows (query tokens times query heads per KV head) of a request in `attend_decode` on a GPU, if it has several
+    tokens."""
+    from sage_kernels.portable.decode import MAX_ROWS
+
+    return MAX_ROWS
+
+
+def decode_workspace(
+    device: torch.device, layout: PageLayout, query_rows: int, shifted: bool = False
+) -> Any:
+    """The workspace that `attend_decode` reuses for every layer and step; None on a CPU, which needs none.
+
+    query_rows: the most query tokens of a request times query heads per KV head. shifted: whether batches may have a RopeShift.
+    """
+    if device.type == "cpu":
+        return None
+    from sage_kernels.portable import decode as portable
+
+    programs = []
+    if choose_kernels(device, layout, 1).decode == "hopper":
+        from sage_kernels.hopper import decode as hopper
+
+        programs.append(hopper.count_programs(device, layout))
+    if not programs or shifted:
+        programs.append(portable.count_programs(device))
+    return portable.Workspace.allocate(max(programs), query_rows, layout.head_dim, device)
+
+
+def store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    layout: PageLayout,
+    k_anchor: torch.Tensor | None = None,
+    v_anchor: torch.Tensor | None = None,
+) -> None:
+    """Quantize new tokens and write them into their pages.
+
+    key, value: [tokens, kv_heads, head_dim], float32, float16 or bfloat16, unit stride in head_dim. pages: uint8 [blocks,
+    kv_heads, page_bytes], written in place. slots: int64 [tokens]; token t goes to block slots[t] // layout.tokens, at slots[t]
+    % layout.tokens; negative: padding. k_anchor, v_anchor: float32 [kv_heads, head_dim], subtracted from keys and values
+    (smoothing: SageAttention, section 4.2); a k_anchor of NaN is fixed to the mean of the first tokens.
+
+    Raises ValueError for tensors whose shapes or dtypes do not fit together.
+
+        >>> import torch; from sage_kernels import PageLayout, store
+        >>> layout = PageLayout(head_dim=64, k_bits=4)
+        >>> pages = layout.empty(blocks=1, kv_heads=2)
+        >>> store(torch.randn(3, 2, 64), torch.randn(3, 2, 64), pages, torch.tensor([0, 1, -1]), layout)
+    """
+    shape = (_check_pages(pages, layout), layout.head_dim)
+    for name, x in (("key", key), ("value", value)):
+        if x.dim() != 3 or tuple(x.shape[1:]) != shape or len(x) < slots.numel():
+            raise ValueError(f"{name} is {list(x.shape)}; these pages and slots take {[slots.numel(), *shape]}")
+    for name, anchor in (("k_anchor", k_anchor), ("v_anchor", v_anchor)):
+        _check_anchor(name, anchor, shape)
+    if key.device.type == "cpu":
+        reference.store(key, value, pages, slots, layout, k_anchor, v_anchor)
+        return
+    from sage_kernels.portable.store import store as triton_store
+
+    triton_store(key, value, pages, slots, layout, k_anchor, v_anchor)
+
+
+def attend_prefill(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    batch: PagedBatch,
+    scale: float,
+    out: torch.Tensor,
+    modifiers: Modifiers | None = None,
+) -> None:
+    """Causal attention of many query tokens per request (whole prompts or chunks) over their pages. Writes `out`.
+
+    query, out: [tokens, heads, head_dim], unit stride in head_dim; the batch's requests own rows query_start_loc[0] to
+    query_start_loc[-1], and no other row is touched. Keys and values of the query tokens must be stored already. pages: uint8
+    [blocks, kv_heads, page_bytes]. scale multiplies the logits, head_dim**-0.5 as a rule. modifiers: of the layer; None for
+    plain attention.
+
+    Raises ValueError for shapes or dtypes that do not fit together, and for a modifiers.q_block that is neither 0 nor
+    `smoothing_block`. The module's docstring has an example.
+    """
+    modifiers = modifiers or Modifiers()
+    group, device = _check_attention(query, pages, layout, batch, out, modifiers), query.device
+    if device.type == "cpu":
+        cpu.attention(query, pages, layout, batch, scale, out, modifiers)
+        return
+    choice = choose_kernels(device, layout, group, modifiers.q_block > 0)
+    if choice.prefill == "hopper" and batch.rope_shift is None:
+        from sage_kernels.hopper.prefill import prefill
+    else:
+        from sage_kernels.portable.prefill import prefill
+    prefill(query, pages, layout, batch, scale, out, modifiers)
+
+
+def attend_decode(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    batch: PagedBatch,
+    scale: float,
+    out: torch.Tensor,
+    modifiers: Modifiers | None = None,
+    workspace: Any = None,
+) -> None:
+    """Causal attention of the last few tokens of each request (one, or one and its drafts), with split-KV. Writes `out`.
+
+    Arguments as for `attend_prefill`. batch.max_query_len bounds the query tokens of a request; None means 1. modifiers.q_block
+    is ignored: a few queries have no mean worth subtracting. workspace: from `decode_workspace`; allocated for this call if
+    None.
+
+    Raises ValueError as `attend_prefill` does, for a workspace that is too small, and on a GPU for more than `max_decode_rows`
+    query rows.
+
+        >>> import torch; from sage_kernels import PagedBatch, PageLayout, attend_decode, store
+        >>> layout, key, value = PageLayout(head_dim=64), torch.randn(200, 2, 64), torch.randn(200, 2, 64)
+        >>> pages = layout.empty(blocks=2, kv_heads=2)
+        >>> store(key, value, pages, torch.arange(200), layout)
+        >>> table, lengths = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([200], dtype=torch.int32)
+        >>> batch = PagedBatch(table, lengths, torch.tensor([0, 1], dtype=torch.int32), max_query_len=1)
+        >>> query = torch.randn(1, 8, 64)
+        >>> out = torch.empty_like(query)
+        >>> attend_decode(query, pages, layout, batch, 64**-0.5, out)
+        >>> out.isfinite().all().item()
+        True
+    """
+    modifiers = modifiers or Modifiers()
+    group, device = _check_attention(query, pages, layout, batch, out, modifiers), query.device
+    if device.type == "cpu":
+        cpu.attention(query, pages, layout, batch, scale, out, replace(modifiers, q_block=0))
+        return
+    choice = choose_kernels(device, layout, group)
+    if choice.decode == "hopper" and batch.rope_shift is None:
+        from sage_kernels.hopper.decode import decode
+    else:
+        from sage_kernels.portable.decode import decode
+    decode(query, pages, layout, batch, scale, out, modifiers, workspace)
+
+
+def store_summaries(
+    pages: torch.Tensor,
+    layout: PageLayout,
+    batch: PagedBatch,
+    num_tokens: int,
+    shift_table: torch.Tensor | None = None,
+    k_anchor: torch.Tensor | None = None,
+) -> None:
+    """Write the summaries of the pages that a step has filled, which `select_pages` reads (InfLLM memory).
+
+    pages: as for `attend_prefill`, of a layout with has_summary. batch: the step's requests, whose tokens are stored.
+    num_tokens: at least the query tokens of the step. shift_table: `reference.rope_shift_table`, where select_pages has one;
+    then k_anchor is that of the stored keys.
+
+    Raises ValueError for a layout without summaries.
+
+        >>> import torch; from sage_kernels import PagedBatch, PageLayout, store, store_summaries
+        >>> layout = PageLayout(head_dim=64, has_summary=True)
+        >>> pages = layout.empty(blocks=2, kv_heads=1)
+        >>> store(torch.randn(200, 1, 64), torch.randn(200, 1, 64), pages, torch.arange(200), layout)
+        >>> table, lengths = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([200], dtype=torch.int32)
+        >>> batch = PagedBatch(table, lengths, torch.tensor([0, 200], dtype=torch.int32))
+        >>> store_summaries(pages, layout, batch, num_tokens=200)     # of block 0, which is full
+    """
+    _check_pages(pages, layout)
+    _check_summary(layout)
+    if pages.device.type == "cpu":
+        reference.store_summaries(pages, layout, batch, shift_table, k_anchor)
+        return
+    from sage_kernels.portable import recall
+
+    recall.store_summaries(pages, layout, batch, num_tokens, shift_table, k_anchor)
+
+
+def select_pages(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    batch: PagedBatch,
+    memory: Memory,
+    query_block: int,
+    shift_table: torch.Tensor | None = None,
+) -> PagedBatch:
+    """Choose the pages of long contexts that queries read: sinks, local pages, and the best of those between (InfLLM, section
+    3).
+
+    query: [tokens, heads, head_dim]. batch: the requests. memory: the policy. query_block: positions whose queries choose
+    together; 0 for one choice per request, as in decoding, for which batch.max_query_len must be set where requests have
+    several query tokens. shift_table: `reference.rope_shift_table`, needed where memory.trained_tokens is not 0.
+
+    Returns a batch to attend with in place of the given one: query blocks stand in the place of requests, and each KV head has
+    its own page list. Raises ValueError for a layout without summaries.
+
+        >>> import torch
+        >>> from sage_kernels import Memory, PagedBatch, PageLayout, select_pages, store, store_summaries
+        >>> layout, memory = PageLayout(64, tokens=64, has_summary=True), Memory(sink_tokens=64, local_tokens=128, topk_pages=2)
+        >>> pages = layout.empty(blocks=16, kv_heads=1)
+        >>> store(torch.randn(1000, 1, 64), torch.randn(1000, 1, 64), pages, torch.arange(1000), layout)
+        >>> table, lengths = torch.arange(16, dtype=torch.int32)[None], torch.tensor([1000], dtype=torch.int32)
+        >>> store_summaries(pages, layout, PagedBatch(table, lengths, torch.tensor([0, 1000], dtype=torch.int32)), 1000)
+        >>> batch = PagedBatch(table, lengths, torch.tensor([0, 1], dtype=torch.int32), max_query_len=1)
+        >>> chosen = select_pages(torch.randn(1, 4, 64), pages, layout, batch, memory, query_block=0)
+        >>> chosen.seq_lens.tolist()                                  # 1 sink + 2 recalled pages + 168 local tokens
+        [360]
+    """
+    _check_pages(pages, layout)
+    _check_summary(layout)
+    if query.device.type == "cpu":
+        return reference.select_pages(query, pages, layout, batch, memory, query_block, shift_table)
+    from sage_kernels.portable import recall
+
+    return recall.select_pages(query, pages, layout, batch, memory, query_block, shift_table)
+
+
+# Checks look at shapes and dtypes only, never at values: they do not wait for the device. They run once per layer and step, so
+# each attribute of a tensor, which costs a third of a microsecond, is read once.
+
+
+def _check_pages(pages: torch.Tensor, layout: PageLayout) -> int:
+    """Returns the number of KV heads."""
+    shape = pages.shape
+    if len(shape) != 3 or shape[2] != layout.page_bytes or pages.dtype is not torch.uint8:
+        raise ValueError(
+            f"pages are {pages.dtype} {list(shape)}; this layout takes uint8 [blocks, kv_heads, {layout.page_bytes}] "
+            "(PageLayout.pages views a serving engine's cache so)"
+        )
+    return shape[1]
+
+
+def _check_summary(layout: PageLayout) -> None:
+    if not layout.has_summary:
+        raise ValueError("the layout has no summaries; make it with PageLayout(..., has_summary=True)")
+
+
+def _check_anchor(name: str, anchor: torch.Tensor | None, shape: tuple[int, int]) -> None:
+    if anchor is not None and (anchor.dtype is not torch.float32 or tuple(anchor.shape) != shape):
+        raise ValueError(f"{name} is {anchor.dtype} {list(anchor.shape)}; it must be float32 {list(shape)}")
+
+
+def _check_attention(
+    query: torch.Tensor, pages: torch.Tensor, layout: PageLayout, batch: PagedBatch, out: torch.Tensor, modifiers: Modifiers
+) -> int:
+    """Returns the number of query heads per KV head."""
+    kv_heads, shape = _check_pages(pages, layout), query.shape
+    if len(shape) != 3 or shape[2] != layout.head_dim or shape[1] % kv_heads:
+        raise ValueError(
+            f"query is {list(shape)}; these pages take [tokens, heads, {layout.head_dim}], heads a multiple of {kv_heads}"
+        )
+    if out.shape != shape:
+        raise ValueError(f"out is {list(out.shape)}; it must have the shape of query, {list(shape)}")
+    table, requests, starts = batch.block_table.shape, batch.seq_lens.numel(), batch.query_start_loc.numel()
+    if starts != requests + 1 or table[0] != requests:
+        raise ValueError(
+            f"the batch has {requests} seq_lens, {starts} query_start_loc and {table[0]} rows of block_table; "
+            f"it must have {requests}, {requests + 1} and {requests}"
+        )
+    if len(table) == 3 and table[1] != kv_heads:
+        raise ValueError(f"block_table is {list(table)}; dimension 1 must be the {kv_heads} KV heads")
+    if modifiers.sinks is not None and modifiers.sinks.numel() != shape[1]:
+        raise ValueError(f"sinks has {modifiers.sinks.numel()} entries; it must have one per query head, {shape[1]}")
+    if modifiers.k_anchor is not None:
+        _check_anchor("k_anchor", modifiers.k_anchor, (kv_heads, shape[2]))
+    if modifiers.v_anchor is not None:
+        _check_anchor("v_anchor", modifiers.v_anchor, (kv_heads, shape[2]))
+    return shape[1] // kv_heads

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two arguments that every attention function takes: a step's requests, and a layer's variant of attention."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class RopeShift:
+    """How far queries are rotated for each page, so that the page is read as if it were nearer.
+
+    InfLLM (Xiao et al., NeurIPS 2024, section 3.2) reads distant pages at positions that the model was trained for. A query
+    that is rotated back by n pages has the same logits as keys that were stored n pages later.
+
+    pages: int32 [requests, kv_heads, pages], the shift in pages, entry by entry of a block table. table: float32 [max_pages,
+    head_dim], the cosines of a shift's angles and, in the second half of the channels, their sines
+    (`reference.rope_shift_table`).
+    """
+
+    pages: torch.Tensor
+    table: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """The requests of a step and where their KV pages are. Built once a step; all layers share it.
+
+    Request r owns query rows query_start_loc[r] to query_start_loc[r + 1]. They are the last of its seq_lens[r] tokens.
+
+    block_table: int32 [requests, pages], or [requests, kv_heads, pages] where each KV head reads its own pages.
+    seq_lens: int32 [requests], tokens of a request, its query tokens included.
+    query_start_loc: int32 [requests + 1], ascending.
+    max_query_len: upper bound on the query tokens of a request. `attend_decode` sizes its tiles by it; None: 1.
+    max_seq_len: upper bound on seq_lens. It saves scratch memory where INT4 pages are widened; None: what block_table holds.
+    rope_shift: set where pages are read at other positions than their own (see `select_pages`).
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    max_query_len: int | None = None
+    max_seq_len: int | None = None
+    rope_shift: RopeShift | None = None
+
+    @property
+    def num_requests(self) -> int:
+        return self.seq_lens.numel()
+
+    @property
+    def table_strides(self) -> tuple[int, int]:
+        """Strides of block_table, in elements, from one request to the next and from one KV head to the next."""
+        return self.block_table.stride(0), self.block_table.stride(1) if self.block_table.dim() == 3 else 0
+
+    def requests(self, start: int, stop: int | None = None, *, max_query_len: int | None = None,
+                 max_seq_len: int | None = None) -> "PagedBatch":  # fmt: skip
+        """The requests from `start` up to `stop`, as views of the same tensors. Bounds that are None are kept."""
+        stop = self.num_requests if stop is None else stop
+        return replace(
+            self,
+            block_table=self.block_table[start:stop],
+            seq_lens=self.seq_lens[start:stop],
+            query_start_loc=self.query_start_loc[start : stop + 1],
+            max_query_len=self.max_query_len if max_query_len is None else max_query_len,
+            max_seq_len=self.max_seq_len if max_seq_len is None else max_seq_len,
+            rope_shift=self.rope_shift and RopeShift(self.rope_shift.pages[start:stop], self.rope_shift.table),
+        )
+
+    def to(self, device: torch.device | str) -> "PagedBatch":
+        """The same batch with all tensors on `device`."""
+        shift = self.rope_shift
+        return replace(
+            self,
+            block_table=self.block_table.to(device),
+            seq_lens=self.seq_lens.to(device),
+            query_start_loc=self.query_start_loc.to(device),
+            rope_shift=shift and RopeShift(shift.pages.to(device), shift.table.to(device)),
+        )
+
+
+@dataclass(frozen=True)
+class Modifiers:
+    """What a layer's attention has beside softmax(scale Q K^T) V. Built once a layer.
+
+    window: sliding window in tokens: a query sees itself and the window - 1 tokens before it; 0 for all.
+    soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0.0 for none.
+    sinks: float [heads], logits of an extra key without a value (attention sinks); None for none.
+    k_anchor: float32 [kv_heads, head_dim], what was subtracted from the stored keys. Softmax is the same with and without, so
+        that it matters only where logits are needed whole: with soft_cap, sinks, or a RopeShift.
+    v_anchor: float32 [kv_heads, head_dim], what was subtracted from the stored values. q_block: query smoothing
+    (SageAttention2, section 3.2): queries are quantized less the mean of their block of this many tokens,
+        counted from a request's first query. 0 for none. Kernels support `api.smoothing_block` only.
+    """
+
+    window: int = 0
+    soft_cap: float = 0.0
+    sinks: torch.Tensor | None = None
+    k_anchor: torch.Tensor | None = None
+    v_anchor: torch.Tensor | None = None
+    q_block: int = 0
+
+    def to(self, device: torch.device | str) -> "Modifiers":
+        """The same modifiers with all tensors on `device`."""
+
+        def moved(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.to(device)
+
+        return replace(self, sinks=moved(self.sinks), k_anchor=moved(self.k_anchor), v_anchor=moved(self.v_anchor))
+
+    def heads(self, kv: slice, group: int) -> "Modifiers":
+        """The modifiers of some KV heads alone, each with `group` query heads."""
+        own = slice(kv.start * group, kv.stop * group)
+
+        def part(x: torch.Tensor | None, which: slice) -> torch.Tensor | None:
+            return None if x is None else x[which]
+
+        return replace(
+            self, sinks=part(self.sinks, own), k_anchor=part(self.k_anchor, kv), v_anchor=part(self.v_anchor, kv)
+        )

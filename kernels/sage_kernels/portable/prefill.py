@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill: many query tokens per request, whole prompts or chunks, behind any history. Triton, for every GPU from sm_80 on."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from sage_kernels.batch import Modifiers, PagedBatch
+from sage_kernels.device import fp8_path, pipeline_stages, shared_memory
+from sage_kernels.portable.primitives import LOG2E, TABLE_STRIDES, TABLES, add_v_anchor, find_request
+from sage_kernels.portable.query_tile import PageRange, QueryRows, attend_pages, cache_views, shift_tensors, tensor_or
+from sage_kernels.reference import tile_rows
+from sage_paged import PageLayout
+
+
+@triton.jit(do_not_specialize=["num_reqs", "q_blocks", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
+def _prefill_kernel(
+    query, out, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, sinks, k_anchor, v_anchor,
+    shifts, shift_table, scale, soft_cap, num_reqs, q_blocks,
+    q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_stride,
+    head_stride,
+    GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, K_ANCHOR: tl.constexpr,
+    V_ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr,
+):  # fmt: skip
+    """Grid: (query blocks, KV heads). The last blocks have the most keys, so they start first."""
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    kv_head = tl.program_id(1)
+    request, q_block = find_request(query_start_loc, q_blocks - 1 - tl.program_id(0), num_reqs, BLOCK_Q)
+    q_start = tl.load(query_start_loc + request)
+    q_len = tl.load(query_start_loc + request + 1) - q_start
+    if q_block * BLOCK_Q >= q_len:
+        return
+    seq_len = tl.load(seq_lens + request)
+
+    row = tl.arange(0, BLOCK_M)
+    local = q_block * BLOCK_Q + row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    valid = (row < BLOCK_Q * GROUP) & (local < q_len)
+    rows = QueryRows(q_start + local, head, seq_len - q_len + local, valid)
+    first_position = seq_len - q_len + q_block * BLOCK_Q
+    last_position = tl.minimum(first_position + BLOCK_Q, seq_len) - 1
+    first_page = 0
+    if WINDOW > 0:
+        first_page = tl.maximum(first_position - WINDOW + 1, 0) // PAGE
+    full_pages = (first_position + 1) // PAGE if WINDOW == 0 else first_page
+    page_range = PageRange(first_page, full_pages, last_position // PAGE + 1, seq_len)
+
+    table_offset = request.to(tl.int64) * table_stride + kv_head * table_head_stride
+    state, q_bias = attend_pages(
+        query, cache_i8, cache_v, cache_f32, k_anchor + kv_head * HEAD_DIM, shift_table, block_table + table_offset,
+        shifts + table_offset, page_range, rows, kv_head.to(tl.int64) * head_stride, block_stride,
+        q_token_stride, q_head_stride, scale, soft_cap,
+        WINDOW, SOFT_CAP, K_ANCHOR, HEAD_DIM, K_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, SHIFT, SMOOTH_Q,
+    )  # fmt: skip
+    acc = add_v_anchor(state.acc, state.l_i, v_anchor + kv_head * HEAD_DIM, HEAD_DIM, V_ANCHOR)
+    l_i, m_ref = state.l_i, state.m_ref
+    if SINKS:
+        if not SOFT_CAP:  # a sink is compared with whole logits, which under a cap they are already
+            m_ref += q_bias
+        l_i += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - m_ref)
+    acc = acc / l_i[:, None]
+    channels = tl.arange(0, BLOCK_D)
+    target = out + ((q_start + local).to(tl.int64) * out_token_stride + head * out_head_stride)[:, None] + channels[None, :]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=valid[:, None] & (channels < HEAD_DIM)[None, :])
+
+
+@functools.cache
+def tile(device: torch.device, layout: PageLayout, group: int, smooth_q: bool = False) -> tuple[int, int]:
+    """Rows of a query tile, and warps. With Q smoothing, a tile has half of `reference.tile_rows` where its two terms would not
+    fit into shared memory next to P and V of a page: on sm_86, with heads of 256 channels."""
+    block_m, block_d = tile_rows(group), triton.next_power_of_2(layout.head_dim)
+    element = 2 if fp8_path(device) == "half" else 1
+    taken = 2 * block_m * block_d + element * layout.tokens * (block_m + block_d)
+    if smooth_q and taken > shared_memory(device) and 2 * group <= block_m:
+        block_m //= 2
+    return block_m, 4 if block_m <= 64 and layout.head_dim <= 128 else 8
+
+
+def prefill(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    batch: PagedBatch,
+    scale: float,
+    out: torch.Tensor,
+    modifiers: Modifiers | None = None,
+) -> None:
+    """`reference.attention` with the same arguments; writes `out`, which has query's shape.
+
+    Only rows query_start_loc[0] to query_start_loc[-1] are read and written. query and out need unit stride in head_dim only.
+    Raises ValueError for a modifiers.q_block that is neither 0 nor the tokens of a tile.
+    """
+    modifiers = modifiers or Modifiers()
+    tokens, heads, head_dim = query.shape
+    kv_heads, group, smooth_q = pages.shape[1], heads // pages.shape[1], modifiers.q_block > 0
+    block_m, warps = tile(query.device, layout, group, smooth_q)
+    if smooth_q and modifiers.q_block != block_m // group:
+        raise ValueError(f"q_block is {modifiers.q_block}; on this device it must be {block_m // group} tokens, or 0")
+    block_d = triton.next_power_of_2(head_dim)
+    q_blocks = tokens // (block_m // group) + batch.num_requests
+    terms = 2 if smooth_q else 1
+    _prefill_kernel[(q_blocks, kv_heads)](
+        query, out, *cache_views(pages), batch.block_table, batch.seq_lens, batch.query_start_loc,
+        tensor_or(modifiers.sinks, query), tensor_or(modifiers.k_anchor, query), tensor_or(modifiers.v_anchor, query),
+        *shift_tensors(batch.rope_shift, query), scale, modifiers.soft_cap, batch.num_requests, q_blocks,
+        query.stride(0), query.stride(1), out.stride(0), out.stride(1), *batch.table_strides,
+        pages.stride(0), pages.stride(1),
+        GROUP=group, WINDOW=modifiers.window, SOFT_CAP=modifiers.soft_cap > 0, SINKS=modifiers.sinks is not None,
+        K_ANCHOR=modifiers.k_anchor is not None, V_ANCHOR=modifiers.v_anchor is not None, HEAD_DIM=head_dim,
+        K_BITS=layout.k_bits, PAGE=layout.tokens, BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8_path(query.device),
+        SHIFT=batch.rope_shift is not None, SMOOTH_Q=group if smooth_q else 0,
+        num_warps=warps, num_stages=pipeline_stages(query.device, terms * block_m, block_d, layout.tokens),
+    )  # fmt: skip

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building blocks of the Triton kernels: rounding and quantization, reading a page, and one step of the online softmax.
+
+The arithmetic is that of `reference`, bit by bit where that is possible. Where a line looks odd, the comment next to it says
+why.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+import sage_paged
+from sage_kernels import reference
+
+LOG2E = tl.constexpr(1.4426950408889634)
+P_BITS = tl.constexpr(float(reference.P_BITS))
+FALL_BITS = tl.constexpr(float(reference.FALL_BITS))
+V_SCALE_MIN, V_SCALE_MAX = (tl.constexpr(scale) for scale in reference.V_SCALES)
+V_SCALE_FINE = tl.constexpr(reference.V_SCALE_FINE)
+NO_FRACTION = tl.constexpr(12582912.0)
+"""1.5 * 2**23. A float32 plus this is rounded to a whole number, which its last bits then hold."""
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+TABLES = ["block_table", "seq_lens", "query_start_loc"]
+"""Arguments that are sliced where the decodes of a batch end. The alignment of a slice must not cause a compilation."""
+TABLE_STRIDES = ["table_stride", "table_head_stride"]
+"""Arguments that differ between block tables and page lists. A server with memory alternates between the two."""
+
+GROUP_BYTES = tl.constexpr(sage_paged.GROUP_BYTES)
+
+# The interpreter calls plain functions, and jit needs `tl` among a function's globals.
+v_position, v_token = (f if INTERPRETED else triton.jit(f) for f in (sage_paged.v_position, sage_paged.v_token))
+section_offset = triton.constexpr_function(sage_paged.section_offset)
+fine_exponent = triton.constexpr_function(reference.fine_exponent)
+
+
+class QuantizedQuery(NamedTuple):
+    """A query tile in INT8 codes. Each code tensor is int8 [rows, channels]: for INT8 keys the whole head in `low` (`high` is
+    the same), for INT4 keys the two halves of the head. mean_*: the second term of Q smoothing; equal to the first without it.
+
+    scale, mean_scale: float32 [rows], from code products to base-2 logits. bias: float32 [rows], Q times the anchor of K in
+    base 2, which all logits of a row lack.
+    """
+
+    low: tl.tensor
+    high: tl.tensor
+    scale: tl.tensor
+    mean_low: tl.tensor
+    mean_high: tl.tensor
+    mean_scale: tl.tensor
+    bias: tl.tensor
+
+
+class SoftmaxState(NamedTuple):
+    """Running sums of the online softmax, all relative to 2**m_ref.
+
+    acc: float32 [rows, channels], sum of P V. l_i: float32 [rows], sum of P. m_ref: float32 [rows], the reference of the
+    exponentials (`softmax_reference`). m_i: float32 [rows], the largest base-2 logit so far. Both are -inf where a row has seen
+    nothing.
+    """
+
+    acc: tl.tensor
+    l_i: tl.tensor
+    m_ref: tl.tensor
+    m_i: tl.tensor
+
+
+@triton.jit
+def await_previous_kernel(PDL: tl.constexpr):
+    """Programmatic dependent launch (`device.dependent_launch`): wait for the kernel before, ahead of any read or write.
+
+    The programs of this kernel start when all programs of the kernel before have ended or left, and wait here for its writes.
+    That hides most of a launch. (griddepcontrol.launch_dependents, which starts them even earlier, made a layer's decode with
+    memory no faster.) Every program must call this: the next kernel relies on this kernel having waited.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def to_int(x):
+    """Round float32 to the nearest integer, ties to even, for |x| < 2**22; float32 in the interpreter, int32 on a GPU.
+
+    Adding NO_FRACTION leaves no fraction bits. A GPU would fuse that addition with a product in x and round once where the
+    specification rounds twice, so there the conversion instruction is written out.
+    """
+    if INTERPRETED:
+        rounded = (x + NO_FRACTION) - NO_FRACTION
+    else:
+        rounded = tl.inline_asm_elementwise("cvt.rni.s32.f32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1)
+    return rounded
+
+
+@triton.jit
+def to_whole(x):
+    """`to_int` as float32, also on a GPU: two additions that nothing fuses with cost less than a conversion and back."""
+    if INTERPRETED:
+        rounded = (x + NO_FRACTION) - NO_FRACTION
+    else:
+        rounded = tl.inline_asm_elementwise(
+            "{.reg .f32 t; add.rn.f32 t, $1, 0f4B400000; sub.rn.f32 $0, t, 0f4B400000;}",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return rounded
+
+
+@triton.jit
+def inverse_or_zero(x, numerator):
+    """numerator / x, and 0 where x is 0; NaN stays NaN."""
+    return tl.where(x == 0.0, 0.0, tl.math.div_rn(numerator, x))
+
+
+@triton.jit
+def next_power_of_two(x):
+    """The least power of two that is at least x, for x >= 0; 0 for 0."""
+    return ((x.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_e4m3_bits(x):
+    """float32 within +-448 -> e4m3 codes as uint8, ties to even, in integer arithmetic: sm_80 has no such instruction."""
+    bits = x.to(tl.uint32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    magnitude = tl.abs(x)
+    m_bits = magnitude.to(tl.uint32, bitcast=True)
+    normal = ((m_bits + 0x7FFFF + ((m_bits >> 20) & 1)) >> 20) - (120 << 3)  # 120: float32's exponent bias less e4m3's
+    # Adding 2**14 leaves steps of 2**-9, which is the step of e4m3's subnormals.
+    subnormal = (magnitude + 16384.0).to(tl.uint32, bitcast=True) & 0xF
+    code = tl.where(magnitude < 0.015625, subnormal, normal)
+    return (sign | tl.where(magnitude != magnitude, 0x7F, code)).to(tl.uint8)
+
+
+@triton.jit
+def e4m3_bits_to_half(code):
+    """e4m3 codes as uint8 -> float16, 2**-8 times the value: float16's exponent bias is 8 larger."""
+    wide = code.to(tl.uint16)
+    return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def first_block(query_start_loc, first_query, request, BLOCK_Q: tl.constexpr, SPARE: tl.constexpr = 1):
+    """The first query block of a request. first_query: query_start_loc[0].
+
+    Request r has the blocks from start(r) // BLOCK_Q + SPARE * r on. These are at least as many as it needs, and no table has
+    to be built. Blocks that are aligned to a request's first query need one spare block, blocks aligned to positions two.
+    """
+    return (tl.load(query_start_loc + request) - first_query) // BLOCK_Q + SPARE * request
+
+
+@triton.jit
+def find_request(query_start_loc, q_block, num_reqs, BLOCK_Q: tl.constexpr, SPARE: tl.constexpr = 1):
+    """Returns the request of query block `q_block`, and the index of the block within the request (see `first_block`)."""
+    first_query = tl.load(query_start_loc)
+    low = 0
+    high = num_reqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if first_block(query_start_loc, first_query, middle, BLOCK_Q, SPARE) <= q_block:
+            low = middle
+        else:
+            high = middle
+    return low, q_block - first_block(query_start_loc, first_query, low, BLOCK_Q, SPARE)
+
+
+@triton.jit
+def rotate_back(low, high, shift, mask, HALF: tl.constexpr):
+    """`reference.rotate_back` of the halves of a head. shift: pointers to the cosines in rows of a `rope_shift_table`; mask:
+    which are valid. Both broadcast with low and high."""
+    cos = tl.load(shift, mask=mask, other=1.0)
+    sin = tl.load(shift + HALF, mask=mask, other=0.0)
+    return low * cos + high * sin, high * cos - low * sin
+
+
+@triton.jit
+def quantize_q(q, scale):
+    """q: float32 [rows, channels] -> int8 codes, and float32 [rows], the factor from code products to base-2 logits."""
+    amax = tl.max(tl.abs(q), 1)
+    codes = to_int(q * inverse_or_zero(amax, 127.0)[:, None]).to(tl.int8)
+    return codes, amax * (scale * LOG2E / 127.0)
+
+
+@triton.jit
+def quantize_terms(q, valid, scale, SMOOTH_Q: tl.constexpr):
+    """`reference.query_terms` of a tile that is one block of queries, of SMOOTH_Q heads in turn; SMOOTH_Q 0 for one term.
+
+    q: float32 [rows, channels], 0 in rows that are not valid. Returns int8 codes and scales like `quantize_q` for the queries
+    less the mean of their head, and for that mean. Each row of a head holds the mean: so both terms are multiplied by a page in
+    the same way, and no product has to move from a row of means to the rows of its head. Without smoothing, the second pair is
+    unused.
+    """
+    if SMOOTH_Q:
+        head = (tl.arange(0, q.shape[0]) % SMOOTH_Q)[:, None]
+        tokens = tl.sum(valid.to(tl.float32), 0) / SMOOTH_Q
+        mean = tl.zeros_like(q)
+        for each in tl.static_range(SMOOTH_Q):
+            mean = tl.where(head == each, tl.sum(tl.where(head == each, q, 0.0), 0)[None, :] / tokens, mean)
+        mean_codes, mean_scale = quantize_q(mean, 1.0 / LOG2E)  # the scale that gives back the mean itself
+        codes, q_scale = quantize_q(q - mean_codes.to(tl.float32) * mean_scale[:, None], scale)
+        mean_scale *= scale * LOG2E
+    else:
+        codes, q_scale = quantize_q(q, scale)
+        mean_codes, mean_scale = codes, q_scale
+    return codes, q_scale, mean_codes, mean_scale
+
+
+@triton.jit
+def load_k(page, tokens, channels, K_ROW: tl.constexpr, CHANNELS: tl.constexpr):
+    """The K bytes of a page, transposed: int8 [channels, tokens]. page: int8 pointer to the page."""
+    pointers = page + tokens[None, :] * K_ROW + channels[:, None]
+    if channels.shape[0] == CHANNELS:
+        k = tl.load(pointers)
+    else:
+        k = tl.load(pointers, mask=(channels < CHANNELS)[:, None], other=0)
+    return k
+
+
+@triton.jit
+def load_int4_k(page, tokens, channels, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The INT8 codes of a page of INT4 keys, for the low and the high half of the head: int8 [channels, tokens] each."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    GROUPS: tl.constexpr = HALF // GROUP_BYTES
+    k = load_k(page, tokens, channels, HALF, HALF)
+    section = page + section_offset("k_groups", HEAD_DIM, 4, PAGE)
+    groups = section + tokens[None, :] * (2 * GROUPS) + (channels // GROUP_BYTES)[:, None]
+    if channels.shape[0] == HALF:
+        step = tl.load(groups)
+        zero = tl.load(groups + GROUPS)
+    else:
+        inside = (channels < HALF)[:, None]
+        step = tl.load(groups, mask=inside, other=0)
+        zero = tl.load(groups + GROUPS, mask=inside, other=0)
+    # int8 arithmetic wraps around on the way, and the result is in range again.
+    return ((k & 0xF) * step + zero).to(tl.int8), (((k >> 4) & 0xF) * step + zero).to(tl.int8)
+
+
+@triton.jit
+def v_exponent_in_scale(k_scale):
+    """V's exponent, float32, from the scale of an INT4 key: its last 8 bits, biased as a float32 exponent is."""
+    return ((k_scale.to(tl.int32, bitcast=True) & 0xFF) - 127).to(tl.float32)
+
+
+@triton.jit
+def load_v(section, tokens, channels, length, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
+    """The V codes of a page, [tokens, channels]. section: pointer to them; tokens: 0 to PAGE - 1 in the order of V.
+
+    MASKED: codes from token `length` of the page on become 0. An earlier owner of the memory may have left a NaN there, and
+    0 * NaN would reach every row.
+    """
+    pointers = section + channels[None, :] * PAGE + tl.arange(0, PAGE)[:, None]
+    if channels.shape[0] == HEAD_DIM:
+        v = tl.load(pointers)
+    else:
+        v = tl.load(pointers, mask=(channels < HEAD_DIM)[None, :], other=0.0)
+    if MASKED:  # a select: a mask on the load would split it into single bytes
+        filled = (tokens < length)[:, None]
+        v = tl.where(filled, v.to(tl.uint8, bitcast=True), 0).to(tl.uint8).to(v.dtype, bitcast=True)
+    return v
+
+
+@triton.jit
+def add_v_anchor(acc, l_i, v_anchor, HEAD_DIM: tl.constexpr, V_ANCHOR: tl.constexpr):
+    """Add l_i times the anchor of V to acc [rows, channels], if V_ANCHOR. A sink has no value, so this comes before it joins
+    l_i."""
+    if V_ANCHOR:
+        channels = tl.arange(0, acc.shape[1])
+        acc += l_i[:, None] * tl.load(v_anchor + channels, mask=channels < HEAD_DIM, other=0.0)[None, :]
+    return acc
+
+
+@triton.jit
+def softmax_reference(page_max, m_i, m_ref, MASKED: tl.constexpr):
+    """The reference of a page's exponentials, and the new m_i. page_max, m_i, m_ref: float32 [rows], the largest logit in this
+    page, the largest before it, and the reference before it. MASKED: whether rows may see nothing of the page.
+
+    The reference is P_BITS below the page's own largest logit, so that the page's codes of P depend on nothing else. It is at
+    least FALL_BITS below m_i, for which acc and l_i have room. A row that sees nothing of the page keeps its reference:
+    rescaling would round its sums again, and which pages a tile walks depends on the rows that share it.
+    """
+    reference = tl.maximum(page_max, m_i - FALL_BITS) - P_BITS
+    if MASKED:
+        reference = tl.where(page_max == float("-inf"), m_ref, reference)
+    return reference, tl.maximum(page_max, m_i)
+
+
+@triton.jit
+def tanh(x):
+    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+
+
+@triton.jit
+def attend_page(
+    q, page_bias, state, cache_i8, cache_v, cache_f32, page_offset, length, first_visible, last_visible, soft_cap,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
+    SOFT_CAP: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: a query tile against one page. Returns the new SoftmaxState.
+
+    q: QuantizedQuery. page_bias: float32 [rows], added to base-2 logits if SOFT_CAP or SHIFT. state: SoftmaxState.
+    page_offset: int64, bytes from the start of the cache. length: tokens of the page that are filled. first_visible,
+    last_visible: int [rows], tokens of the page that a row sees. FP8: see `device.fp8_path`.
+    """
+    tokens = v_token(tl.arange(0, PAGE))  # every column of this tile is in the order of V
+    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
+    k_channels = tl.arange(0, q.low.shape[1])
+    k_scale = tl.load(cache_f32 + page_offset // 4 + SCALES + tokens)
+    if K_BITS == 8:
+        k = load_k(cache_i8 + page_offset, tokens, k_channels, HEAD_DIM, HEAD_DIM)
+        codes = tl.dot(q.low, k, out_dtype=tl.int32)
+        if SMOOTH_Q:
+            mean_codes = tl.dot(q.mean_low, k, out_dtype=tl.int32)
+        v_exponent = tl.load(cache_f32 + page_offset // 4 + SCALES + PAGE + tokens)
+    else:
+        k_low, k_high = load_int4_k(cache_i8 + page_offset, tokens, k_channels, PAGE, HEAD_DIM)
+        codes = tl.dot(q.high, k_high, tl.dot(q.low, k_low, out_dtype=tl.int32), out_dtype=tl.int32)
+        if SMOOTH_Q:
+            mean_codes = tl.dot(q.mean_high, k_high, tl.dot(q.mean_low, k_low, out_dtype=tl.int32), out_dtype=tl.int32)
+        v_exponent = v_exponent_in_scale(k_scale)
+    v_inverse = tl.exp2(-v_exponent)
+
+    logits = codes.to(tl.float32) * k_scale[None, :] * q.scale[:, None]
+    if SMOOTH_Q:
+        logits += mean_codes.to(tl.float32) * k_scale[None, :] * q.mean_scale[:, None]
+    if SOFT_CAP or SHIFT:
+        logits += page_bias[:, None]
+    if SOFT_CAP:
+        logits = (soft_cap * LOG2E) * tanh(logits / (soft_cap * LOG2E))
+    logits += v_exponent[None, :]
+    if MASKED:
+        visible = (tokens[None, :] <= last_visible[:, None]) & (tokens[None, :] >= first_visible[:, None])
+        logits = tl.where(visible, logits, float("-inf"))
+        # The scale of a token that is not there may be anything: keep 0 * inf out of the sum.
+        v_inverse = tl.where(tokens < length, v_inverse, 0.0)
+
+    m_ref, m_i = softmax_reference(tl.max(logits, 1), state.m_i, state.m_ref, MASKED)
+    finite = m_ref
+    if MASKED:  # a row that has seen nothing yet has no reference; any finite one keeps inf - inf out
+        finite = tl.where(m_ref == float("-inf"), 0.0, m_ref)
+    p = tl.exp2(logits - finite[:, None])
+
+    channels = tl.arange(0, state.acc.shape[1])
+    v_section = cache_v + page_offset + section_offset("v", HEAD_DIM, K_BITS, PAGE)
+    v = load_v(v_section, tokens, channels, length, PAGE, HEAD_DIM, MASKED)
+    if FP8 == "half":
+        p_codes = p.to(tl.float16)
+        pv = tl.dot(p_codes, e4m3_bits_to_half(v)) * 256.0
+    else:
+        if FP8 == "native":
+            p_codes = p.to(tl.float8e4nv)
+        else:
+            p_codes = to_e4m3_bits(p).to(tl.float8e4nv, bitcast=True)
+        pv = tl.dot(p_codes, v)
+    row_sum = tl.sum(p_codes.to(tl.float32) * v_inverse[None, :], 1)
+
+    # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator, and pages add up in float32
+    # (SageAttention2, section 3.4). Rescaling acc to the new reference is the same FMA, at no extra cost.
+    decay = tl.exp2(state.m_ref - finite)
+    return SoftmaxState(state.acc * decay[:, None] + pv, state.l_i * decay + row_sum, m_ref, m_i)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A query tile and the pages of its request, for prefill and decode alike.
+
+The query heads that share a KV head are packed into the rows of one tile (row = token * group + head of the group), so that
+each page is read once for all of them.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from sage_kernels.batch import RopeShift
+from sage_kernels.device import fp8_path
+from sage_kernels.portable.primitives import (
+    LOG2E,
+    QuantizedQuery,
+    SoftmaxState,
+    attend_page,
+    quantize_terms,
+    rotate_back,
+)
+
+
+class QueryRows(NamedTuple):
+    """The rows of a query tile. token: int [rows], index into the batch's query tokens; head: int [rows], query head; position:
+    int [rows], of the token in its context; valid: bool [rows]."""
+
+    token: tl.tensor
+    head: tl.tensor
+    position: tl.tensor
+    valid: tl.tensor
+
+
+class PageRange(NamedTuple):
+    """Pages of a request that a tile reads: from `first` to before `end`. Every row sees those before `full` whole. seq_len:
+    tokens of the request."""
+
+    first: tl.tensor
+    full: tl.tensor
+    end: tl.tensor
+    seq_len: tl.tensor
+
+
+@triton.jit
+def load_query(query, rows, token_stride, head_stride, channels, limit):
+    """A query tile as float32 [rows, channels]. Channels from `limit` on and invalid rows are 0. rows: QueryRows."""
+    pointers = query + (rows.token.to(tl.int64) * token_stride + rows.head * head_stride)[:, None] + channels[None, :]
+    return tl.load(pointers, mask=rows.valid[:, None] & (channels < limit)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _times_anchor(q, k_anchor, channels, limit, K_ANCHOR: tl.constexpr):
+    """Query rows times the anchor of K over the channels before `limit`, float32 [rows]; 0 without K_ANCHOR."""
+    if K_ANCHOR:
+        product = tl.sum(q * tl.load(k_anchor + channels, mask=channels < limit, other=0.0)[None, :], 1)
+    else:
+        product = tl.zeros([q.shape[0]], tl.float32)
+    return product
+
+
+@triton.jit
+def quantize_query(
+    query, k_anchor, shift, rows, token_stride, head_stride, scale,
+    K_ANCHOR: tl.constexpr, SHIFT: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SMOOTH_Q: tl.constexpr,
+):  # fmt: skip
+    """Load and quantize a query tile. Returns QuantizedQuery.
+
+    k_anchor: pointer to the anchor of the KV head, if K_ANCHOR. shift: pointer to a row of a `rope_shift_table`, if SHIFT.
+    rows: QueryRows. SMOOTH_Q: see `primitives.quantize_terms`.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    if K_BITS == 8:
+        channels = tl.arange(0, BLOCK_D)
+        q = load_query(query, rows, token_stride, head_stride, channels, HEAD_DIM)
+        if SHIFT:
+            low_half = channels < HALF
+            angle = tl.where(low_half, channels, channels - HALF)
+            cos = tl.load(shift + angle, mask=channels < HEAD_DIM, other=1.0)
+            sin = tl.load(shift + HALF + angle, mask=channels < HEAD_DIM, other=0.0)
+            partner = tl.where(low_half, channels + HALF, channels - HALF)
+            other = load_query(query, rows, token_stride, head_stride, partner, HEAD_DIM)
+            q = q * cos[None, :] + other * tl.where(low_half, sin, -sin)[None, :]
+        low_codes, q_scale, mean_low, mean_scale = quantize_terms(q, rows.valid, scale, SMOOTH_Q)
+        high_codes, mean_high = low_codes, mean_low
+        product = _times_anchor(q, k_anchor, channels, HEAD_DIM, K_ANCHOR)
+    else:
+        half = tl.arange(0, BLOCK_D // 2)
+        low = load_query(query, rows, token_stride, head_stride, half, HALF)
+        high = load_query(query + HALF, rows, token_stride, head_stride, half, HALF)
+        if SHIFT:
+            low, high = rotate_back(low, high, (shift + half)[None, :], (half < HALF)[None, :], HALF)
+        # Both halves have one scale, so they are quantized as one row.
+        both = tl.reshape(tl.join(low, high), [low.shape[0], BLOCK_D])
+        codes, q_scale, mean_codes, mean_scale = quantize_terms(both, rows.valid, scale, SMOOTH_Q)
+        low_codes, high_codes = tl.split(tl.reshape(codes, [low.shape[0], BLOCK_D // 2, 2]))
+        mean_low, mean_high = tl.split(tl.reshape(mean_codes, [low.shape[0], BLOCK_D // 2, 2]))
+        product = _times_anchor(low, k_anchor, half, HALF, K_ANCHOR)
+        product += _times_anchor(high, k_anchor + HALF, half, HALF, K_ANCHOR)
+    return QuantizedQuery(low_codes, high_codes, q_scale, mean_low, mean_high, mean_scale, product * (scale * LOG2E))
+
+
+@triton.jit
+def attend_pages(
+    query, cache_i8, cache_v, cache_f32, k_anchor, shift_table, table, shifts, page_range, rows,
+    head_offset, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, K_ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr,
+    SMOOTH_Q: tl.constexpr,
+):  # fmt: skip
+    """A query tile against a range of its request's pages. Returns SoftmaxState and the bias of `QuantizedQuery`.
+
+    page_range: PageRange; rows: QueryRows. k_anchor: pointer to the anchor of the KV head, if K_ANCHOR. table, shifts: pointers
+    to the request's list of blocks and, if SHIFT, to its list of shifts in pages. head_offset: int64, bytes from the start of a
+    block to the page of the KV head.
+    """
+    q = quantize_query(
+        query, k_anchor, shift_table, rows, q_token_stride, q_head_stride, scale,
+        K_ANCHOR, False, HEAD_DIM, K_BITS, BLOCK_D, SMOOTH_Q,
+    )  # fmt: skip
+    q_bias = q.bias
+    page_bias = q_bias
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    m_ref = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    state = SoftmaxState(acc, l_i, m_ref, m_ref)
+    for masked in tl.static_range(2):
+        first = tl.maximum(page_range.first, page_range.full) if masked else page_range.first
+        for page in range(first, page_range.end if masked else page_range.full):
+            offset = tl.load(table + page).to(tl.int64) * block_stride + head_offset
+            last_visible = rows.position - page * PAGE
+            first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else tl.zeros_like(last_visible)
+            if SHIFT:
+                q = quantize_query(
+                    query, k_anchor, shift_table + tl.load(shifts + page) * HEAD_DIM, rows,
+                    q_token_stride, q_head_stride, scale, K_ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D, SMOOTH_Q,
+                )  # fmt: skip
+                page_bias = q.bias
+                if not SOFT_CAP:
+                    page_bias -= q_bias
+            state = attend_page(
+                q, page_bias, state, cache_i8, cache_v, cache_f32, offset, page_range.seq_len - page * PAGE,
+                first_visible, last_visible, soft_cap,
+                HEAD_DIM, K_BITS, PAGE, masked == 1, SOFT_CAP, FP8, SHIFT, SMOOTH_Q,
+            )  # fmt: skip
+    return state, q_bias
+
+
+# Arguments of launches. An argument that a kernel does not read is any tensor at hand.
+
+
+def tensor_or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
+    return unused if tensor is None else tensor
+
+
+def shift_tensors(shift: RopeShift | None, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `shifts` and `shift_table` of a kernel."""
+    return (unused, unused) if shift is None else (shift.pages, shift.table)
+
+
+def cache_views(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The cache as int8 keys, as values in the type that the device multiplies (`device.fp8_path`), and as float32 scales."""
+    v_type = torch.uint8 if fp8_path(pages.device) == "half" else torch.float8_e4m3fn
+    return pages.view(torch.int8), pages.view(v_type), pages.view(torch.float32)

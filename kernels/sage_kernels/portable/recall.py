@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: Apache-2.0
+"""InfLLM memory on a GPU: the summaries of full pages, and the choice of the pages that query blocks read.
+
+The choice takes two launches: one scores the pages of a context, one makes the best into a page list. The queries of a block
+are folded into two vectors first, for prompts by a launch of its own. In long contexts, one more launch finds the best pages of
+each thousand. All grids follow from shapes alone and nothing is read back, so that all of it can be captured in a CUDA graph.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from sage_kernels.batch import PagedBatch, RopeShift
+from sage_kernels.device import dependent_launch
+from sage_kernels.portable.primitives import (
+    TABLES,
+    await_previous_kernel,
+    find_request,
+    load_int4_k,
+    load_k,
+    rotate_back,
+    section_offset,
+)
+from sage_kernels.reference import REACH as _REACH
+from sage_kernels.reference import SCORE_BITS as _SCORE_BITS
+from sage_kernels.reference import max_query_blocks
+from sage_paged import Memory, PageLayout
+
+_PART_PAGES = 64
+"""Pages that one program scores."""
+REACH = tl.constexpr(_REACH)
+_CHUNK_PAGES = 1024
+"""Pages among which one program finds the best."""
+SCORE_BITS = tl.constexpr(_SCORE_BITS)
+LARGEST_SCORE = tl.constexpr(1 << _SCORE_BITS)
+_FOLD_ROWS = 64
+"""Query rows (tokens times query heads per KV head) that a program folds at a time."""
+
+
+@triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
+def _summary_kernel(
+    cache_i8, cache_f32, cache_f16, block_table, seq_lens, query_start_loc, shift_table, k_anchor, num_reqs,
+    table_stride, block_stride, head_stride,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, SUMMARY: tl.constexpr, BLOCK_D: tl.constexpr,
+    SHIFT: tl.constexpr, K_ANCHOR: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid: (pages that a step may fill, KV heads)."""
+    await_previous_kernel(PDL)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
+    head = tl.program_id(1)
+    request, nth = find_request(query_start_loc, tl.program_id(0), num_reqs, PAGE)
+    q_len = tl.load(query_start_loc + request + 1) - tl.load(query_start_loc + request)
+    seq_len = tl.load(seq_lens + request)
+    page = (seq_len - q_len) // PAGE + nth
+    if q_len == 0 or (page + 1) * PAGE > seq_len:
+        return
+    block = tl.load(block_table + request.to(tl.int64) * table_stride + page).to(tl.int64)
+    offset = block * block_stride + head.to(tl.int64) * head_stride
+    tokens = tl.arange(0, PAGE)
+    half = tl.arange(0, BLOCK_D // 2)
+    inside = half < HALF
+    scale = tl.load(cache_f32 + offset // 4 + SCALES + tokens)[None, :]
+    if K_BITS == 8:
+        low = load_k(cache_i8 + offset, tokens, half, HEAD_DIM, HALF).to(tl.float32) * scale
+        high = load_k(cache_i8 + offset + HALF, tokens, half, HEAD_DIM, HALF).to(tl.float32) * scale
+    else:
+        low, high = load_int4_k(cache_i8 + offset, tokens, half, PAGE, HEAD_DIM)
+        low = low.to(tl.float32) * scale
+        high = high.to(tl.float32) * scale
+    if SHIFT:
+        if K_ANCHOR:
+            low += tl.load(k_anchor + head * HEAD_DIM + half, mask=inside, other=0.0)[:, None]
+            high += tl.load(k_anchor + head * HEAD_DIM + HALF + half, mask=inside, other=0.0)[:, None]
+        low, high = rotate_back(low, high, (shift_table + page * HEAD_DIM + half)[:, None], inside[:, None], HALF)
+    center = cache_f16 + offset // 2 + SUMMARY + half
+    tl.store(center, (tl.sum(low, 1) / PAGE).to(tl.float16), mask=inside)
+    tl.store(center + HALF, (tl.sum(high, 1) / PAGE).to(tl.float16), mask=inside)
+    tl.store(center + HEAD_DIM, ((tl.max(low, 1) - tl.min(low, 1)) / 2).to(tl.float16), mask=inside)
+    tl.store(center + HEAD_DIM + HALF, ((tl.max(high, 1) - tl.min(high, 1)) / 2).to(tl.float16), mask=inside)
+
+
+def store_summaries(
+    pages: torch.Tensor,
+    layout: PageLayout,
+    batch: PagedBatch,
+    num_tokens: int,
+    shift_table: torch.Tensor | None = None,
+    k_anchor: torch.Tensor | None = None,
+) -> None:
+    """`reference.store_summaries` on a GPU, with the same arguments. num_tokens: at least the query tokens of the step."""
+    _summary_kernel[(num_tokens // layout.tokens + batch.num_requests, pages.shape[1])](
+        pages.view(torch.int8), pages.view(torch.float32), pages.view(torch.float16), batch.block_table, batch.seq_lens,
+        batch.query_start_loc, pages if shift_table is None else shift_table, pages if k_anchor is None else k_anchor,
+        batch.num_requests, batch.block_table.stride(0), pages.stride(0), pages.stride(1),
+        HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens, SUMMARY=layout.summary_offset // 2,
+        BLOCK_D=triton.next_power_of_2(layout.head_dim), SHIFT=shift_table is not None, K_ANCHOR=k_anchor is not None,
+        num_warps=4, **dependent_launch(pages.device),
+    )  # fmt: skip
+
+
+@triton.jit
+def _locate(
+    query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK: tl.constexpr, LOCAL: tl.constexpr, PAGE: tl.constexpr
+):
+    """Where a query block is. Returns its request, the position of its first query and the one past its last, its first local
+    page, and the index of its first query token."""
+    if QUERY_BLOCK > 0:
+        request, index = find_request(query_start_loc, row, num_reqs, QUERY_BLOCK, 2)
+    else:
+        request, index = row, 0
+    start = tl.load(query_start_loc + request)
+    length = tl.load(seq_lens + request)
+    begin = length - (tl.load(query_start_loc + request + 1) - start)
+    low, high = begin, length
+    if QUERY_BLOCK > 0:
+        block = begin // QUERY_BLOCK + index
+        low = tl.minimum(tl.maximum(block * QUERY_BLOCK, begin), length)
+        high = tl.maximum(tl.minimum((block + 1) * QUERY_BLOCK, length), low)
+    return request, low, high, tl.maximum(low - LOCAL + 1, 0) // PAGE, start + low - begin
+
+
+@triton.jit
+def _fold(
+    query, shift_table, low, high, start, head, q_token_stride, q_head_stride,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, LOCAL: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Means over the queries of a block, at positions low to high and from token `start` on: of the two halves of the head, and
+    of their squares. Four float32 [channels of a half]."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    half = tl.arange(0, BLOCK_D // 2)
+    inside = (half < HALF)[None, :]
+    zeros = tl.zeros([BLOCK_T * BLOCK_G, BLOCK_D // 2], tl.float32)
+    low_sum, high_sum, low_squares, high_squares = zeros, zeros, zeros, zeros
+    rows = tl.arange(0, BLOCK_T * BLOCK_G)
+    for first in range(low, high, BLOCK_T):
+        token = first + rows // BLOCK_G
+        member = rows % BLOCK_G
+        valid = (token < high) & (member < GROUP)
+        source = (start + token - low).to(tl.int64) * q_token_stride + (head * GROUP + member) * q_head_stride
+        pointers = query + source[:, None] + half[None, :]
+        mask = valid[:, None] & inside
+        q_low = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        q_high = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
+        if SHIFT:
+            nearer = tl.maximum(token // PAGE - LOCAL // PAGE - 1, 0)
+            q_low, q_high = rotate_back(q_low, q_high, shift_table + nearer[:, None] * HEAD_DIM + half[None, :], mask, HALF)
+        low_sum += q_low
+        low_squares += q_low * q_low
+        high_sum += q_high
+        high_squares += q_high * q_high
+    share = 1.0 / (tl.maximum(high - low, 1) * GROUP)  # query blocks of no request get here too
+    return (
+        tl.sum(low_sum, 0) * share, tl.sum(high_sum, 0) * share, tl.sum(low_squares, 0) * share, tl.sum(high_squares, 0) * share
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_row(row_starts, row_lens, row, rows, low, high, local, start, PAGE: tl.constexpr, FAR: tl.constexpr):
+    """Write the query_start_loc and the seq_len of a query block."""
+    tl.store(row_starts + row, start)
+    tl.store(row_lens + row, tl.where(high > low, tl.minimum(local, FAR) * PAGE + high - local * PAGE, 0))
+    if row == rows - 1:
+        tl.store(row_starts + row + 1, start + high - low)
+
+
+@triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
+def _fold_kernel(
+    query, folded, row_starts, row_lens, seq_lens, query_start_loc, shift_table, num_reqs, q_token_stride, q_head_stride,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    SHIFT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid: (query blocks, KV heads). folded: float32 [blocks, kv_heads, 2, HEAD_DIM], the means of a block's queries and of
+    their squares. row_starts, row_lens: query_start_loc and seq_lens of the result."""
+    await_previous_kernel(PDL)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    _, low, high, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    if head == 0:
+        _store_row(row_starts, row_lens, row, tl.num_programs(0), low, high, local, start, PAGE, SINKS + TOPK)
+    if local <= SINKS + TOPK:
+        return
+    low_mean, high_mean, low_squares, high_squares = _fold(
+        query, shift_table, low, high, start, head, q_token_stride, q_head_stride,
+        GROUP, BLOCK_G, HEAD_DIM, PAGE, BLOCK_D, BLOCK_T, LOCAL, SHIFT,
+    )  # fmt: skip
+    half = tl.arange(0, BLOCK_D // 2)
+    target = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + half
+    tl.store(target, low_mean, mask=half < HALF)
+    tl.store(target + HALF, high_mean, mask=half < HALF)
+    tl.store(target + HEAD_DIM, low_squares, mask=half < HALF)
+    tl.store(target + HEAD_DIM + HALF, high_squares, mask=half < HALF)
+
+
+@triton.jit
+def _score_half(summary, valid, mean, squares, half, HALF: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Half of the channels' share of a page score: the products of mean keys with the mean query, and the squared extents
+    toward the queries. Two float32 [pages]. summary: pointers to these channels of the mean keys."""
+    mask = valid[:, None] & (half < HALF)[None, :]
+    center = tl.load(summary[:, None] + half[None, :], mask=mask, other=0.0).to(tl.float32)
+    radius = tl.load(summary[:, None] + HEAD_DIM + half[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(center * mean[None, :], 1), tl.sum(radius * radius * squares[None, :], 1)
+
+
+@triton.jit(do_not_specialize=["num_reqs", "width"], do_not_specialize_on_alignment=TABLES)
+def _score_kernel(
+    query, folded, scores, row_starts, row_lens, cache_f16, block_table, seq_lens, query_start_loc, shift_table, num_reqs,
+    width, q_token_stride, q_head_stride, table_stride, block_stride, head_stride,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, SUMMARY: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Grid: (parts of a context, KV heads, query blocks). scores: float32 [blocks, kv_heads, width], of the pages behind the
+    sinks.
+
+    The queries of prompts are folded already. The few queries of a decode are folded by each program itself: for one request of
+    a million tokens that took less time than another launch.
+    """
+    await_previous_kernel(PDL)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    part = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.program_id(2)
+    request, low, high, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    if QUERY_BLOCK == 0 and part + head == 0:
+        _store_row(row_starts, row_lens, row, tl.num_programs(2), low, high, local, start, PAGE, SINKS + TOPK)
+    page = SINKS + part * PART + tl.arange(0, PART)
+    if local <= SINKS + TOPK or SINKS + part * PART >= local:
+        return
+    valid = page < local
+    blocks = tl.load(block_table + request.to(tl.int64) * table_stride + page, mask=valid, other=0).to(tl.int64)
+    summary = cache_f16 + (blocks * block_stride + head.to(tl.int64) * head_stride) // 2 + SUMMARY
+    half = tl.arange(0, BLOCK_D // 2)
+    if QUERY_BLOCK == 0:
+        low_mean, high_mean, low_squares, high_squares = _fold(
+            query, shift_table, low, high, start, head, q_token_stride, q_head_stride,
+            GROUP, BLOCK_G, HEAD_DIM, PAGE, BLOCK_D, BLOCK_T, LOCAL, SHIFT,
+        )  # fmt: skip
+    else:
+        source = folded + (row * tl.num_programs(1) + head).to(tl.int64) * 2 * HEAD_DIM + half
+        low_mean = tl.load(source, mask=half < HALF, other=0.0)
+        high_mean = tl.load(source + HALF, mask=half < HALF, other=0.0)
+        low_squares = tl.load(source + HEAD_DIM, mask=half < HALF, other=0.0)
+        high_squares = tl.load(source + HEAD_DIM + HALF, mask=half < HALF, other=0.0)
+    low_product, low_extent = _score_half(summary, valid, low_mean, low_squares, half, HALF, HEAD_DIM)
+    high_product, high_extent = _score_half(summary + HALF, valid, high_mean, high_squares, half, HALF, HEAD_DIM)
+    score = low_product + high_product + REACH * tl.sqrt(low_extent + high_extent)
+    tl.store(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page - SINKS, score, mask=valid)
+
+
+@triton.jit
+def _top_k(score, valid, TOPK: tl.constexpr):
+    """Top-k of scores, float32 [n]: which of the valid ones are chosen, and the rank by index of each among the chosen. Of
+    scores that agree in SCORE_BITS bits, the first ones are chosen."""
+    bits = score.to(tl.int32, bitcast=True)
+    # Unsigned integers in the order of the floats; 0 is below all of them.
+    ordered = tl.where(bits < 0, ~bits, bits | -0x80000000).to(tl.uint32, bitcast=True) >> (32 - SCORE_BITS)
+    ordered = tl.where(valid, ordered + 1, 0).to(tl.int32)
+    # Find the TOPK-th largest two bits at a time: one sum counts how many scores reach each of the three next candidates.
+    limit = tl.full([], 0, tl.int32)
+    one = tl.full([], LARGEST_SCORE, tl.int32)
+    for _ in range(SCORE_BITS // 2 + 1):
+        reached = (ordered >= limit + one).to(tl.int64) + ((ordered >= limit + 2 * one).to(tl.int64) << 20)
+        reached = tl.sum(reached + ((ordered >= limit + 3 * one).to(tl.int64) << 40), 0)
+        limit += one * (
+            ((reached & 0xFFFFF) >= TOPK).to(tl.int32)
+            + (((reached >> 20) & 0xFFFFF) >= TOPK).to(tl.int32)
+            + ((reached >> 40) >= TOPK).to(tl.int32)
+        )
+        one = one >> 2
+    above = (ordered > limit).to(tl.int32)
+    equal = (ordered == limit).to(tl.int32)
+    room = TOPK - tl.sum(above, 0)
+    before = tl.cumsum(above + (equal << 16), 0)  # itself included
+    equals = before >> 16
+    chosen = (above == 1) | ((equal == 1) & (equals <= room))
+    return chosen, (before & 0xFFFF) + tl.minimum(equals, room) - 1
+
+
+@triton.jit(do_not_specialize=["num_reqs", "width", "finalists"], do_not_specialize_on_alignment=TABLES)
+def _finalists_kernel(
+    scores, best, best_pages, seq_lens, query_start_loc, num_reqs, width, finalists,
+    PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid: (chunks of a context, KV heads, query blocks). best, best_pages: float32 and int32 [blocks, kv_heads, finalists],
+    the scores and indices of the TOPK best pages of each chunk, in its order, or of all if it has fewer."""
+    await_previous_kernel(PDL)
+    head = tl.program_id(1)
+    row = tl.program_id(2)
+    _, _, _, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    page = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    if local <= SINKS + TOPK or SINKS + tl.program_id(0) * CHUNK >= local:
+        return
+    valid = page < local - SINKS
+    score = tl.load(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page, mask=valid, other=0.0)
+    chosen, place = _top_k(score, valid, TOPK)
+    target = (row * tl.num_programs(1) + head).to(tl.int64) * finalists + tl.program_id(0) * TOPK + place
+    tl.store(best + target, score, mask=chosen & valid)
+    tl.store(best_pages + target, page, mask=chosen & valid)
+
+
+@triton.jit(do_not_specialize=["num_reqs", "width", "list_width"], do_not_specialize_on_alignment=TABLES)
+def _list_kernel(
+    scores, scored_pages, lists, shifts, block_table, seq_lens, query_start_loc, num_reqs, width, list_width, table_stride,
+    PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    TRAINED: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid: (query blocks, KV heads). scores: float32 [blocks, kv_heads, width], of all pages behind the sinks, or, with a
+    CHUNK, of scored_pages (see `_finalists_kernel`). lists, shifts: int32 [blocks, kv_heads, list_width]; shifts are written
+    where TRAINED is not 0."""
+    await_previous_kernel(PDL)
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    request, low, high, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    target = (row * tl.num_programs(1) + head).to(tl.int64) * list_width
+    table = block_table + request.to(tl.int64) * table_stride
+    far = tl.minimum(local, SINKS + TOPK)
+    pages = tl.where(high > low, far + tl.cdiv(high, PAGE) - local, 0)
+    choosing = local > SINKS + TOPK
+    shifting = (TRAINED > 0) & (high > TRAINED)
+    for first in range(0, list_width, BLOCK):
+        entry = first + tl.arange(0, BLOCK)
+        page = tl.where(entry < far, entry, local + entry - far)
+        write = (entry < list_width) & ~(choosing & (entry >= SINKS) & (entry < far))
+        tl.store(lists + target + entry, tl.load(table + page, mask=entry < pages, other=0), mask=write)
+        if TRAINED > 0:
+            tl.store(shifts + target + entry, tl.where(shifting & (entry < far), local - 1 - page, 0), mask=write)
+    if choosing:
+        candidate = tl.arange(0, CANDIDATES)
+        source = (row * tl.num_programs(1) + head).to(tl.int64) * width + candidate
+        if CHUNK > 0:
+            valid = candidate % TOPK < local - SINKS - candidate // TOPK * CHUNK
+        else:
+            valid = candidate < local - SINKS
+        chosen, place = _top_k(tl.load(scores + source, mask=valid, other=0.0), valid, TOPK)
+        page = SINKS + candidate
+        if CHUNK > 0:
+            page = SINKS + tl.load(scored_pages + source, mask=chosen, other=0)
+        entry = target + SINKS + place
+        tl.store(lists + entry, tl.load(table + page, mask=chosen, other=0), mask=chosen)
+        if TRAINED > 0:
+            tl.store(shifts + entry, tl.where(shifting, local - 1 - page, 0), mask=chosen)
+
+
+def select_pages(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    batch: PagedBatch,
+    memory: Memory,
+    query_block: int,
+    shift_table: torch.Tensor | None = None,
+) -> PagedBatch:
+    """`reference.select_pages` on a GPU, with the same arguments. batch.max_query_len matters where query_block is 0."""
+    requests, kv_heads, device = batch.num_requests, pages.shape[1], query.device
+    max_query_len = batch.max_query_len or 1
+    blocks = max_query_blocks(query.shape[0], requests, query_block)
+    list_width = memory.list_pages(layout.tokens, query_block or max_query_len)
+    candidates = max(1, batch.block_table.shape[1] - memory.sink_pages(layout.tokens))
+    lists = torch.empty(blocks, kv_heads, list_width, dtype=torch.int32, device=device)
+    shift = None if shift_table is None else RopeShift(torch.empty_like(lists), shift_table)
+    row_lens, row_starts = (torch.empty(n, dtype=torch.int32, device=device) for n in (blocks, blocks + 1))
+    policy = {
+        "PAGE": layout.tokens, "SINKS": memory.sink_pages(layout.tokens), "LOCAL": memory.local_tokens,
+        "TOPK": memory.topk_pages, "QUERY_BLOCK": query_block, **dependent_launch(device),
+    }  # fmt: skip
+    scores = _scores(query, pages, layout, batch, row_starts, row_lens, candidates, shift_table, query_block, policy)
+    scored_pages, chunk = lists, 0
+    if candidates > _CHUNK_PAGES:
+        every, chunk = scores, _CHUNK_PAGES
+        chunks = triton.cdiv(candidates, chunk)
+        finalists = chunks * memory.topk_pages
+        scores = torch.empty(blocks, kv_heads, finalists, device=device)
+        scored_pages = lists.new_empty(blocks, kv_heads, finalists)
+        _finalists_kernel[(chunks, kv_heads, blocks)](
+            every, scores, scored_pages, batch.seq_lens, batch.query_start_loc, requests, candidates, finalists,
+            CHUNK=chunk, num_warps=4, **policy,
+        )  # fmt: skip
+        candidates = finalists
+    _list_kernel[(blocks, kv_heads)](
+        scores, scored_pages, lists, lists if shift is None else shift.pages, batch.block_table, batch.seq_lens,
+        batch.query_start_loc, requests, candidates, list_width, batch.block_table.stride(0),
+        TRAINED=0 if shift is None else memory.trained_tokens, CANDIDATES=triton.next_power_of_2(candidates), CHUNK=chunk,
+        BLOCK=64, num_warps=4, **policy,
+    )  # fmt: skip
+    return replace(batch, block_table=lists, seq_lens=row_lens, query_start_loc=row_starts, rope_shift=shift)
+
+
+def _scores(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    batch: PagedBatch,
+    row_starts: torch.Tensor,
+    row_lens: torch.Tensor,
+    candidates: int,
+    shift_table: torch.Tensor | None,
+    query_block: int,
+    policy: dict[str, int | bool],
+) -> torch.Tensor:
+    """Score the pages behind the sinks, float32 [blocks, kv_heads, candidates], and write row_starts and row_lens on the
+    way."""
+    kv_heads, blocks = pages.shape[1], row_lens.numel()
+    group = query.shape[1] // kv_heads
+    block_group = triton.next_power_of_2(group)
+    of_queries = {
+        "GROUP": group, "BLOCK_G": block_group, "HEAD_DIM": layout.head_dim,
+        "BLOCK_D": triton.next_power_of_2(layout.head_dim), "SHIFT": shift_table is not None,
+        "BLOCK_T": min(triton.next_power_of_2(query_block or batch.max_query_len or 1), max(1, _FOLD_ROWS // block_group)),
+    }  # fmt: skip
+    table_or_any = query if shift_table is None else shift_table
+    scores = torch.empty(blocks, kv_heads, candidates, dtype=torch.float32, device=query.device)
+    folded = scores
+    if query_block:
+        folded = scores.new_empty(blocks, kv_heads, 2, layout.head_dim)
+        _fold_kernel[(blocks, kv_heads)](
+            query, folded, row_starts, row_lens, batch.seq_lens, batch.query_start_loc, table_or_any, batch.num_requests,
+            query.stride(0), query.stride(1), num_warps=4, **of_queries, **policy,
+        )  # fmt: skip
+    _score_kernel[(triton.cdiv(candidates, _PART_PAGES), kv_heads, blocks)](
+        query, folded, scores, row_starts, row_lens, pages.view(torch.float16), batch.block_table, batch.seq_lens,
+        batch.query_start_loc, table_or_any, batch.num_requests, candidates, query.stride(0), query.stride(1),
+        batch.block_table.stride(0), pages.stride(0), pages.stride(1),
+        SUMMARY=layout.summary_offset // 2, PART=_PART_PAGES, num_warps=8, **of_queries, **policy,
+    )  # fmt: skip
+    return scores

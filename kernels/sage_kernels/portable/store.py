@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantize new keys and values and write them into their pages, in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+
+from sage_kernels.device import dependent_launch, fp8_path
+from sage_kernels.portable.primitives import (
+    GROUP_BYTES,
+    NO_FRACTION,
+    V_SCALE_FINE,
+    V_SCALE_MAX,
+    V_SCALE_MIN,
+    await_previous_kernel,
+    e4m3_bits_to_half,
+    fine_exponent,
+    inverse_or_zero,
+    next_power_of_two,
+    section_offset,
+    to_e4m3_bits,
+    to_int,
+    to_whole,
+    v_position,
+    v_token,
+)
+from sage_kernels.reference import ANCHOR_TOKENS, V_EIGHTHS
+from sage_paged import PageLayout
+
+BLOCK_TOKENS = 16
+_EIGHTHS, _END = tl.constexpr(V_EIGHTHS.start), tl.constexpr(V_EIGHTHS.stop)
+
+
+@triton.jit
+def _to_e4m3(x, FP8: tl.constexpr):
+    """float32 -> e4m3 codes as int8, at most 448; NaN stays."""
+    if FP8 == "native":  # where the conversion saturates
+        codes = x.to(tl.float8e4nv).to(tl.int8, bitcast=True)
+    else:
+        codes = to_e4m3_bits(tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))).to(tl.int8, bitcast=True)
+    return codes
+
+
+@triton.jit
+def _e4m3_error(x, FP8: tl.constexpr):
+    """Squared error of x, float32 [tokens, channels], in e4m3: sums over rows, float32 [tokens]."""
+    codes = _to_e4m3(x, FP8)
+    if FP8 == "native":
+        error = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) - x
+    else:
+        error = e4m3_bits_to_half(codes.to(tl.uint8, bitcast=True)).to(tl.float32) * 256.0 - x
+    return tl.sum(error * error, 1)
+
+
+@triton.jit
+def _quantize_v(v, FINE: tl.constexpr, FP8: tl.constexpr):
+    """`reference.quantize_v`. v: float32 [tokens, channels]. Returns e4m3 codes as int8 of that shape, and exponents, float32
+    [tokens]."""
+    power = next_power_of_two(tl.math.div_rn(tl.max(tl.abs(v), 1), 448.0))
+    power = tl.minimum(tl.maximum(power, V_SCALE_MIN), V_SCALE_MAX)
+    whole = ((power.to(tl.int32, bitcast=True) >> 23) - 127).to(tl.float32)
+    exponent, inverse = whole, 1.0 / power
+    if FINE:
+        coarse = inverse
+        least = _e4m3_error(v * inverse[:, None], FP8)
+        for eighths in tl.static_range(_EIGHTHS, _END, -1):
+            error = _e4m3_error(v * (coarse * (eighths / 8))[:, None], FP8) * (64 / (eighths * eighths))
+            better = (error < least) & (power <= V_SCALE_FINE)
+            least = tl.where(better, error, least)
+            exponent = tl.where(better, whole + fine_exponent(eighths), exponent)
+            inverse = tl.where(better, coarse * (eighths / 8), inverse)
+    return _to_e4m3(v * inverse[:, None], FP8), exponent
+
+
+@triton.jit
+def _write_rows(
+    page_i8, page_f32, row, used, k, k_scale, v_exponent,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write the sections of pages that have one row per token: all but the codes of V.
+
+    page_i8, page_f32: pointers to the page of all tokens, or of each token. used: bool [tokens], which to write. k: the two
+    halves of INT8 codes, or packed INT4 codes, steps and zero points.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
+    half = tl.arange(0, BLOCK_D // 2)
+    half_mask = used[:, None] & (half < HALF)[None, :]
+    target = (page_i8 + row * (HEAD_DIM * K_BITS // 8))[:, None] + half[None, :]
+    scales = page_f32 + SCALES + row
+    if K_BITS == 8:
+        low, high = k
+        tl.store(target, low, mask=half_mask)
+        tl.store(target + HALF, high, mask=half_mask)
+        tl.store(scales, k_scale, mask=used)
+        tl.store(scales + PAGE, v_exponent, mask=used)
+    else:
+        packed, step, zero = k
+        tl.store(target, packed, mask=half_mask)
+        GROUPS: tl.constexpr = HALF // GROUP_BYTES
+        group = tl.arange(0, BLOCK_D // 2 // GROUP_BYTES)
+        group_mask = used[:, None] & (group < GROUPS)[None, :]
+        first_group = page_i8 + section_offset("k_groups", HEAD_DIM, K_BITS, PAGE) + row * (2 * GROUPS)
+        groups = first_group[:, None] + group[None, :]
+        tl.store(groups, step, mask=group_mask)
+        tl.store(groups + GROUPS, zero, mask=group_mask)
+        # The last of the four bytes of k_scale holds V's exponent.
+        both = (k_scale.to(tl.int32, bitcast=True) & -256) | (v_exponent.to(tl.int32) + 127)
+        tl.store(scales, both.to(tl.float32, bitcast=True), mask=used)
+
+
+@triton.jit
+def _levels(codes, step, zero, AT_LEAST: tl.constexpr, AT_MOST: tl.constexpr):
+    """The nearest levels of codes, [groups, channels], for the step and zero point of each group: whole numbers plus
+    NO_FRACTION. AT_LEAST, AT_MOST: whether codes may lie below level 0 or above level 15.
+
+    A code halfway between two levels belongs to the upper one. The inverse of the step is a little too large, so that this
+    holds whether product and sum are fused or not.
+    """
+    inverse = ((1.0 + 2.0**-20) / step)[:, None]
+    levels = (codes - zero[:, None]) * inverse + NO_FRACTION
+    if AT_LEAST:
+        levels = tl.maximum(levels, NO_FRACTION)
+    if AT_MOST:
+        levels = tl.minimum(levels, NO_FRACTION + 15.0)
+    return levels
+
+
+@triton.jit
+def _better(best, codes, step, zero, AT_LEAST: tl.constexpr, AT_MOST: tl.constexpr):
+    """The better quantizer of groups of codes, [groups, channels]: `best` (errors, steps, zero points; None at first) or this
+    step and zero point. All are float32. AT_LEAST, AT_MOST: see `_levels`."""
+    zero = tl.minimum(tl.maximum(zero, -128.0), 127.0 - 15.0 * step)
+    levels = _levels(codes, step, zero, AT_LEAST, AT_MOST) - NO_FRACTION
+    miss = step[:, None] * levels - (codes - zero[:, None])
+    error = tl.sum(miss * miss, 1)
+    if best is not None:
+        better = error < best[0]
+        step = tl.where(better, step, best[1])
+        zero = tl.where(better, zero, best[2])
+        error = tl.where(better, error, best[0])
+    return error, step, zero
+
+
+@triton.jit
+def _pack_int4(low, high, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """`reference.pack_int4` of the codes of the two halves of a head, float32 [BLOCK_T, GROUPS * GROUP] each. Returns packed
+    bytes of that shape, and steps and zero points [BLOCK_T, GROUPS], all int8. Codes are whole numbers, which float32 holds
+    exactly."""
+    codes = tl.join(low, high).reshape([BLOCK_T * GROUPS, 2 * GROUP])
+    least, largest = tl.min(codes, 1), tl.max(codes, 1)
+    whole = tl.maximum((largest - least + 14.0).to(tl.int32) // 15, 1).to(tl.float32)
+    best = None
+    for less in tl.static_range(2):
+        step = tl.maximum(whole - less, 1.0)
+        best = _better(best, codes, step, least, False, less == 1)
+        best = _better(best, codes, step, largest - 15.0 * step, less == 1, False)
+        best = _better(best, codes, step, tl.floor((least + largest - 15.0 * step) * 0.5), less == 1, less == 1)
+    _, step, zero = best  # type: ignore[misc]  # it is not None any more
+    levels = _levels(codes, step, zero, True, True).to(tl.int32, bitcast=True)
+    low, high = tl.split((levels & 0xF).reshape([BLOCK_T, GROUPS * GROUP, 2]))
+    packed = (low | (high << 4)).to(tl.int8)
+    return packed, step.reshape([BLOCK_T, GROUPS]).to(tl.int8), zero.reshape([BLOCK_T, GROUPS]).to(tl.int8)
+
+
+@triton.jit
+def _mean_key(key, slots, num_tokens, token_stride, channels, limit, TOKENS: tl.constexpr):
+    """The mean of the first TOKENS keys that are not padding, float32 [channels], as in `reference.fix_anchor`."""
+    tokens = tl.arange(0, TOKENS)
+    used = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1) >= 0
+    pointers = key + tokens[:, None].to(tl.int64) * token_stride + channels[None, :]
+    k = tl.load(pointers, mask=used[:, None] & (channels < limit)[None, :], other=0.0).to(tl.float32)
+    mean = tl.sum(k, 0) / tl.maximum(tl.sum(used.to(tl.int32), 0), 1)
+    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
+
+
+@triton.jit
+def _load_or_fix_anchor(k_anchor, key, slots, num_tokens, used, token_stride, half, HALF: tl.constexpr, TOKENS: tl.constexpr):
+    """The two halves of a head's anchor of K, float32 [channels]. k_anchor, key: pointers to the head's own.
+
+    If the head has no anchor yet (NaN), every program with tokens to store writes one. All compute the same mean from the same
+    tokens, so their order does not matter and none waits. Channel 0 is written last and read first: if it is set, all channels
+    are. One thread reads it, by an atomic operation, on behalf of all: with plain loads, some threads of a program could see
+    the old value and some the new one, and take different branches.
+    """
+    inside = half < HALF
+    channel_0 = k_anchor.to(tl.pointer_type(tl.int32), bitcast=True)
+    first = tl.atomic_or(channel_0, 0, sem="acquire").to(tl.float32, bitcast=True)
+    if first == first:
+        low = tl.load(k_anchor + half, mask=inside, other=0.0)
+        high = tl.load(k_anchor + HALF + half, mask=inside, other=0.0)
+    else:
+        low = _mean_key(key, slots, num_tokens, token_stride, half, HALF, TOKENS)
+        high = _mean_key(key + HALF, slots, num_tokens, token_stride, half, HALF, TOKENS)
+        if tl.max(used.to(tl.int32), 0) > 0:
+            tl.store(k_anchor + half, low, mask=inside & (half > 0))
+            tl.store(k_anchor + HALF + half, high, mask=inside)
+            tl.debug_barrier()
+            first = tl.sum(tl.where(half == 0, low, 0.0), 0)
+            tl.atomic_xchg(channel_0, first.to(tl.int32, bitcast=True), sem="release")
+    return low, high
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _store_kernel(
+    key, value, slots, cache_i8, cache_f32, k_anchor, v_anchor, num_tokens,
+    key_token_stride, key_head_stride, value_token_stride, value_head_stride, block_stride, head_stride,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, FP8: tl.constexpr, ANCHOR_TOKENS: tl.constexpr,
+    V_ANCHOR: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid: (token blocks, KV heads). ANCHOR_TOKENS: see `reference.fix_anchor`; 0 without K smoothing."""
+    await_previous_kernel(PDL)
+    HALF: tl.constexpr = HEAD_DIM // 2
+    V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE)
+
+    # Tokens are taken in the order of V. So tokens with consecutive slots, as in most of a prompt, write consecutive bytes of
+    # V.
+    head = tl.program_id(1)
+    begin = tl.program_id(0) * BLOCK_T
+    lanes = tl.arange(0, BLOCK_T)
+    tokens = begin + v_token(lanes)
+    valid = tokens < num_tokens
+    # Keys are loaded in two halves, which a packed byte pairs up. INT8 keys take the same path.
+    half = tl.arange(0, BLOCK_D // 2)
+    half_mask = valid[:, None] & (half < HALF)[None, :]
+    head_key = key + head * key_head_stride
+    source = head_key + tokens[:, None].to(tl.int64) * key_token_stride + half[None, :]
+    low = tl.load(source, mask=half_mask, other=0.0)
+    high = tl.load(source + HALF, mask=half_mask, other=0.0)
+    channels = tl.arange(0, BLOCK_D)
+    source = value + head * value_head_stride + tokens[:, None].to(tl.int64) * value_token_stride + channels[None, :]
+    v = tl.load(source, mask=valid[:, None] & (channels < HEAD_DIM)[None, :], other=0.0)
+    slot = tl.load(slots + tokens, mask=valid, other=-1)
+    first = tl.load(slots + begin)
+    low, high, v = low.to(tl.float32), high.to(tl.float32), v.to(tl.float32)
+
+    used = slot >= 0
+    if ANCHOR_TOKENS > 0:
+        anchor_low, anchor_high = _load_or_fix_anchor(
+            k_anchor + head * HEAD_DIM, head_key, slots, num_tokens, used, key_token_stride, half, HALF, ANCHOR_TOKENS
+        )
+        low -= anchor_low[None, :]
+        high -= anchor_high[None, :]
+    amax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+    inverse = inverse_or_zero(amax, 127.0)[:, None]
+    k_scale = tl.math.div_rn(amax, 127.0)
+    if K_BITS == 8:
+        k = to_int(low * inverse).to(tl.int8), to_int(high * inverse).to(tl.int8)
+    else:
+        k = _pack_int4(to_whole(low * inverse), to_whole(high * inverse), BLOCK_T, BLOCK_D // 2 // GROUP_BYTES, GROUP_BYTES)
+    if V_ANCHOR:
+        v -= tl.load(v_anchor + head * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)[None, :]
+    v, v_exponent = _quantize_v(v, K_BITS == 8, FP8)
+
+    head_offset = head.to(tl.int64) * head_stride
+    if (first % BLOCK_T == 0) & (tl.min((slot == first + v_token(lanes)).to(tl.int32), 0) == 1):
+        same_page = (first // PAGE).to(tl.int64) * block_stride + head_offset
+        first_row = tl.multiple_of((first % PAGE).to(tl.int32), BLOCK_T)
+        _write_rows(
+            cache_i8 + same_page, cache_f32 + same_page // 4, first_row + v_token(lanes), lanes >= 0, k, k_scale, v_exponent,
+            HEAD_DIM, K_BITS, PAGE, BLOCK_D,
+        )  # fmt: skip
+        pointers = cache_i8 + same_page + V_OFFSET + first_row + channels[:, None] * PAGE + lanes[None, :]
+        tl.store(pointers, tl.trans(v), mask=(channels < HEAD_DIM)[:, None])
+    else:
+        page = (slot // PAGE).to(tl.int64) * block_stride + head_offset
+        row = (slot % PAGE).to(tl.int32)
+        _write_rows(
+            cache_i8 + page, cache_f32 + page // 4, row, used, k, k_scale, v_exponent,
+            HEAD_DIM, K_BITS, PAGE, BLOCK_D,
+        )  # fmt: skip
+        positions = cache_i8 + page + V_OFFSET + v_position(row)
+        tl.store(positions[:, None] + channels[None, :] * PAGE, v, mask=used[:, None] & (channels < HEAD_DIM)[None, :])
+
+
+def store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    layout: PageLayout,
+    k_anchor: torch.Tensor | None = None,
+    v_anchor: torch.Tensor | None = None,
+) -> None:
+    """`reference.store` on a GPU, with the same arguments. key and value need unit stride in head_dim only, and one row per
+    slot, padding included."""
+    num_tokens = slots.numel()
+    if num_tokens == 0:
+        return
+    _store_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS), pages.shape[1])](
+        key, value, slots, pages.view(torch.int8), pages.view(torch.float32), pages if k_anchor is None else k_anchor,
+        pages if v_anchor is None else v_anchor, num_tokens,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1), pages.stride(0), pages.stride(1),
+        HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
+        BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, FP8=fp8_path(key.device),
+        ANCHOR_TOKENS=0 if k_anchor is None else ANCHOR_TOKENS, V_ANCHOR=v_anchor is not None,
+        num_warps=4, **dependent_launch(key.device),
+    )  # fmt: skip

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Widening: pages of INT4 keys as pages of INT8 keys, for kernels that read only these.
+
+INT4 keys stand for INT8 codes (`reference.unpack_int4`), so attention to either page gives the same result, bit for bit.
+Prefill reads each page of the history once for every 128 query rows; widening it once before costs a fraction of that.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from sage_kernels.batch import PagedBatch
+from sage_kernels.portable.primitives import GROUP_BYTES, TABLE_STRIDES, TABLES, section_offset, v_exponent_in_scale
+from sage_paged import PageLayout
+
+
+@triton.jit(do_not_specialize=["pages", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
+def _widen_kernel(
+    narrow_i8, narrow_i32, wide_i32, block_table, seq_lens, query_start_loc, pages,
+    table_stride, table_head_stride, block_stride, head_stride,
+    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, WIDE_BYTES: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Grid: (pages, KV heads, requests)."""
+    K_ROW: tl.constexpr = HEAD_DIM // 2
+    GROUPS: tl.constexpr = K_ROW // GROUP_BYTES
+    page = tl.program_id(0)
+    head = tl.program_id(1)
+    request = tl.program_id(2)
+    seq_len = tl.load(seq_lens + request)
+    if page * PAGE >= seq_len:
+        return
+    if WINDOW > 0:
+        queries = tl.load(query_start_loc + request + 1) - tl.load(query_start_loc + request)
+        if (page + 1) * PAGE <= seq_len - queries - WINDOW + 1:
+            return
+    block = tl.load(block_table + request.to(tl.int64) * table_stride + head * table_head_stride + page)
+    source = block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride
+    target = ((request.to(tl.int64) * pages + page) * tl.num_programs(1) + head) * WIDE_BYTES
+    # Four bytes at a time: with 128 added to zero points, no byte of zero + step * nibble carries into the next.
+    tokens = tl.arange(0, PAGE)
+    groups = tl.arange(0, GROUPS)
+    in_group = groups[None, :, None] * (GROUP_BYTES // 4) + tl.arange(0, GROUP_BYTES // 4)[None, None, :]
+    packed = tl.load(narrow_i32 + source // 4 + tokens[:, None, None] * (K_ROW // 4) + in_group)
+    steps = narrow_i8 + source + section_offset("k_groups", HEAD_DIM, 4, PAGE) + tokens[:, None] * 2 * GROUPS + groups[None, :]
+    step = tl.load(steps).to(tl.int32)[:, :, None]
+    zero = ((tl.load(steps + GROUPS).to(tl.int32) + 128) * 0x01010101)[:, :, None]
+    k = wide_i32 + target // 4 + tokens[:, None, None] * (HEAD_DIM // 4) + in_group
+    tl.store(k, ((packed & 0x0F0F0F0F) * step + zero) ^ -0x7F7F7F80)
+    tl.store(k + K_ROW // 4, (((packed >> 4) & 0x0F0F0F0F) * step + zero) ^ -0x7F7F7F80)
+    words = tl.arange(0, PAGE * HEAD_DIM // 4)
+    v = tl.load(narrow_i32 + (source + section_offset("v", HEAD_DIM, 4, PAGE)) // 4 + words)
+    tl.store(wide_i32 + (target + section_offset("v", HEAD_DIM, 8, PAGE)) // 4 + words, v)
+    k_scale = tl.load(narrow_i32 + (source + section_offset("k_scale", HEAD_DIM, 4, PAGE)) // 4 + tokens)
+    tl.store(wide_i32 + (target + section_offset("k_scale", HEAD_DIM, 8, PAGE)) // 4 + tokens, k_scale)
+    v_exponent = wide_i32 + (target + section_offset("v_exponent", HEAD_DIM, 8, PAGE)) // 4 + tokens
+    tl.store(v_exponent, v_exponent_in_scale(k_scale).to(tl.int32, bitcast=True))
+
+
+def widen(
+    pages: torch.Tensor, layout: PageLayout, batch: PagedBatch, max_seq_len: int, window: int = 0
+) -> tuple[torch.Tensor, PageLayout, PagedBatch]:
+    """Copies of the batch's pages with INT8 keys: the cache that holds them, its layout, and the batch with its block table.
+
+    max_seq_len: upper bound on the tokens of a request. Pages that no query of a request sees through the window are skipped;
+    their copies hold anything. head_dim must be a power of two.
+    """
+    requests, kv_heads = batch.num_requests, pages.shape[1]
+    used = min(-(-max_seq_len // layout.tokens), batch.block_table.shape[-1])
+    wide_layout = PageLayout(layout.head_dim, 8, layout.tokens)
+    wide = torch.empty(requests * used, kv_heads, wide_layout.page_bytes, dtype=torch.uint8, device=pages.device)
+    _widen_kernel[(used, kv_heads, requests)](
+        pages.view(torch.int8), pages.view(torch.int32), wide.view(torch.int32), batch.block_table, batch.seq_lens,
+        batch.query_start_loc, used, *batch.table_strides, pages.stride(0), pages.stride(1),
+        HEAD_DIM=layout.head_dim, PAGE=layout.tokens, WIDE_BYTES=wide_layout.page_bytes, WINDOW=window, num_warps=4,
+    )  # fmt: skip
+    table = torch.arange(requests * used, dtype=torch.int32, device=pages.device).view(requests, used)
+    return wide, wide_layout, replace(batch, block_table=table)

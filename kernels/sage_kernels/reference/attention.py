@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paged attention, in plain torch and float32: what the kernels compute, and the exact attention that it approximates."""
+
+import torch
+
+from sage_kernels.batch import Modifiers, PagedBatch, RopeShift
+from sage_kernels.reference.pages import load
+from sage_kernels.reference.quantize import LOG2E, qk_product, quantize_p, query_terms
+from sage_paged import PageLayout
+
+
+def exact_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    modifiers: Modifiers | None = None,
+) -> torch.Tensor:
+    """Causal attention of one request without quantization, in float32.
+
+    query: [queries, heads, head_dim], the last queries of the tokens; key, value: [tokens, kv_heads, head_dim]. Of modifiers,
+    window, soft_cap and sinks count. Returns float32 of query's shape.
+    """
+    modifiers = modifiers or Modifiers()
+    tokens, group = len(key), query.shape[1] // key.shape[1]
+    q, k, v = (x.float().transpose(0, 1) for x in (query, key, value))
+    logits = q @ k.repeat_interleave(group, 0).transpose(1, 2) * scale
+    if modifiers.soft_cap:
+        logits = modifiers.soft_cap * torch.tanh(logits / modifiers.soft_cap)
+    positions = torch.arange(tokens - len(query), tokens, device=key.device)[:, None]
+    keys = torch.arange(tokens, device=key.device)
+    logits = logits.masked_fill(~visible_keys(positions, keys, modifiers.window), float("-inf"))
+    if modifiers.sinks is not None:
+        logits = torch.cat([logits, modifiers.sinks.float()[:, None, None].expand(-1, len(query), 1)], 2)
+    return (logits.softmax(-1)[..., :tokens] @ v.repeat_interleave(group, 0)).transpose(0, 1)
+
+
+def visible_keys(positions: torch.Tensor, keys: torch.Tensor, window: int) -> torch.Tensor:
+    """bool [queries, tokens]: which keys a query sees. positions: int [queries, 1] of queries; keys: int [tokens]."""
+    visible = keys <= positions
+    return visible & (keys > positions - window) if window else visible
+
+
+def rope_shift_table(frequencies: torch.Tensor, max_pages: int, page_tokens: int) -> torch.Tensor:
+    """The `RopeShift.table` for shifts of 0 to max_pages - 1 pages, float32 [max_pages, head_dim].
+
+    frequencies: [head_dim // 2], radians per token, of a rotary embedding that pairs channel c with channel c + head_dim // 2
+    (NeoX style).
+    """
+    angles = torch.arange(max_pages, dtype=torch.float64)[:, None] * page_tokens * frequencies.double()
+    return torch.cat([angles.cos(), angles.sin()], -1).float()
+
+
+def rotate_back(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Rotate x, float32 [..., head_dim], toward the start of the context. shift: rows of a `rope_shift_table` [...,
+    head_dim]."""
+    (low, high), (cos, sin) = x.chunk(2, -1), shift.chunk(2, -1)
+    return torch.cat([low * cos + high * sin, high * cos - low * sin], -1)
+
+
+def attention(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    batch: PagedBatch,
+    scale: float,
+    modifiers: Modifiers | None = None,
+) -> torch.Tensor:
+    """Causal attention of every request's query tokens over its pages.
+
+    query: [tokens, heads, head_dim]. pages: uint8 [blocks, kv_heads, page_bytes]. scale multiplies the logits. Returns float32
+    of query's shape; rows of no request are 0.
+    """
+    modifiers = modifiers or Modifiers()
+    heads, group = query.shape[1], query.shape[1] // pages.shape[1]
+    out = torch.zeros(query.shape, dtype=torch.float32)
+    for r in range(batch.num_requests):
+        start, end, length = int(batch.query_start_loc[r]), int(batch.query_start_loc[r + 1]), int(batch.seq_lens[r])
+        if start == end:
+            continue
+        used_pages = -(-length // layout.tokens)
+        kv = [x[:, :length] for x in load(pages, batch.block_table[r, ..., :used_pages], layout)]
+        positions = torch.arange(length - (end - start), length)[:, None]
+        visible = visible_keys(positions, torch.arange(length), modifiers.window)
+        shift = batch.rope_shift and RopeShift(batch.rope_shift.pages[r, :, :used_pages], batch.rope_shift.table)
+        for head in range(heads):
+            k, k_scale, v, v_exponent = (x[head // group] for x in kv)
+            q = query[start:end, head].float()
+            out[start:end, head] = _attend(
+                q, k, k_scale, v, v_exponent, visible, layout, scale, modifiers, shift, head, head // group
+            )
+    return out
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    v: torch.Tensor,
+    v_exponent: torch.Tensor,
+    visible: torch.Tensor,
+    layout: PageLayout,
+    scale: float,
+    modifiers: Modifiers,
+    shift: RopeShift | None,
+    head: int,
+    kv_head: int,
+) -> torch.Tensor:
+    """Attention of one request's queries of one head, float32 [queries, head_dim]. The tensors are those of that head."""
+    k_anchor = None if modifiers.k_anchor is None else modifiers.k_anchor[kv_head]
+    logits = qk_product(query_terms(q, scale, modifiers.q_block), k, k_scale)
+    bias = torch.zeros(len(q), 1) if k_anchor is None else (q @ k_anchor)[:, None] * scale
+    if shift is not None:
+        for page, pages_back in enumerate(shift.pages[kv_head].tolist()):
+            rotated = rotate_back(q, shift.table[pages_back])
+            own = slice(page * layout.tokens, (page + 1) * layout.tokens)
+            logits[:, own] = qk_product(query_terms(rotated, scale, modifiers.q_block), k[own], k_scale[own])
+            if k_anchor is not None:
+                logits[:, own] += (rotated @ k_anchor)[:, None] * scale - bias
+    if modifiers.soft_cap:
+        logits, bias = modifiers.soft_cap * torch.tanh((logits + bias) / modifiers.soft_cap), torch.zeros_like(bias)
+    logits = (logits * LOG2E).masked_fill(~visible, float("-inf"))
+    p, m_ref = quantize_p(logits + v_exponent, layout.tokens)
+    l_i = (p * (-v_exponent).exp2()).sum(-1, keepdim=True)
+    result = p @ v
+    if modifiers.v_anchor is not None:  # weighted as values are; a sink has no value
+        result += l_i * modifiers.v_anchor[kv_head]
+    if modifiers.sinks is not None:
+        l_i = l_i + torch.exp2((modifiers.sinks[head].float() - bias) * LOG2E - m_ref)
+    return result / l_i

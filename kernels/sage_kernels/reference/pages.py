@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values into KV pages and back: where the bytes of a token are written, in plain torch."""
+
+import torch
+
+from sage_kernels.reference.quantize import pack_int4, quantize_k, quantize_v, unpack_int4
+from sage_paged import PageLayout, v_position
+
+ANCHOR_TOKENS = 32
+"""Tokens at the start of a batch whose mean key becomes the anchor. Few enough that a first prompt fixes the same anchor
+however it is cut into chunks."""
+
+
+def fix_anchor(k_anchor: torch.Tensor, key: torch.Tensor, used: torch.Tensor) -> None:
+    """Fix the anchors of heads that have none yet (NaN). An anchor that is fixed never changes.
+
+    k_anchor: float32 [kv_heads, head_dim], written in place. key: [tokens, kv_heads, head_dim]. used: bool [tokens], False for
+    padding. An anchor becomes the mean of the used keys among the first ANCHOR_TOKENS; 0 if none of these is used, and in
+    channels where the mean is not finite. A batch of padding alone fixes nothing.
+    """
+    if k_anchor.isnan().any() and used.any():
+        first = key[:ANCHOR_TOKENS][used[:ANCHOR_TOKENS]].float()
+        mean = first.mean(0).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        k_anchor.copy_(torch.where(k_anchor.isnan(), mean, k_anchor))
+
+
+def store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    layout: PageLayout,
+    k_anchor: torch.Tensor | None = None,
+    v_anchor: torch.Tensor | None = None,
+) -> None:
+    """Quantize tokens and write them into their pages.
+
+    key, value: [tokens, kv_heads, head_dim], any float dtype. pages: uint8 [blocks, kv_heads, page_bytes], written in place.
+    slots: int [tokens]; token t goes to block slots[t] // layout.tokens, at slots[t] % layout.tokens; a negative slot is
+    padding and is skipped. k_anchor: float32 [kv_heads, head_dim], subtracted from keys; NaN entries are fixed first
+    (`fix_anchor`). v_anchor: the same for values, without NaN.
+    """
+    used = slots >= 0
+    if k_anchor is not None:
+        fix_anchor(k_anchor, key, used)
+    slots = slots[used].long()
+    block, offset = slots // layout.tokens, slots % layout.tokens
+    views = layout.views(pages)
+    k_codes, k_scale = quantize_k(key[used] if k_anchor is None else key[used].float() - k_anchor)
+    v_codes, v_exponent = quantize_v(value[used] if v_anchor is None else value[used].float() - v_anchor, layout.k_bits == 8)
+    if views.k_groups is not None:
+        k_codes, views.k_groups[block, :, offset] = pack_int4(k_codes)
+        biased = v_exponent.int() + 127
+        k_scale = ((k_scale.contiguous().view(torch.int32) & ~0xFF) | biased).view(torch.float32)
+    if views.v_exponent is not None:
+        views.v_exponent[block, :, offset] = v_exponent
+    views.k[block, :, offset] = k_codes
+    # torch cannot index-assign float8, so the codes are copied as bytes.
+    views.v.view(torch.uint8)[block, :, :, v_position(offset)] = v_codes.view(torch.uint8)
+    views.k_scale[block, :, offset] = k_scale
+
+
+def key_codes(pages: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """INT8 codes [..., tokens, head_dim] and float32 scales [..., tokens] of the keys in pages [..., page_bytes]."""
+    views = layout.views(pages)
+    return (views.k if views.k_groups is None else unpack_int4(views.k, views.k_groups)), views.k_scale
+
+
+def load(
+    pages: torch.Tensor, block_table: torch.Tensor, layout: PageLayout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gather the pages of one request.
+
+    pages: uint8 [blocks, kv_heads, page_bytes]. block_table: int [n], or [kv_heads, n] where each KV head reads its own pages.
+    Returns K as INT8 codes [kv_heads, n * tokens, head_dim] and its scales, float32 [kv_heads, n * tokens]; V codes, float32 of
+    K's shape, and its exponents, float32 [kv_heads, n * tokens].
+    """
+    heads = torch.arange(pages.shape[1], device=pages.device)[:, None]
+    pages = pages[block_table.long().expand(pages.shape[1], -1), heads]
+    views = layout.views(pages)
+    k_codes, k_scale = key_codes(pages, layout)
+    v_codes = views.v.float()[..., v_position(torch.arange(layout.tokens, device=pages.device))].transpose(-1, -2)
+    v_exponent = views.v_exponent
+    if v_exponent is None:
+        v_exponent = ((k_scale.view(torch.int32) & 0xFF) - 127).float()
+    return k_codes.flatten(1, 2), k_scale.flatten(1), v_codes.flatten(1, 2), v_exponent.flatten(1)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this backend cannot serve, and what to use instead.
+
+`reasons` is asked per attention layer by vLLM (`validate_configuration`) and for the whole model by `check_config`, before
+any process is started, so that a user reads one line instead of a worker's trace.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sage_backend import BACKEND
+from sage_backend.engine.checkpoint import check_model_folder, check_weight_files
+from sage_backend.features import calibration_file, positions
+from sage_backend.options import MemoryOptions, SageOptions, VariatorOptions
+from sage_backend.variator import files
+from sage_backend.variator.checks import check_compression
+from sage_paged import HEAD_DIMS
+
+_INSTEAD = "use vLLM's default backend for it"
+
+
+_UNSUPPORTED = {
+    "use_mla": f"multi-head latent attention has its own compressed cache; {_INSTEAD}",
+    "use_sparse": f"sparse attention of the model's own is not supported; {_INSTEAD}",
+    "attention_free": f"the model has no attention layers; {_INSTEAD}",
+    "use_alibi": f"attention biased by distance (ALiBi) is not supported; {_INSTEAD}",
+    "use_mm_prefix": f"bidirectional attention inside image tokens is not supported; {_INSTEAD}",
+    "use_per_head_quant_scales": f"per-head KV scales of a checkpoint are not used, pages scale each token; {_INSTEAD}",
+    "use_non_causal": f"non-causal attention is not supported; {_INSTEAD}",
+    "use_batch_invariant": f"VLLM_BATCH_INVARIANT is not supported; {_INSTEAD}",
+    "use_pcp": "prefill context parallelism is not supported; use --tensor-parallel-size",
+    "use_dcp": "decode context parallelism is not supported; use --tensor-parallel-size",
+    "use_rswa": f"reference sliding window attention is not supported; {_INSTEAD}",
+    "use_adaptive_verification": "adaptive verification is not supported; turn it off in --speculative-config",
+}
+"""Flags of vLLM's selector that cannot be served if they are set. Others make no difference."""
+
+
+def reasons(
+    head_size: int,
+    dtype: torch.dtype,
+    kv_cache_dtype: str | None,
+    block_size: int | None,
+    options: SageOptions,
+    *,
+    capability: Any = None,
+    attn_type: str = "decoder",
+    use_kv_transfer: bool = False,
+    **flags: Any,
+) -> list[str]:
+    """Why this layer cannot be served, in words for the user; empty if it can. Arguments are those of vLLM's selector.
+
+    capability: the GPU's compute capability, None on CPU; flags: those of _UNSUPPORTED and others.
+    """
+    has_heads = not (flags.get("use_mla") or flags.get("attention_free"))
+    rows = [
+        (attn_type != "decoder", f"attention of type {attn_type} keeps no KV pages; {_INSTEAD}"),
+        *((flags.get(flag), reason) for flag, reason in _UNSUPPORTED.items()),
+        (
+            has_heads and head_size not in HEAD_DIMS,
+            f"head size {head_size} has no page format (there is {', '.join(map(str, HEAD_DIMS))}); {_INSTEAD}",
+        ),
+        (
+            dtype == torch.float32 and capability is not None,
+            "float32 models are served on CPU only; add --dtype bfloat16",
+        ),
+        (
+            kv_cache_dtype not in (None, "auto"),
+            f"--kv-cache-dtype {kv_cache_dtype} does not apply, the pages have their own format; leave it at auto and choose "
+            'the precision of keys with --additional-config \'{"sage": {"k_bits": 8}}\'',
+        ),
+        (
+            block_size is not None and block_size % options.page_tokens != 0,
+            f"--block-size {block_size} is not a multiple of the {options.page_tokens} tokens of a page; leave it out",
+        ),
+        (capability is not None and capability < (8, 0), f"compute capability {capability} is below 8.0; {_INSTEAD}"),
+        (
+            use_kv_transfer and options.smooth_k and options.calibration is None,
+            "keys are smoothed by the first tokens that this process sees, so their pages cannot leave it "
+            "(--kv-transfer-config, --kv-offloading-size); make a calibration with sage calibrate, or add --additional-config "
+            '\'{"sage": {"smooth_k": false}}\'',
+        ),
+    ]
+    return [reason for applies, reason in rows if applies]
+
+
+def is_chosen(config: Any) -> bool:
+    """Whether an engine of this configuration (VllmConfig) uses this backend."""
+    attention = config.attention_config
+    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+    return any(getattr(backend, "name", None) == BACKEND for backend in chosen)
+
+
+def compression(config: Any) -> tuple[VariatorOptions, list[int]] | None:
+    """The option `variator` of an engine of this configuration (VllmConfig) and the ratios of its plugins, or None.
+
+    Raises ValueError for a file that holds no plugins.
+    """
+    if not is_chosen(config) or (options := SageOptions.parse(config.additional_config).variator) is None:
+        return None
+    return options, files.contents(options.plugins)[1]
+
+
+def check_config(config: Any, has_metrics: bool = True) -> None:
+    """Check an engine's configuration (VllmConfig) as soon as it is made, if it chooses this backend. has_metrics: whether the
+    engine has any.
+
+    Raises ValueError with one line for wrong options, or a model or a setting that cannot be served.
+    """
+    if not is_chosen(config):
+        return
+    options, model = SageOptions.parse(config.additional_config), config.model_config
+    if found := _reasons_of(config, options):
+        raise ValueError(f"--attention-backend sage cannot serve {model.model}: {'; '.join(found)}")
+    if options.memory is not None:
+        _check_memory(options, options.memory, model)
+    if options.calibration is not None:
+        _check_calibration(options.calibration, config)
+    if options.canary is not None and not has_metrics:
+        raise ValueError(
+            'option "canary" in --additional-config "sage" reports to a metric, and --disable-log-stats turns metrics off; '
+            "leave one of them out"
+        )
+    if options.variator is not None:
+        check_compression(config, options.variator)
+
+
+def _reasons_of(config: Any, options: SageOptions) -> list[str]:
+    """`reasons` for the model and the settings of a configuration (VllmConfig)."""
+    # Not at the top: vLLM may be choosing its platform while this module is imported.
+    from vllm.platforms import current_platform
+
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    if current_platform.is_cpu() and type(current_platform).__name__ != "SageCpuPlatform":
+        # vLLM's own CPU platform would take CPU_ATTN without a word.
+        raise ValueError("VLLM_TARGET_DEVICE=cpu keeps vLLM from loading this backend's CPU platform; unset it")
+    attn_type = "decoder"
+    if model.is_encoder_decoder:
+        attn_type = "encoder_decoder"
+    elif model.attn_type in ("encoder_only", "encoder"):
+        attn_type = "encoder_only"
+    return reasons(
+        model.get_head_size(),
+        model.dtype,
+        cache.cache_dtype,
+        cache.block_size if cache.user_specified_block_size else None,
+        options,
+        capability=None if current_platform.is_cpu() else current_platform.get_device_capability(),
+        attn_type=attn_type,
+        use_mla=model.use_mla,
+        attention_free=model.is_attention_free,
+        use_mm_prefix=model.is_mm_prefix_lm,
+        use_alibi=model.uses_alibi,
+        use_pcp=parallel.prefill_context_parallel_size > 1,
+        use_dcp=parallel.decode_context_parallel_size > 1,
+        use_kv_transfer=config.kv_transfer_config is not None,
+    )
+
+
+def _check_memory(options: SageOptions, memory: MemoryOptions, model: Any) -> None:
+    """Raises ValueError for memory that reads every context of a model (ModelConfig) whole, or cannot move its positions."""
+    policy = memory.policy
+    listed = policy.list_pages(options.page_tokens, policy.query_block) * options.page_tokens
+    if listed >= model.max_model_len:
+        raise ValueError(
+            f'option "memory" in --additional-config "sage" reads up to {listed} tokens, which is all of the '
+            f"{model.max_model_len} of --max-model-len; lower local_tokens or topk_pages, or leave it out"
+        )
+    if memory.extrapolate:
+        positions.check(model)
+
+
+def _check_calibration(file: str, config: Any) -> None:
+    """Raises ValueError for a calibration that is unusable, or has chosen what an option sets as well."""
+    calibration_file.check(file, config.model_config)
+    if calibration_file.k_bits(file) and "k_bits" in config.additional_config["sage"]:
+        raise ValueError(
+            f'the calibration {file} has chosen the bits of keys; leave out option "k_bits" in --additional-config "sage"'
+        )
+
+
+def check_arguments(arguments: Any) -> None:
+    """Check what would fail inside vLLM while it makes a configuration of `arguments` (EngineArgs).
+
+    Raises ValueError with one line for a folder that holds no model or broken weight files, if this backend is chosen.
+    """
+    backend = arguments.attention_backend or getattr(arguments.attention_config, "backend", None)
+    if str(getattr(backend, "name", backend)).upper() != BACKEND or not Path(arguments.model).is_dir():
+        return
+    folder = Path(arguments.model)
+    check_model_folder(folder)
+    if arguments.load_format in ("auto", "safetensors", "hf"):
+        check_weight_files(folder)

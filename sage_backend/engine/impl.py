@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of one layer on quantized KV pages."""
+
+import logging
+from typing import Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionImpl
+
+from sage_backend import BACKEND, options
+from sage_backend.engine.metadata import Phase, SageMetadata
+from sage_backend.features import calibration_file, observers, positions
+from sage_backend.observability.definitions import DECODE
+from sage_kernels import (
+    Memory,
+    Modifiers,
+    PagedBatch,
+    PageLayout,
+    attend_decode,
+    attend_prefill,
+    prefill_scratch_bytes,
+    select_pages,
+    smoothing_block,
+    store,
+    store_summaries,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class SageImpl(AttentionImpl[SageMetadata]):
+    """Attention of one layer."""
+
+    backend = BACKEND
+    """How `sage_backend.features.layers` recognizes this class."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        unsupported = [name for name, value in {"alibi_slopes": alibi_slopes, **others}.items() if value not in (None, False)]
+        if unsupported:
+            raise ValueError(
+                f"--attention-backend sage does not support {', '.join(unsupported)}, which this model's attention needs; "
+                "use vLLM's default backend for it"
+            )
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.group = num_heads // self.num_kv_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.window = sliding_window or 0
+        self.soft_cap = logits_soft_cap or 0.0
+        self.sinks = sinks
+        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.layout = options.current().layout(head_size)
+        self.smooth_k, self.smooth_v = options.current().smooth_k, options.current().smooth_v
+        self.smooth_q = options.current().smooth_q
+        self.calibration = options.current().calibration
+        self.observer: observers.Observer | None = None
+        """Sees what this layer stores and attends to, if there is one."""
+        self.anchor: torch.Tensor | None = None
+        """Subtracted from this layer's keys, float32 [kv_heads, head_size]; all NaN until the first tokens fix it."""
+        self.calibrated = False
+        """Whether the anchor of keys comes from a calibration."""
+        self.v_anchor: torch.Tensor | None = None
+        """Subtracted from this layer's values, float32 [kv_heads, head_size], if a calibration has it."""
+        self.anchors_made = False
+        """Whether `make_anchors` was called. Both anchors may still be None."""
+        self.memory = None if self.window else options.current().memory
+        """How long contexts are read; None in layers with a sliding window. See also `memory_of`."""
+        self.frequencies: tuple[float, ...] = ()
+        """RoPE frequencies, radians a position, if pages are rotated (`sage_backend.features.positions` sets them)."""
+        self.max_pages = 0
+        """Pages of the longest context, if pages are rotated."""
+
+    @property
+    def rotates_pages(self) -> bool:
+        """Whether distant pages are read at other RoPE positions than their own."""
+        return self.memory is not None and bool(self.memory.extrapolate)
+
+    @torch.inference_mode()  # in which it was allocated
+    def forget_anchor(self) -> None:
+        """Let the next tokens fix the anchor of keys again, unless it comes from a calibration. No stored key may still be
+        needed."""
+        if self.anchor is not None and not self.calibrated:
+            self.anchor.fill_(torch.nan)
+
+    def make_anchors(self, layer: Any, device_: torch.device) -> None:
+        """Take the anchors from the calibration, if there is one. Elsewhere the first tokens fix that of keys."""
+        self.anchors_made = True
+        if self.smooth_k:
+            shape = self.num_kv_heads, self.head_size
+            self.anchor = torch.full(shape, torch.nan, dtype=torch.float32, device=device_)
+        if self.calibration is None:
+            return
+        worker = self.num_kv_heads, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        found, v_found = calibration_file.anchors(self.calibration, layer.layer_name, *worker)
+        if self.smooth_v and v_found is not None:
+            self.v_anchor = v_found.to(device_)
+        if self.anchor is not None and found is not None:
+            self.anchor.copy_(found)
+            self.calibrated = True
+        elif self.anchor is not None:  # a layer of a drafter, which is a model of its own
+            logger.warning("%s has no anchor for %s; the first tokens will fix it", self.calibration, layer.layer_name)
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Quantize new tokens and write them into their pages.
+
+        key, value: [tokens, kv_heads, head_size], of which the first slot_mapping.numel() count; kv_cache: [blocks, kv_heads,
+        page_tokens, content] in the model's dtype.
+        """
+        if kv_cache.numel() == 0:  # the profiling run has no cache yet
+            return
+        if not self.anchors_made:
+            # Not earlier: tensors that are allocated with the weights or with the KV cache do not survive sleep mode. And not
+            # in a CUDA graph: vLLM runs every batch once before it captures it.
+            self.make_anchors(layer, key.device)
+        tokens = slot_mapping.numel()
+        key, value = key[:tokens], value[:tokens]
+        if self.observer is not None:
+            self.observer.stored(key, value, slot_mapping)
+        store(key, value, self.layout.pages(kv_cache), slot_mapping, self.layout, self.anchor, self.v_anchor)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SageMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend. query, output: [tokens, heads, head_size], of which the first attn_metadata.num_tokens count. Returns
+        output."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("--attention-backend sage does not quantize its output; disable the fusion pass")
+        if attn_metadata is None or kv_cache.numel() == 0:
+            return self._profile(query, output)
+        step = attn_metadata
+        pages = self.layout.pages(kv_cache)
+        query, out = query[: step.num_tokens], output[: step.num_tokens]
+        owner = self._owner(layer)
+        memory = self.memory_of(layer)
+        modifiers = self._modifiers(owner, query.device)
+
+        if memory is not None and owner is self:
+            store_summaries(
+                pages, self.layout, step.batch, step.num_tokens, self._shift_table(query.device), owner.anchor
+            )
+        for phase in step.phases:
+            with step.observer.timed(phase.name, layer, query.device):
+                batch = self._select_pages(memory, query, pages, phase, step.max_seq_len)
+                if phase.name == DECODE:
+                    attend_decode(query, pages, self.layout, batch, self.scale, out, modifiers, step.workspace)
+                else:
+                    attend_prefill(query, pages, self.layout, batch, self.scale, out, modifiers)
+            if batch is not phase.batch:
+                queries = query[phase.first_token :]
+                step.observer.selected(phase.name, layer, queries, pages, phase.batch, batch, owner.anchor)
+        step.observer.attended(layer, self, query, key, value, out)
+        return output
+
+    def _profile(self, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Answer vLLM's profiling run, which has no cache yet, with zeros, and allocate what a step allocates: vLLM leaves the
+        peak of this run free when it sizes the cache."""
+        scratch = prefill_scratch_bytes(query.device, self.layout, self.group, self.smooth_q)
+        torch.empty(scratch, dtype=torch.uint8, device=query.device)
+        return output.zero_()
+
+    def _owner(self, layer: Any) -> "SageImpl":
+        """The layer whose keys and values this one reads, as a rule itself."""
+        target = layer.kv_sharing_target_layer_name
+        return self if target is None else get_forward_context().no_compile_layers[target].impl
+
+    def _modifiers(self, owner: "SageImpl", device: torch.device) -> Modifiers:
+        needs_whole_logits = self.soft_cap or self.sinks is not None or self.rotates_pages
+        return Modifiers(
+            self.window, self.soft_cap, self.sinks, owner.anchor if needs_whole_logits else None, owner.v_anchor,
+            self.q_block(device, self.layout),
+        )  # fmt: skip
+
+    def q_block(self, device: torch.device, layout: PageLayout) -> int:
+        """The `Modifiers.q_block` of this layer with pages of `layout`: 0 without the option smooth_q."""
+        return smoothing_block(device, layout, self.group) if self.smooth_q else 0
+
+    def _select_pages(
+        self, memory: Memory | None, query: torch.Tensor, pages: torch.Tensor, phase: Phase, max_seq_len: int
+    ) -> PagedBatch:
+        """What to attend to: the phase's batch, or the pages of it that memory selects."""
+        if memory is None or memory.reads_all(self.layout.tokens, max_seq_len):
+            return phase.batch
+        query_block = 0 if phase.name == DECODE else memory.query_block
+        shift_table = self._shift_table(query.device)
+        return select_pages(query, pages, self.layout, phase.batch, memory, query_block, shift_table)
+
+    def memory_of(self, layer: Any) -> Memory | None:
+        """The memory policy of this layer; None if it is one of dense_layers, by the index in its name."""
+        if self.memory is None:
+            return None
+        dense = self.memory.dense_layers  # asked first: parsing names in every step would take time
+        return None if dense and extract_layer_index(layer.layer_name) in dense else self.memory.policy
+
+    def _shift_table(self, device: torch.device) -> torch.Tensor | None:
+        if not self.rotates_pages:
+            return None
+        return positions.rope_shift_table(self.frequencies, self.max_pages, self.layout.tokens, device)

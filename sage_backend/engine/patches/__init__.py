@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every place where this plugin changes vLLM, one file each.
+
+| patch           | changes                                                         | applied                      |
+| --------------- | --------------------------------------------------------------- | ---------------------------- |
+| config_check    | EngineArgs.create_engine_config                                 | at start                     |
+| warm_up         | compile_or_warm_up_model, execute_dummy_batch of workers        | at start                     |
+| kv_cache_spec   | get_kv_cache_spec of workers                                    | at start                     |
+| load_model      | load_model of workers                                           | at start                     |
+| scheduler       | Scheduler.__init__, a scheduler's prefix lookup and chunk split | at start                     |
+| input_processor | InputProcessor.__init__                                         | at start                     |
+| block_hash      | generate_block_hash_extra_keys                                  | with variator, by scheduler  |
+| model_runner    | execute_model and prepare_inputs of a model runner              | with variator, by load_model |
+| pages_gauge     | PrometheusStatLogger.__init__ and record                        | by config_check and plugin   |
+| zero_block_ids  | CPUModelRunner._zero_block_ids                                  | by SageCpuPlatform           |
+
+A `copyreg` reducer for the enum `AttentionBackendEnum` is in `sage_backend.plugin`, through which other processes restore its
+members. No patch changes engines that do not choose this backend. Each file says what it changes, why, for which releases of
+vLLM, and what would make it unnecessary.
+
+These modules import vLLM when they are applied, not when they are imported: vLLM may be in the middle of its own imports.
+"""
+
+from collections.abc import Callable
+
+from sage_backend.engine.patches import config_check, input_processor, kv_cache_spec, load_model, scheduler, warm_up
+
+AT_START: tuple[Callable[[], None], ...] = (
+    config_check.apply,
+    warm_up.apply,
+    kv_cache_spec.apply,
+    load_model.apply,
+    scheduler.apply,
+    input_processor.apply,
+)
+"""In this order, in every process that loads vLLM's plugins."""
+
+
+def apply_all() -> None:
+    """Apply the patches that every process needs; a second call changes nothing.
+
+    Raises `target.PatchError`, in one line, where the installed vLLM lacks what a patch replaces.
+    """
+    for apply in AT_START:
+        apply()

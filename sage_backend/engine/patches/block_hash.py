@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adds the ratio and the number of tokens in groups to the hash of a KV block that has groups.
+
+What: wraps `generate_block_hash_extra_keys`, in the module that defines it and in the one that imports it by name.
+Why: keys and values that were computed under one ratio must not be found under another by the prefix cache.
+Releases: 0.32.0.
+Remove when: a request can bring extra keys per block, as it can a `cache_salt` for all of them.
+"""
+
+import functools
+from typing import Any
+
+from sage_backend.engine.patches.target import find, replace
+from sage_backend.variator.admission import PLAN_KEY
+from sage_backend.variator.groups import PLAIN, CompressionPlan
+
+_FUNCTION = "generate_block_hash_extra_keys"
+
+
+@functools.cache
+def apply() -> None:
+    replace(__name__, find(__name__, "vllm.v1.core.kv_cache_utils"), _FUNCTION, _with_ratio)
+    replace(__name__, find(__name__, "vllm.v1.core.block_pool"), _FUNCTION, _with_ratio)
+
+
+def _with_ratio(generate: Any) -> Any:
+    def extra_keys(request: Any, first: int, end: int, start_mm_idx: int) -> Any:
+        keys, next_mm_idx = generate(request, first, end, start_mm_idx)
+        plan: CompressionPlan = getattr(request, PLAN_KEY, PLAIN)
+        if plan.limit > first:
+            keys = (*(keys or ()), (PLAN_KEY, f"{plan.ratio}:{min(plan.limit, end) - first}"))
+        return keys, next_mm_idx
+
+    return extra_keys

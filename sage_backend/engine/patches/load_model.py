@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepares a model once its weights are there: RoPE frequencies, and compression plugins on FFNs.
+
+What: adds `load_model` to `WorkerWrapperBase`, in front of the worker's own.
+Why: layers that read pages at other positions need the frequencies of the model's RoPE, and the option `variator` replaces
+    FFNs. Both need a loaded model, and have to be done before anything is compiled or captured.
+Releases: 0.32.0.
+Remove when: vLLM calls plugins or the attention backend with a model that has been loaded.
+"""
+
+import functools
+from typing import Any
+
+from sage_backend.engine import checks
+from sage_backend.engine.patches import model_runner
+from sage_backend.engine.patches.target import replace_in_worker
+from sage_backend.features import positions
+from sage_backend.features.layers import own_impls
+
+
+@functools.cache
+def apply() -> None:
+    replace_in_worker(__name__, "load_model", _prepared)
+
+
+def _prepared(load: Any) -> Any:
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        load(self, *args, **kwargs)
+        config = self.vllm_config
+        if any(impl.rotates_pages for impl in own_impls(config).values()):
+            positions.find_frequencies(self.worker.get_model(), config)
+        if found := checks.compression(config):
+            # Importing it registers a custom op and takes vLLM's compiler, which only engines with this option need.
+            from sage_backend.variator import layers
+
+            model_runner.apply(self.worker.model_runner, layers.attach(self.worker, config, *found))
+
+    return load_model

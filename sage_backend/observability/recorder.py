@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-step attention metrics: the recorder that counts an engine's steps. docs/metrics.md is the user's side."""
+
+import itertools
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sage_backend import __version__ as version
+from sage_backend.features import calibration_file
+from sage_backend.observability.canary import Canary, Check
+from sage_backend.observability.coverage import Coverage
+from sage_backend.observability.definitions import (
+    BUILD,
+    BYTES,
+    CANARY_ERROR,
+    COMPRESSED,
+    COMPRESSION,
+    CONTEXT,
+    COVERED,
+    FALLBACK_STEPS,
+    METRICS,
+    OPERATIONS,
+    PHASES,
+    READ,
+    RECALLED,
+    REQUESTS,
+    SAMPLE_EVERY,
+    SAMPLES,
+    SAVED,
+    SCORED,
+    SECONDS,
+    STEPS,
+    TOKEN_BYTES,
+    TOKENS,
+)
+from sage_backend.observability.sinks import Values, open_values
+from sage_backend.observability.work import QueryBlocks, Work
+from sage_backend.options import SageOptions
+from sage_kernels import choose_kernels
+from sage_paged import Memory
+
+
+@dataclass
+class Sample:
+    """A step in which one layer's attention is timed, in `phases`. query_lens, seq_lens: int64 [requests], query tokens and all
+    tokens."""
+
+    recorder: "Recorder"
+    layer: str
+    phases: Sequence[str]
+    num_decodes: int
+    query_lens: np.ndarray
+    seq_lens: np.ndarray
+
+    @contextmanager
+    def timed(self, phase: str, impl: Any, memory: Memory | None, device: torch.device) -> Iterator[None]:
+        """Time the block, which attends for `phase` in the layer of `impl` (SageImpl), with its memory."""
+        if phase not in self.phases:
+            yield
+            return
+        (query_lens, seq_lens), blocks = self._lengths(phase), None
+        if memory is not None:
+            query_block = 0 if phase == "decode" else memory.query_block
+            blocks = QueryBlocks.of(memory, impl.layout.tokens, query_lens, seq_lens, query_block)
+        work = Work.of(impl, query_lens, seq_lens, blocks)
+        if device.type == "cpu":
+            began = time.perf_counter()
+            yield
+            self.recorder.add_sample(phase, work, time.perf_counter() - began)
+        else:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self.recorder.pending.append((phase, work, begin, end))
+
+    def cover(self, phase: str, layer: Any, *args: Any) -> None:
+        """Measure the fraction of exact attention on the pages that memory read for `phase` in `layer` (vLLM's Attention), if
+        this is the sampled layer. args: the last ones of `Coverage.measure`."""
+        if phase in self.phases and layer.layer_name == self.layer and self.recorder.coverage is not None:
+            self.recorder.coverage.measure(phase, layer.impl, *self._lengths(phase), *args)
+
+    def _lengths(self, phase: str) -> tuple[np.ndarray, np.ndarray]:
+        """query_lens and seq_lens of the requests in `phase`."""
+        requests = slice(self.num_decodes) if phase == "decode" else slice(self.num_decodes, None)
+        return self.query_lens[requests], self.seq_lens[requests]
+
+
+_NOT_TIMED = nullcontext()
+
+
+def timed(sample: Sample | None, phase: str, layer: Any, device: torch.device) -> AbstractContextManager[None]:
+    """The context in which `layer` (vLLM's Attention) attends for `phase`; it takes the time if `sample` has this layer."""
+    if sample is None or sample.layer != layer.layer_name:
+        return _NOT_TIMED
+    return sample.timed(phase, layer.impl, layer.impl.memory_of(layer), device)
+
+
+class Recorder:
+    """Counts the steps of one engine. Every method takes microseconds, and none waits for the device."""
+
+    def __init__(self, values: Values, options: SageOptions | None = None) -> None:
+        """options: those of the engine, unless they are the defaults."""
+        self.canary: Canary | None = None
+        """Present with the option `canary`."""
+        self.coverage: Coverage | None = None
+        """Present if the counted layers have memory."""
+        if options is not None and options.canary is not None:
+            values.observe(CANARY_ERROR, [])
+            self.canary = Canary(options, lambda error: values.observe(CANARY_ERROR, [error]))
+        self.paused = True
+        """Whether steps are dummy ones: those of the warm-up, and those that keep idle data parallel engines in step."""
+        self.pending: list[tuple[str, Work, Any, Any]] = []
+        """Timed calls whose CUDA events may not have passed yet: phase, work, begin, end."""
+        self._values, self._calibration = values, options and options.calibration
+        self._smooth_q = options is not None and options.smooth_q
+        self._group: list[str] = []
+        self._fallback: str | None = None
+        self._memory: tuple[Memory, int] | None = None
+        """The memory of the counted layers, and the tokens of their pages."""
+        self._steps = dict.fromkeys(PHASES, 0)
+        self._group_bytes: dict[tuple[str, ...], np.ndarray] = {}
+        # A counter that appears with its first event has no rate at that event.
+        for metric in METRICS:
+            if metric.kind == "counter":
+                for labels in itertools.product(*metric.labels.values()):
+                    values.add(metric, 0, *labels)
+
+    def add_layers(
+        self,
+        names: list[str],
+        owners: int,
+        layout: Any,
+        kv_heads: int,
+        heads: int,
+        device: torch.device,
+        memory: Memory | None = None,
+    ) -> None:
+        """Add a group of layers that share metadata. owners: the number of them with pages of their own; layout: PageLayout;
+        kv_heads, heads: of one layer in this worker; memory: that of the layers, if they have one."""
+        if not self._group or self._group == names:
+            # Steps are counted where the first group's metadata are built. A draft model's groups come later.
+            self._group = names
+            self._memory = None if memory is None else (memory, layout.tokens)
+            if memory is not None:
+                self.coverage = Coverage(memory, layout.tokens, device, self._add_covered)
+                for phase in PHASES:
+                    self._values.observe(COVERED, [], phase)
+            self._record_build_info(layout, heads // kv_heads, device)
+        # By name, for vLLM may make a group's metadata builder more than once.
+        self._group_bytes[tuple(names)] = np.array([layout.bytes_per_token, 2 * 2 * layout.head_dim]) * (kv_heads * owners)
+        token_bytes, bf16_bytes = np.sum(list(self._group_bytes.values()), axis=0).tolist()
+        self._values.set(TOKEN_BYTES, token_bytes)
+        self._values.set(COMPRESSION, bf16_bytes / token_bytes)
+
+    def _record_build_info(self, layout: Any, group: int, device: torch.device) -> None:
+        # Not at the top: the exporter's processes and tests use this module without starting vLLM.
+        from vllm import __version__ as vllm_version
+
+        kernels, architecture = "torch", platform.machine()
+        if device.type == "cuda":
+            choice = choose_kernels(device, layout, group, self._smooth_q)
+            self._fallback = choice.fallback_reason
+            kernels = "gluon+triton" if "hopper" in (choice.prefill, choice.decode) else "triton"
+            architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        chosen = calibration_file.k_bits(self._calibration).values() if self._calibration else ()
+        bits = "_".join(f"int{bits}" for bits in sorted({layout.k_bits, *chosen}))
+        page_format = f"k_{bits}_v_e4m3_page{layout.tokens}"
+        self._values.set(BUILD, 1, version, vllm_version, page_format, kernels, architecture)
+
+    def step(self, names: list[str], common: Any, num_decodes: int) -> Sample | None:
+        """Count a step. common: the CommonAttentionMetadata of the layers `names`. Returns the calls to time, if any."""
+        if self.paused or names != self._group:
+            return None
+        self._collect()
+        starts = common.query_start_loc_cpu.numpy()
+        decode = int(starts[num_decodes])
+        prefill = int(starts[-1]) - decode  # unlike num_actual_tokens, without padding
+        sampled = []
+        for phase, tokens in zip(PHASES, (prefill, decode), strict=True):
+            if tokens:
+                self._values.add(TOKENS, tokens, phase)
+                self._values.add(STEPS, 1, phase)
+                self._steps[phase] += 1
+                if self._steps[phase] % SAMPLE_EVERY[phase] == 0:
+                    sampled.append(phase)
+        if prefill and self._fallback:
+            self._values.add(FALLBACK_STEPS, 1, self._fallback)
+        if common.seq_lens_cpu_upper_bound is None or not (self._memory or sampled):
+            return None
+        query_lens = np.diff(starts).astype(np.int64)
+        seq_lens = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
+        if self._memory:
+            memory, page_tokens = self._memory
+            for phase, requests in (("prefill", slice(num_decodes, None)), ("decode", slice(num_decodes))):
+                query_block = memory.query_block if phase == "prefill" else 0
+                blocks = QueryBlocks.of(memory, page_tokens, query_lens[requests], seq_lens[requests], query_block)
+                counted = {CONTEXT: blocks.end, READ: blocks.read, SCORED: blocks.scored, RECALLED: blocks.recalled}
+                for metric, numbers in counted.items():
+                    self._values.add(metric, int(numbers.sum()), phase)
+        if not sampled or self.pending:
+            return None
+        return Sample(self, names[-1], sampled, num_decodes, query_lens, seq_lens)
+
+    def check(self, names: list[str], common: Any, num_decodes: int) -> Check | None:
+        """The check of a step against exact attention, if one is due. Arguments as for `step`."""
+        if self.canary is None or self.paused:
+            return None
+        return self.canary.plan(names, common, num_decodes)
+
+    def add_request(self, ratio: int) -> None:
+        """Count a request that has been given a ratio."""
+        if not self.paused:
+            self._values.add(REQUESTS, 1, str(ratio))
+
+    def add_compressed(self, ratio: int, tokens: int, saved_operations: int) -> None:
+        """Count tokens of a step that FFNs computed in groups of `ratio`."""
+        if not self.paused:
+            self._values.add(COMPRESSED, tokens, str(ratio))
+            self._values.add(SAVED, saved_operations)
+
+    def _collect(self) -> None:
+        """Add the pending samples whose events have passed."""
+        while self.pending and self.pending[0][-1].query():
+            phase, work, begin, end = self.pending.pop(0)
+            self.add_sample(phase, work, begin.elapsed_time(end) / 1000)
+        if self.coverage is not None:
+            self.coverage.collect()
+
+    def _add_covered(self, phase: str, fraction: float) -> None:
+        self._values.observe(COVERED, [fraction], phase)
+
+    def add_sample(self, phase: str, work: Work, seconds: float) -> None:
+        """Count a timed call of one layer."""
+        self._values.add(SAMPLES, 1, phase)
+        self._values.add(SECONDS, seconds, phase)
+        self._values.add(OPERATIONS, work.operations, phase)
+        self._values.add(BYTES, work.bytes, phase)
+
+
+_current: tuple[str, Recorder | None] = ("", None)
+
+
+def recorder(config: Any) -> Recorder | None:
+    """The recorder of the engine that this worker runs, or None if it exports nothing. config: the worker's VllmConfig."""
+    global _current
+    if _current[0] != config.instance_id:
+        values = open_values(config)
+        options = SageOptions.parse(config.additional_config)
+        _current = config.instance_id, Recorder(values, options) if values else None
+    return _current[1]
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Do not count the steps inside, which are dummy ones. Counting begins when the first such block ends."""
+    if _current[1] is not None:
+        _current[1].paused = True
+    yield
+    if _current[1] is not None:
+        _current[1].paused = False

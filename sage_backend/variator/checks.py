@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the option `variator` of an engine's configuration."""
+
+from typing import Any
+
+from sage_backend.options import VariatorOptions
+from sage_backend.variator import files
+from sage_backend.variator.groups import CHUNK
+
+FFN_OP = "sage::ffn"
+"""The custom op of FFNs with plugins (`sage_backend.variator.layers`)."""
+
+
+def check_compression(config: Any, options: VariatorOptions) -> None:
+    """Check the option `variator` of an engine's configuration (VllmConfig), and have torch.compile leave the FFNs alone.
+
+    Raises ValueError with one line for plugins that are not this model's, or a setting they do not work with.
+    """
+    options.choices(files.check(options.plugins, config.model_config))
+    parallel, scheduler, compilation = config.parallel_config, config.scheduler_config, config.compilation_config
+    chunk = min(scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold or CHUNK)
+    rows = [
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported; use --tensor-parallel-size"),
+        (parallel.use_ubatching, "batches that overlap are not supported; leave --enable-dbo and --ubatch-size out"),
+        (config.lora_config is not None, "LoRA is not supported; leave --enable-lora out"),
+        (
+            config.kv_transfer_config is not None,
+            "blocks that leave the engine do not carry their ratio; leave --kv-transfer-config and --kv-offloading-size out",
+        ),
+        (
+            chunk < CHUNK,
+            f"chunks of {chunk} tokens have no room for groups; --max-num-batched-tokens and --long-prefill-token-threshold "
+            f"can be {CHUNK} or more",
+        ),
+    ]
+    if reasons := [reason for applies, reason in rows if applies]:
+        raise ValueError(f"the option variator cannot be used: {'; '.join(reasons)}")
+    if compilation.splitting_ops and FFN_OP not in compilation.splitting_ops:
+        compilation.splitting_ops.append(FFN_OP)
+    activation = "silu_and_mul"
+    if not {f"+{activation}", f"-{activation}"} & set(compilation.custom_ops):
+        # Inside the op nothing is compiled, so the activation takes vLLM's own kernel.
+        compilation.custom_ops.append(f"+{activation}")

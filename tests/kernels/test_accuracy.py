@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference against exact attention: what quantization costs, and what smoothing gains."""
+
+from typing import Any
+
+import pytest
+import torch
+from paged_batch import make_batch, relative_error
+
+from sage_kernels import Modifiers, reference
+from sage_paged import PageLayout
+
+VARIANTS = [{}, {"soft_cap": 10.0}, {"window": 50}, {"sinks": torch.linspace(-3, 6, 8)}]
+
+
+@pytest.mark.parametrize(("k_bits", "smooth", "bound"), [(8, False, 0.05), (8, True, 0.045), (4, False, 0.2), (4, True, 0.11)])
+@pytest.mark.parametrize("soft_cap", [0.0, 10.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("window", [0, 50])
+def test_biased_keys(k_bits: int, smooth: bool, bound: float, soft_cap: float, with_sinks: bool, window: int) -> None:
+    """Keys with strong channel bias."""
+    layout = PageLayout(128, k_bits)
+    batch = make_batch(layout, [(384, 384)], heads=8, kv_heads=2, channel_bias=8.0, smooth=smooth)
+    sinks = torch.linspace(-3, 6, 8) if with_sinks else None
+    modifiers = Modifiers(window, soft_cap, sinks, k_anchor=batch.k_anchor)
+    actual = reference.attention(*batch.attention_args(), modifiers)
+    exact = reference.exact_attention(batch.query, batch.key[:-1], batch.value[:-1], batch.scale, modifiers)  # no padding
+    assert relative_error(actual, exact) < bound
+
+
+@pytest.mark.parametrize(("k_bits", "gain"), [(8, 0.15), (4, 0.05)])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_biased_values(k_bits: int, gain: float, variant: dict[str, Any]) -> None:
+    """Values with strong channel bias: V smoothing removes more than this share of the error."""
+    errors = []
+    for smooth_v in (False, True):
+        shape = {"requests": [(384, 384)], "heads": 8, "kv_heads": 2, "value_bias": 8.0, "smooth": True, "smooth_v": smooth_v}
+        batch = make_batch(PageLayout(128, k_bits), **shape)
+        modifiers = Modifiers(**variant, k_anchor=batch.k_anchor, v_anchor=batch.v_anchor)
+        actual = reference.attention(*batch.attention_args(), modifiers)
+        exact = reference.exact_attention(batch.query, batch.key[:-1], batch.value[:-1], batch.scale, modifiers)
+        errors.append(relative_error(actual, exact))
+    assert errors[1] < (1 - gain) * errors[0]
+
+
+@pytest.mark.parametrize(("k_bits", "gain"), [(8, 0.07), (4, 0.006)])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_biased_queries(k_bits: int, gain: float, variant: dict[str, Any]) -> None:
+    """Queries with strong channel bias: Q smoothing removes more than this share of the error."""
+    shape = {"requests": [(384, 384)], "heads": 8, "kv_heads": 2, "query_bias": 8.0, "smooth": True}
+    batch = make_batch(PageLayout(128, k_bits), **shape)
+    plain, smoothed = (
+        Modifiers(**variant, k_anchor=batch.k_anchor, q_block=q_block) for q_block in (0, reference.tile_tokens(4))
+    )
+    exact = reference.exact_attention(batch.query, batch.key[:-1], batch.value[:-1], batch.scale, plain)
+    errors = [relative_error(reference.attention(*batch.attention_args(), each), exact) for each in (plain, smoothed)]
+    assert errors[1] < (1 - gain) * errors[0]

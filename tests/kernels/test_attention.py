@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill and decode alike: accuracy on long rows, independence of the schedule, extreme logits, padding."""
+
+import pytest
+import torch
+from kernel_cases import DECODE_ERROR, KERNEL_ERROR, ON_GPU, SCHEDULE_ERROR, build
+from paged_batch import make_batch, poisoned, relative_error
+
+from sage_kernels import Modifiers, PagedBatch, reference
+from sage_paged import K_BITS, PageLayout
+
+
+@pytest.mark.parametrize("k_bits", K_BITS)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_long_rows(kernels, head_dim: int, k_bits: int) -> None:
+    layout = PageLayout(head_dim, k_bits)
+    shape = {"layout": layout, "requests": [(500, 8), (700, 8)], "heads": 8, "kv_heads": 2}
+    shape |= {"smooth": True, "value_bias": 4.0, "smooth_v": True}
+    batch, modifiers, expected = build(shape, {"sinks": True}, kernels.device)
+    for run, options in ((kernels.prefill, {}), (kernels.decode, {"programs": 7})):
+        out = poisoned(batch.query)
+        run(*batch.attention_args(), out, modifiers, **options)
+        assert relative_error(out, expected) < 1e-3
+
+
+def test_result_does_not_depend_on_the_schedule(kernels) -> None:
+    """A query's output is the same in a whole prompt and in a chunk, and as a decode by any number of programs."""
+    layout = PageLayout(128)
+    whole = make_batch(layout, [(500, 500)], heads=8, kv_heads=2, device=kernels.device, smooth_v=True)
+    modifiers = Modifiers(sinks=torch.linspace(-3, 6, 8, device=kernels.device), v_anchor=whole.v_anchor)
+    prompt = poisoned(whole.query)
+    kernels.prefill(*whole.attention_args(), prompt, modifiers)
+    for n in (1, 3, 77):
+        starts = torch.tensor([0, n], dtype=torch.int32, device=kernels.device)
+        requests = PagedBatch(whole.requests.block_table, whole.requests.seq_lens, starts, max_query_len=n)
+        tail = whole.query[-n:], whole.pages, layout, requests, whole.scale
+        chunk = poisoned(whole.query[-n:])
+        kernels.prefill(*tail, chunk, modifiers)
+        assert relative_error(chunk, prompt[-n:]) < SCHEDULE_ERROR
+        decoded = []
+        for programs in (1, 3, 8) if n <= 8 else ():
+            decoded.append(poisoned(whole.query[-n:]))
+            kernels.decode(*tail, decoded[-1], modifiers, programs=programs)
+            assert relative_error(decoded[-1], decoded[0]) < SCHEDULE_ERROR
+            assert relative_error(decoded[-1], prompt[-n:]) < DECODE_ERROR
+
+
+@pytest.mark.parametrize("steps", [(0.0, 90.0, -60.0, 180.0), (200.0, 0.0, -200.0, 199.0), (-300.0, -250.0, -350.0, -300.0)])
+@pytest.mark.parametrize("k_bits", K_BITS)
+def test_pages_whose_logits_lie_far_apart(kernels, k_bits: int, steps: tuple[float, ...]) -> None:
+    """From page to page, the largest logit rises and falls by more than a float32 has exponents for."""
+    batch = make_batch(PageLayout(128, k_bits), [(500, 8)], heads=8, kv_heads=2)
+    batch.key[:, :, 0] = torch.tensor(steps).repeat_interleave(128)[: len(batch.key), None]
+    batch.query[:, :, 0] = 128**0.5
+    reference.store(batch.key, batch.value, batch.pages, batch.slots, batch.layout)
+    expected = reference.attention(*batch.attention_args())
+    batch = batch.to(kernels.device)
+    for run, options in ((kernels.prefill, {}), (kernels.decode, {"programs": 3})):
+        out = poisoned(batch.query)
+        run(*batch.attention_args(), out, **options)
+        assert relative_error(out, expected) < KERNEL_ERROR
+
+
+def test_many_pages(kernels) -> None:
+    """Sums are carried from one page's softmax reference to the next, over and over."""
+    shape = {"layout": PageLayout(64, 8, 64), "requests": [(12000 if ON_GPU else 4000, 1)], "heads": 4, "kv_heads": 1}
+    batch, modifiers, expected = build(shape, {}, kernels.device)
+    for run, options in ((kernels.prefill, {}), (kernels.decode, {"programs": 1}), (kernels.decode, {"programs": 5})):
+        out = poisoned(batch.query)
+        run(*batch.attention_args(), out, modifiers, **options)
+        assert relative_error(out, expected) < max(1e-3, DECODE_ERROR)
+
+
+def test_requests_without_queries_and_padding_are_left_alone(kernels) -> None:
+    """A captured graph runs with padding requests: no query tokens, no length, and rows of no request."""
+    batch = make_batch(PageLayout(64), [(90, 1), (70, 1)], heads=4, kv_heads=2, device=kernels.device)
+    expected = poisoned(batch.query)
+    kernels.decode(*batch.attention_args(), expected)
+    query, requests = torch.cat([batch.query, batch.query]), batch.requests
+    padded = PagedBatch(
+        torch.cat([requests.block_table, requests.block_table]),
+        torch.cat([requests.seq_lens, torch.zeros_like(requests.seq_lens)]),
+        torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32, device=kernels.device),
+    )
+    for run in (kernels.decode, kernels.prefill):
+        out = poisoned(query)
+        run(query, batch.pages, batch.layout, padded, batch.scale, out)
+        assert torch.equal(out[:2], expected) or relative_error(out[:2], expected) < DECODE_ERROR
+        assert out[2:].isnan().all()

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prefill kernels against the reference: portable, and for sm_90."""
+
+from dataclasses import replace
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from kernel_cases import KERNEL_ERROR, ON_GPU, batches, build, many, smoothing_tokens
+from paged_batch import make_batch, poisoned, relative_error
+
+from sage_kernels import Modifiers, PagedBatch, cpu, reference
+from sage_paged import PageLayout
+
+
+@many
+@hypothesis.given(batches(), st.booleans())
+def test_prefill(kernels, case, smooth_q: bool) -> None:
+    batch, modifiers, expected = build(
+        *case, kernels.device, q_block=smoothing_tokens(case[0], kernels.device) if smooth_q else 0
+    )
+    out = poisoned(batch.query)
+    kernels.prefill(*batch.attention_args(), out, modifiers)
+    assert relative_error(out, expected) < KERNEL_ERROR
+
+
+@pytest.mark.parametrize("variant", [{}, {"soft_cap": 15.0}], ids=str)
+@pytest.mark.parametrize(("head_dim", "k_bits", "group"), [(80, 8, 4), (64, 4, 4), (64, 8, 7), (128, 4, 7)])
+def test_smoothed_queries(kernels, head_dim: int, k_bits: int, group: int, variant: dict[str, float]) -> None:
+    """A prompt, a chunk, and a single token behind a history; the last tile of each is only partly filled. Without
+    smoothing, or with means of other blocks, attention is further away."""
+    shape = {"layout": PageLayout(head_dim, k_bits), "requests": [(90, 90), (300, 37), (200, 1)], "query_bias": 8.0}
+    shape |= {"heads": 2 * group, "kv_heads": 2, "smooth": True, "smooth_v": True}
+    q_block, outputs = smoothing_tokens(shape, kernels.device), []
+    for block in (q_block, 0, 5):
+        torch.manual_seed(0)  # for sinks
+        batch, modifiers, expected = build(shape, {**variant, "sinks": True}, kernels.device, block)
+        outputs.append(expected)
+    out = poisoned(batch.query)
+    kernels.prefill(*batch.attention_args(), out, replace(modifiers, q_block=q_block))
+    errors = [relative_error(out, expected) for expected in outputs]
+    assert errors[0] < 2e-3
+    assert min(errors[1:]) > 2 * errors[0]
+
+
+def test_other_smoothing_blocks_are_refused(kernels) -> None:
+    """A kernel takes means of its own tiles only."""
+    from sage_kernels.portable.prefill import prefill
+
+    shape = {"layout": PageLayout(64), "requests": [(90, 90)], "heads": 8, "kv_heads": 2}
+    batch = make_batch(**shape, device=kernels.device)
+    with pytest.raises(ValueError, match="q_block is 5; on this device it must be 16 tokens, or 0"):
+        prefill(*batch.attention_args(), poisoned(batch.query), Modifiers(q_block=5))
+
+
+@pytest.mark.parametrize(("fp8", "head_dim", "rows"), [("half", 256, 32), ("half", 128, 64), ("native", 256, 64)])
+def test_tiles_of_smoothed_queries_in_99_kib(fp8: str, head_dim: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sage_kernels.portable import prefill
+
+    monkeypatch.setattr(prefill, "fp8_path", lambda _: fp8)
+    tile = prefill.tile.__wrapped__
+    for group in (1, 4, 7, 32):
+        assert tile(torch.device("cpu"), PageLayout(head_dim), group, True)[0] == rows
+        assert tile(torch.device("cpu"), PageLayout(head_dim), group)[0] == 64 == reference.tile_rows(group)
+    assert tile(torch.device("cpu"), PageLayout(head_dim), 64, True)[0] == 64
+
+
+@pytest.mark.skipif(ON_GPU, reason="widens pages that are not on the GPU")
+@pytest.mark.parametrize(("scratch", "parts"), [(1, 9), (200_000, 6), (1 << 30, 1)])
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("window", [0, 70])
+def test_int4_prompts_in_parts(scratch: int, parts: int, per_head: bool, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts that the kernel for sm_90 is given make up the whole. The CPU path, which reads as few pages, replaces the
+    kernel."""
+    from sage_kernels.hopper import prefill
+    from sage_kernels.hopper.copy import PageDescriptors
+
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]):
+            return self.launch
+
+        def launch(self, query, out, k, v, pages, table, lengths, starts, *rest: Any, **constants: Any) -> None:
+            sinks, k_anchor, v_anchor, _, scale, soft_cap, *_ = rest
+            layout = PageLayout(constants["HEAD_DIM"], 8, constants["PAGE"])
+            modifiers = Modifiers(constants["WINDOW"], soft_cap, sinks, k_anchor, v_anchor)
+            cpu.attention(query, pages, layout, PagedBatch(table, lengths, starts), scale, out, modifiers)
+            launched.append(lengths)
+
+    monkeypatch.setattr(prefill, "_prefill_kernel", Kernel())
+    monkeypatch.setattr(prefill, "descriptors", lambda pages, layout: PageDescriptors(None, None, None, pages))
+    monkeypatch.setattr(prefill, "SCRATCH", scratch)
+    shape = {"requests": [(300, 8), (70, 70), (200, 1)], "heads": 12, "kv_heads": 3, "smooth": True, "smooth_v": True}
+    batch = make_batch(PageLayout(128, 4, 64), **shape)
+    requests = replace(batch.requests, max_seq_len=300)
+    if per_head:
+        requests = replace(requests, block_table=requests.block_table[:, None].repeat(1, 3, 1))
+    batch.requests = requests
+    modifiers = Modifiers(window, 15.0, torch.randn(12), batch.k_anchor, batch.v_anchor)
+    out = poisoned(batch.query)
+    prefill.prefill(*batch.attention_args(), out, modifiers)
+    assert len(launched) == parts
+    assert relative_error(out, reference.attention(*batch.attention_args(), modifiers)) < 1e-3
+
+
+def test_pages_that_tma_cannot_address_are_refused() -> None:
+    from sage_kernels.hopper.copy import descriptors
+
+    layout = PageLayout(128)
+    cache = torch.zeros(3 * (2 * layout.page_bytes + layout.tokens), dtype=torch.uint8)
+    pages = cache.as_strided((3, 2, layout.page_bytes), (2 * layout.page_bytes + layout.tokens, layout.page_bytes, 1))
+    with pytest.raises(ValueError, match=r"pages are 67712 and 33792 bytes apart.*must be multiples of 512"):
+        descriptors(pages, layout)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="only the kernel for sm_90 widens pages")
+def test_scratch_memory_for_one_context(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages are widened for one KV head of one request at a time."""
+    from sage_kernels.hopper import prefill
+
+    monkeypatch.setattr(prefill, "SCRATCH", 1)
+    requests = [(500, 8), (70, 70), (300, 1)]
+    shape = {"layout": PageLayout(128, 4), "requests": requests, "heads": 8, "kv_heads": 2, "smooth": True}
+    batch, modifiers, expected = build(shape, {"soft_cap": 15.0, "sinks": True}, kernels.device)
+    out = poisoned(batch.query)
+    kernels.prefill(*batch.attention_args(), out, modifiers)
+    assert relative_error(out, expected) < KERNEL_ERROR
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="the portable kernel has a program for each tile")
+def test_tiles_of_many_prompts(kernels) -> None:
+    """More tiles than multiprocessors: short prompts, whose KV heads go side by side, and long contexts, of which one or two
+    heads do."""
+    requests = [(700, 700)] * 6 + [(0, 0), (45_000, 300), (1, 1), (15_000, 900), (33, 33), (2000, 2000)]
+    shape = {"layout": PageLayout(128), "requests": requests, "heads": 12, "kv_heads": 3, "smooth": True}
+    batch, modifiers, expected = build(shape, {}, kernels.device)
+    for _ in range(2):  # a launch leaves the counters as they were
+        out = poisoned(batch.query)
+        kernels.prefill(*batch.attention_args(), out, modifiers)
+        assert relative_error(out, expected) < KERNEL_ERROR

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INT4 pages as INT8 pages, bit for bit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from paged_batch import make_batch
+
+from sage_kernels import reference
+from sage_paged import PAGE_TOKENS, PageLayout
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("tokens", PAGE_TOKENS)
+@pytest.mark.parametrize("per_head", [False, True])
+def test_widened_pages_hold_the_same(kernels, head_dim: int, tokens: int, per_head: bool) -> None:
+    """INT4 keys as INT8 keys: the same codes, scales and values, to the bit."""
+    from sage_kernels.portable.widen import widen
+
+    batch = make_batch(PageLayout(head_dim, 4, tokens), [(384, 5), (128, 128)], 4, 2, device=kernels.device)
+    requests = batch.requests
+    if per_head:
+        table = requests.block_table[:, None].repeat(1, 2, 1)
+        table[0, 1, : 384 // tokens] = table[0, 0, : 384 // tokens].flip(0)
+        requests = replace(requests, block_table=table)
+    wide, layout, wide_requests = widen(batch.pages, batch.layout, requests, 384)
+    assert layout == PageLayout(head_dim, 8, tokens)
+    assert wide_requests == replace(requests, block_table=wide_requests.block_table)
+    for r, length in enumerate(requests.seq_lens.tolist()):
+        used = length // tokens
+        actual = reference.load(wide.cpu(), wide_requests.block_table[r, :used].cpu(), layout)
+        expected = reference.load(batch.pages.cpu(), requests.block_table[r, ..., :used].cpu(), batch.layout)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches of vLLM: each says what it is, is applied once, and is refused by name where vLLM lacks what it replaces."""
+
+import importlib
+import pkgutil
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from engines import environment
+
+from sage_backend.engine import patches
+from sage_backend.engine.patches import config_check, model_runner, target
+from sage_backend.engine.patches import scheduler as scheduling
+from sage_backend.engine.patches.target import PatchError
+from sage_backend.options import VariatorOptions
+
+NAMES = sorted(module.name for module in pkgutil.iter_modules(patches.__path__) if module.name != "target")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_patch_says_what_it_is(name: str) -> None:
+    module = importlib.import_module(f"{patches.__name__}.{name}")
+    labels = re.findall(r"^(What|Why|Releases|Remove when): \S", module.__doc__ or "", re.MULTILINE)
+    assert labels == ["What", "Why", "Releases", "Remove when"]
+    assert callable(module.apply)
+    assert re.search(rf"^\| {name} +\|", patches.__doc__ or "", re.MULTILINE)
+
+
+def test_the_table_lists_no_other() -> None:
+    rows = re.findall(r"^\| (\w+) +\|", patches.__doc__ or "", re.MULTILINE)
+    assert sorted(rows) == sorted([*NAMES, "patch"])
+
+
+def test_patches_are_applied_once() -> None:
+    with environment():
+        from vllm.engine.arg_utils import EngineArgs
+
+        patches.apply_all()
+        patched = EngineArgs.create_engine_config
+        patches.apply_all()
+    assert EngineArgs.create_engine_config is patched
+
+
+def refused(call: Any, *arguments: Any) -> str:
+    with environment(), pytest.raises(PatchError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_missing_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the patch, what it replaces, the version of vLLM that lacks it, and what to do."""
+    with environment():
+        import vllm
+        from vllm.engine.arg_utils import EngineArgs
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    monkeypatch.delattr(EngineArgs, "create_engine_config")
+    config_check.apply.cache_clear()
+    try:
+        message = refused(patches.apply_all)
+    finally:
+        monkeypatch.undo()
+        config_check.apply.cache_clear()
+        restored = EngineArgs.create_engine_config
+        config_check.apply()
+        EngineArgs.create_engine_config = restored  # which was patched before
+    assert message == (
+        "sage-backend's patch 'config_check' replaces EngineArgs.create_engine_config, which vLLM 0.99.0 does not have; "
+        "install vLLM 0.32.0, or uninstall sage-backend"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "names", "missing"),
+    [
+        ("vllm.no_such_module", ("Anything",), "vllm.no_such_module"),
+        ("vllm.engine.arg_utils", ("NoSuchClass",), "vllm.engine.arg_utils.NoSuchClass"),
+        ("vllm.engine.arg_utils", ("EngineArgs", "no_such_method"), "EngineArgs.no_such_method"),
+    ],
+)
+def test_what_can_be_missing(module: str, names: tuple[str, ...], missing: str) -> None:
+    assert f"patch 'any' replaces {missing}, which vLLM 0.32.0" in refused(target.find, "a.package.any", module, *names)
+
+
+def test_a_worker_method_that_is_missing() -> None:
+    assert "replaces WorkerBase.no_such_method" in refused(target.replace_in_worker, "any", "no_such_method", lambda call: call)
+
+
+def test_objects_that_lack_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedulers and model runners are patched one by one."""
+    monkeypatch.setattr(scheduling.block_hash, "apply", lambda: None)
+    scheduler = SimpleNamespace(_get_local_prefix_cache_hit=lambda request: None)
+    message = refused(scheduling.attach, scheduler, VariatorOptions("file"), [2])
+    assert "patch 'scheduler' replaces SimpleNamespace.need_mamba_block_aligned_split" in message
+    assert "patch 'model_runner' replaces SimpleNamespace.execute_model" in refused(model_runner.apply, SimpleNamespace(), None)
