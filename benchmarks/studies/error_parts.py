@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Which of the quantized parts costs what: a whole model's predictions with attention quantized in some parts only.
 
-    python3 benchmarks/error_parts.py --out benchmarks/results/error-parts.json
+    python3 benchmarks/studies/error_parts.py --out benchmarks/results/error-parts.json
 
 The embedded model in float32 reads windows of held-out text, with the arithmetic of `sage_kernels.reference` in its attention
 for the parts that are named, and exact arithmetic for the others. Keys are smoothed by the mean of the first tokens of each
@@ -11,12 +12,17 @@ logit of its row, rounded up to an integer. Plain torch on a CPU; takes a minute
 """
 
 import math
+import sys
 from collections.abc import Set
 from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, where common/ is
 
 import torch
 import torch.nn.functional as F
-from key_codes import ANCHORS, HEAD_DIM, TOKENS, heads_of, load_model, study
+from common.activations import ANCHORS, HEAD_DIM, TOKENS, heads_of, load_model
+from common.study import study
 from torch import Tensor
 
 from sage_backend.demo import HELDOUT

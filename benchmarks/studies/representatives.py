@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """What should stand for a page when memory chooses pages: how well the choice by each representative agrees with attention, and
 whether pass keys are found by it, on the embedded model's own activations.
 
-    python3 benchmarks/representatives.py --out benchmarks/results/representatives.json
+    python3 benchmarks/studies/representatives.py --out benchmarks/results/representatives.json
 
 A context is read as `sage_paged.memory` says: sinks, local tokens and some of the pages in between, which past the trained
 length stand directly before the local ones. Keys are not quantized; representatives are float16. Measured are
@@ -19,13 +20,18 @@ alone and by the representative that is measured. Plain torch on a CPU; takes ab
 import functools
 import itertools
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, where common/ is
+
 import torch
-from key_codes import HEAD_DIM, load_model, study
+from common.activations import HEAD_DIM, load_model
+from common.study import study
 from torch import Tensor
 
 from sage_backend.demo import HELDOUT

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """What smoothing of K, Q and V is worth: error of attention's output with each switched on and off, for INT8 and INT4 keys, on
 the embedded model's own activations and on random ones with biases in all three.
 
-    python3 benchmarks/smoothing.py --out benchmarks/results/smoothing.json
+    python3 benchmarks/studies/smoothing.py --out benchmarks/results/smoothing.json
 
 The arithmetic is that of `sage_kernels.reference`, P in e4m3 included. Smoothing is SageAttention2's, as far as pages that are
 written once allow it:
@@ -18,9 +19,14 @@ Plain torch on a CPU; takes a minute or two.
 
 import itertools
 import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, where common/ is
 
 import torch
-from key_codes import ANCHORS, HEAD_DIM, TOKENS, Heads, attention, model_activations, random_activations, study
+from common.activations import ANCHORS, HEAD_DIM, TOKENS, Heads, attention, model_activations, random_activations
+from common.study import study
 from torch import Tensor
 
 from sage_kernels.reference import LOG2E, qk_product, quantize_k, quantize_p, quantize_v, query_terms, tile_tokens

@@ -1,83 +1,29 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """What codes for keys cost and are worth: error of attention against bytes of a key, for every combination of an anchor, a
 transformation and a code, on the embedded model's own activations and on random ones with outliers.
 
-    python3 benchmarks/key_codes.py --out benchmarks/results/key-codes.json
+    python3 benchmarks/studies/key_codes.py --out benchmarks/results/key-codes.json
 
 All codes are token-local: a token's code depends on that token and on constants of its layer. Queries are INT8 per token,
 values and probabilities exact, so that only the keys' part of the error is seen. Plain torch on a CPU; takes some minutes.
 """
 
-import argparse
-import json
 import math
-import platform
+import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, where common/ is
+
 import torch
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
+from common.activations import ANCHORS, HEAD_DIM, TOKENS, Heads, attention, model_activations, random_activations
+from common.study import study
 from torch import Tensor
 
-from sage_backend.demo import HELDOUT, MODEL_DIR
-from sage_backend.demo.llama import Attention, Llama, Shape, rotate
-from sage_kernels.reference import ANCHOR_TOKENS, quantize_k
+from sage_kernels.reference import quantize_k
 
-TOKENS, HEAD_DIM, SCALE_BYTES = 2047, 128, 4
-Heads = tuple[Tensor, Tensor, Tensor]
-"""Queries [heads, tokens, HEAD_DIM], keys and values [kv_heads, tokens, HEAD_DIM] of a layer, rotated, float32."""
-
-
-def load_model() -> tuple[Llama, Tokenizer]:
-    """The embedded model, in float32, and its tokenizer."""
-    model = Llama(Shape()).eval()
-    weights = load_file(MODEL_DIR / "model.safetensors")
-    model.load_state_dict({name.removeprefix("model."): w.float() for name, w in weights.items()}, strict=False)
-    return model, Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
-
-
-def heads_of(module: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Heads:
-    """What a layer of the model attends with, of one window. The arguments are those of `Attention.forward`."""
-    q, k, v = (
-        projection(x)[0].unflatten(-1, (-1, HEAD_DIM)).transpose(0, 1)
-        for projection in (module.q_proj, module.k_proj, module.v_proj)
-    )
-    return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-
-def model_activations() -> list[Heads]:
-    """Those of the embedded model's four layers on a window of held-out text."""
-    model, tokenizer = load_model()
-    layers: list[Heads] = []
-
-    def keep(module: Attention, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        layers.append(heads_of(module, *inputs))
-
-    for layer in model.layers:
-        layer.self_attn.register_forward_hook(keep)
-    ids = tokenizer.encode(HELDOUT.read_text(encoding="utf-8")).ids
-    model(torch.tensor(ids[:TOKENS])[None])
-    return layers
-
-
-def random_activations() -> list[Heads]:
-    """Normal data; keys with a constant of 8 in every 17th channel, and a token in 50 ten times as large."""
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(heads, TOKENS, HEAD_DIM, generator=g) for heads in (4, 2, 2))
-    k *= torch.where(torch.rand(2, TOKENS, 1, generator=g) < 0.02, 10.0, 1.0)
-    k[..., ::17] += 8
-    return [(q, k, v)]
-
-
-# --- anchors: float32 [kv_heads, 1, HEAD_DIM] -------------------------------------------------------------------------------
-
-ANCHORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda k: torch.zeros_like(k[:, :1]),
-    "first tokens": lambda k: k[:, :ANCHOR_TOKENS].mean(1, keepdim=True),
-    "whole text": lambda k: k.mean(1, keepdim=True),
-}
+SCALE_BYTES = 4
 
 # --- transformations of queries and keys that leave their products as they are ----------------------------------------------
 
@@ -170,12 +116,6 @@ CODES: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
 `INT4 of INT8, 8 groups` is what INT4 pages hold."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
-    hidden = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
-    return torch.softmax((q @ k.mT / math.sqrt(HEAD_DIM)).masked_fill(hidden, float("-inf")), -1) @ v
-
-
 def errors(layers: list[Heads]) -> list[dict[str, object]]:
     """The relative L2 error of attention's output, as mean over the layers, of every combination."""
     expected = [attention(*layer) for layer in layers]
@@ -202,34 +142,6 @@ def table(results: list[dict[str, object]]) -> str:
     for code, (size, _) in CODES.items():
         lines.append(f"{code:<27} {size:>5.0f} " + " ".join(f"{error[code, *column]:>12.4f}" for column in columns))
     return "\n".join(lines)
-
-
-def study(
-    script: str,
-    description: str,
-    heading: str,
-    parts: dict[str, Callable[[], list[dict[str, object]]]],
-    table: Callable[[list[dict[str, object]]], str],
-    **circumstances: object,
-) -> None:
-    """The command of a script here: print a table of each part's results, and write these to the file of --out."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    arguments = parser.parse_args()
-    report: dict[str, object] = {
-        "command": f"benchmarks/{script}" + (f" --out {arguments.out}" if arguments.out else ""),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        **circumstances,
-    }
-    with torch.inference_mode():
-        for name, measure in parts.items():
-            results = measure()
-            print(f"{name}: {heading}")
-            print(table(results), end="\n\n", flush=True)
-            report[name] = results
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
