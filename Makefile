@@ -6,7 +6,7 @@ export SAGE_VENV := $(VENV)
 export MODEL PORT ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint clean
+.PHONY: help setup serve test lint docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,14 +17,22 @@ setup:  ## make or update the virtual environment in .venv
 serve: setup  ## serve a model with the sage backend (MODEL=path-or-name PORT=8000 ARGS="...")
 	@deploy/serve.sh
 
-test: lint  ## lint, type-check and run every test (ARGS="-k name" narrows it)
-	@$(VENV)/bin/python -m pytest $(ARGS)
+# ruff and mypy run while the tests do, and print something only if they object.
+test:  ## lint, type-check and run every test (ARGS="-k name" narrows it)
+	@deploy/setup.sh --dev
+	@log=$$(mktemp); { $(VENV)/bin/ruff check . && $(VENV)/bin/mypy; } >$$log 2>&1 & linter=$$!; \
+	status=0; $(VENV)/bin/python -m pytest $(ARGS) || status=$$?; \
+	if ! wait $$linter; then cat $$log; echo "[sage] error: make lint failed, see above"; status=1; fi; \
+	rm -f $$log; exit $$status
 
 lint:  ## ruff and mypy only
 	@deploy/setup.sh --dev
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
 
+docs: setup  ## build the documentation into site/
+	@deploy/docs.sh
+
 clean:  ## remove .venv, caches and build leftovers
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-docs site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

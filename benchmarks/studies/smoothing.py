@@ -12,7 +12,7 @@ written once allow it:
 - Q: less the mean of a block, the tokens of a tile of the portable prefill kernel, whose products with the keys are then added.
 - V: less an anchor, like K, which is added to the output again, since the weights of a row sum up to 1.
 
-The engine smooths K, V where a calibration has an anchor for it, and Q with the option smooth_q (docs/architecture.md).
+The engine smooths K, V where a calibration has an anchor for it, and Q with the option smooth_q (docs/developer/arithmetic.md).
 
 Plain torch on a CPU; takes a minute or two.
 """

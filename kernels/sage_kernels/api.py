@@ -131,10 +131,11 @@ def store(
 ) -> None:
     """Quantize new tokens and write them into their pages.
 
-    key, value: [tokens, kv_heads, head_dim], float32, float16 or bfloat16, unit stride in head_dim. pages: uint8 [blocks,
-    kv_heads, page_bytes], written in place. slots: int64 [tokens]; token t goes to block slots[t] // layout.tokens, at slots[t]
-    % layout.tokens; negative: padding. k_anchor, v_anchor: float32 [kv_heads, head_dim], subtracted from keys and values
-    (smoothing: SageAttention, section 4.2); a k_anchor of NaN is fixed to the mean of the first tokens.
+    key, value: [tokens, kv_heads, head_dim], float32, float16 or bfloat16, unit stride in head_dim; the first slots.numel()
+    tokens count. pages: uint8 [blocks, kv_heads, page_bytes], written in place. slots: int64 [tokens]; token t goes to block
+    slots[t] // layout.tokens, at slots[t] % layout.tokens; negative: padding. k_anchor, v_anchor: float32 [kv_heads, head_dim],
+    subtracted from keys and values (smoothing: SageAttention, section 4.2); a k_anchor of NaN is fixed to the mean of the first
+    tokens.
 
     Raises ValueError for tensors whose shapes or dtypes do not fit together.
 
@@ -150,7 +151,8 @@ def store(
     for name, anchor in (("k_anchor", k_anchor), ("v_anchor", v_anchor)):
         _check_anchor(name, anchor, shape)
     if key.device.type == "cpu":
-        reference.store(key, value, pages, slots, layout, k_anchor, v_anchor)
+        tokens = slots.numel()
+        reference.store(key[:tokens], value[:tokens], pages, slots, layout, k_anchor, v_anchor)
         return
     from sage_kernels.portable.store import store as triton_store
 
@@ -173,7 +175,7 @@ def attend_prefill(
     [blocks, kv_heads, page_bytes]. scale multiplies the logits, head_dim**-0.5 as a rule. modifiers: of the layer; None for
     plain attention.
 
-    Raises ValueError for shapes or dtypes that do not fit together, and for a modifiers.q_block that is neither 0 nor
+    Raises ValueError for shapes or dtypes that do not fit together, and on a GPU for a modifiers.q_block that is neither 0 nor
     `smoothing_block`. The module's docstring has an example.
     """
     modifiers = modifiers or Modifiers()
@@ -284,7 +286,8 @@ def select_pages(
     several query tokens. shift_table: `reference.rope_shift_table`, needed where memory.trained_tokens is not 0.
 
     Returns a batch to attend with in place of the given one: query blocks stand in the place of requests, and each KV head has
-    its own page list. Raises ValueError for a layout without summaries.
+    its own page list. Raises ValueError for a layout without summaries, for shapes that do not fit together, and without the
+    shift_table that memory needs.
 
         >>> import torch
         >>> from sage_kernels import Memory, PagedBatch, PageLayout, select_pages, store, store_summaries
@@ -298,8 +301,10 @@ def select_pages(
         >>> chosen.seq_lens.tolist()                                  # 1 sink + 2 recalled pages + 168 local tokens
         [360]
     """
-    _check_pages(pages, layout)
+    _check_batch(query, pages, layout, batch)
     _check_summary(layout)
+    if memory.trained_tokens and shift_table is None:
+        raise ValueError(f"memory.trained_tokens is {memory.trained_tokens}, which needs a shift_table (rope_shift_table)")
     if query.device.type == "cpu":
         return reference.select_pages(query, pages, layout, batch, memory, query_block, shift_table)
     from sage_kernels.portable import recall
@@ -332,17 +337,13 @@ def _check_anchor(name: str, anchor: torch.Tensor | None, shape: tuple[int, int]
         raise ValueError(f"{name} is {anchor.dtype} {list(anchor.shape)}; it must be float32 {list(shape)}")
 
 
-def _check_attention(
-    query: torch.Tensor, pages: torch.Tensor, layout: PageLayout, batch: PagedBatch, out: torch.Tensor, modifiers: Modifiers
-) -> int:
-    """Returns the number of query heads per KV head."""
+def _check_batch(query: torch.Tensor, pages: torch.Tensor, layout: PageLayout, batch: PagedBatch) -> int:
+    """Returns the number of KV heads."""
     kv_heads, shape = _check_pages(pages, layout), query.shape
     if len(shape) != 3 or shape[2] != layout.head_dim or shape[1] % kv_heads:
         raise ValueError(
             f"query is {list(shape)}; these pages take [tokens, heads, {layout.head_dim}], heads a multiple of {kv_heads}"
         )
-    if out.shape != shape:
-        raise ValueError(f"out is {list(out.shape)}; it must have the shape of query, {list(shape)}")
     table, requests, starts = batch.block_table.shape, batch.seq_lens.numel(), batch.query_start_loc.numel()
     if starts != requests + 1 or table[0] != requests:
         raise ValueError(
@@ -351,6 +352,16 @@ def _check_attention(
         )
     if len(table) == 3 and table[1] != kv_heads:
         raise ValueError(f"block_table is {list(table)}; dimension 1 must be the {kv_heads} KV heads")
+    return kv_heads
+
+
+def _check_attention(
+    query: torch.Tensor, pages: torch.Tensor, layout: PageLayout, batch: PagedBatch, out: torch.Tensor, modifiers: Modifiers
+) -> int:
+    """Returns the number of query heads per KV head."""
+    kv_heads, shape = _check_batch(query, pages, layout, batch), query.shape
+    if out.shape != shape:
+        raise ValueError(f"out is {list(out.shape)}; it must have the shape of query, {list(shape)}")
     if modifiers.sinks is not None and modifiers.sinks.numel() != shape[1]:
         raise ValueError(f"sinks has {modifiers.sinks.numel()} entries; it must have one per query head, {shape[1]}")
     if modifiers.k_anchor is not None:

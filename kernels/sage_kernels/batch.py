@@ -87,9 +87,9 @@ class Modifiers:
     sinks: float [heads], logits of an extra key without a value (attention sinks); None for none.
     k_anchor: float32 [kv_heads, head_dim], what was subtracted from the stored keys. Softmax is the same with and without, so
         that it matters only where logits are needed whole: with soft_cap, sinks, or a RopeShift.
-    v_anchor: float32 [kv_heads, head_dim], what was subtracted from the stored values. q_block: query smoothing
-    (SageAttention2, section 3.2): queries are quantized less the mean of their block of this many tokens,
-        counted from a request's first query. 0 for none. Kernels support `api.smoothing_block` only.
+    v_anchor: float32 [kv_heads, head_dim], what was subtracted from the stored values.
+    q_block: query smoothing (SageAttention2, section 3.2): queries are quantized less the mean of their block of this many
+        tokens, counted from a request's first query. 0 for none. Kernels support `api.smoothing_block` only.
     """
 
     window: int = 0

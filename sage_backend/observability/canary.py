@@ -3,7 +3,7 @@
 
 Keys and values are exact only in the step that computes them. So a check takes a prompt, or its first chunk, no part of which
 came from the prefix cache: one layer, one KV head, the last few queries among the first tokens. The work is the same for every
-prompt, however long, and nothing waits for the device. docs/metrics.md is the user's side.
+prompt, however long, and nothing waits for the device. docs/operator/metrics.md is the user's side.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coverage of memory: the fraction of exact attention that falls on the pages that it reads. docs/memory.md is the user's side.
+"""Coverage of memory: the fraction of exact attention that falls on the pages that it reads. docs/user/memory.md is the user's
+side.
 
 In a sampled step, it is measured for the last query of one request and one KV head, over the keys of all of the request's
 context as its pages hold them. The longer the contexts, the fewer are measured, which bounds the mean cost. Nothing waits for

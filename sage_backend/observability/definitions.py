@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics of an engine: names, help texts, labels and buckets. docs/metrics.md is the user's side."""
+"""The metrics of an engine: names, help texts, labels and buckets. docs/operator/metrics.md is the user's side."""
 
 from dataclasses import dataclass, field
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-step attention metrics: the recorder that counts an engine's steps. docs/metrics.md is the user's side."""
+"""Per-step attention metrics: the recorder that counts an engine's steps. docs/operator/metrics.md is the user's side."""
 
 import itertools
 import platform

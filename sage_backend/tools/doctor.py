@@ -30,7 +30,7 @@ PYTHONS = ((3, 11), (3, 13))
 CAPABILITY = (8, 0)
 """The lowest compute capability that the kernels compile for."""
 KERNEL_ERROR = 2e-2
-"""Bound on the relative L2 distance of a kernel's output to the reference, as in tests/test_kernels.py."""
+"""Bound on the relative L2 distance of a kernel's output to the reference, as in tests/helpers/kernel_cases.py."""
 
 _INSTALL = "run deploy/setup.sh in a clone of this repository, or pip install vllm==" + TESTED_VLLM[-1]
 _ENTRY_POINTS = {

@@ -89,6 +89,16 @@ def test_only_widened_pages_take_scratch_memory(kernels, k_bits: int) -> None:
 # --- The CPU path -------------------------------------------------------------------------------------------------------------
 
 
+def test_tokens_without_a_slot_are_not_stored() -> None:
+    """A serving engine pads keys and values, and has no slots for the padding."""
+    key, value, slots = torch.randn(5, 2, 64), torch.randn(5, 2, 64), torch.tensor([0, -1, 2])
+    whole, padded = LAYOUT.empty(1, 2), LAYOUT.empty(1, 2)
+    api.store(key[:3], value[:3], whole, slots, LAYOUT)
+    api.store(key, value, padded, slots, LAYOUT)
+    assert torch.equal(whole, padded)
+    assert whole.any()
+
+
 @pytest.mark.parametrize("k_bits", K_BITS)
 def test_store_on_a_cpu(k_bits: int) -> None:
     batch = make_batch(PageLayout(80, k_bits), [(200, 1), (70, 3)], heads=4, kv_heads=2, smooth=True, smooth_v=True)
@@ -279,3 +289,13 @@ def test_attention_arguments_that_do_not_fit_are_refused(
     before = out.clone()
     refuses(message, attend, query, batch.pages, LAYOUT, requests, SCALE, out, modifiers)
     assert torch.equal(out.isnan(), before.isnan()), "the output was written"
+
+
+def test_page_selection_past_the_trained_length_needs_a_table() -> None:
+    table, lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[0]], [1], [0, 1]))
+    batch, memory = PagedBatch(table, lengths, starts), Memory(trained_tokens=8192)
+    with pytest.raises(ValueError, match="trained_tokens is 8192, which needs a shift_table"):
+        api.select_pages(torch.zeros(1, 4, 64), LAYOUT.empty(1, 2), LAYOUT, batch, memory, 0)
+    wrong = replace(batch, query_start_loc=torch.tensor([0, 1, 1], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"the batch has 1 seq_lens, 3 query_start_loc"):
+        api.select_pages(torch.zeros(1, 4, 64), LAYOUT.empty(1, 2), LAYOUT, wrong, Memory(), 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is counted, what is exported, and that docs/metrics.md says so."""
+"""What is counted, what is exported, and that docs/operator/metrics.md says so."""
 
 import pickle
 import re
