@@ -12,7 +12,8 @@ A run is named as for `sage eval`, except that its compression plugins can be `r
 its own, in a process of its own, with random weights of the given shape (default: Llama-3.1-8B) and random prompts. Prefill is
 the time to the first token of one prompt, the median of --repeat prompts after a warm-up of the same length or of --warm-up
 tokens. A decode step of BATCHxLENGTH is the time by which a longer generation exceeds a shorter one, for BATCH requests of
-LENGTH tokens, whose prompts are in the prefix cache by then; the median of --repeat such differences.
+LENGTH tokens, whose prompts are in the prefix cache by then; the median of --repeat such differences. A run that fails is
+marked with its error, and the others are made.
 """
 
 import argparse
@@ -129,13 +130,15 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def in_process_of_its_own(run: str) -> dict[str, Any]:
     """The figures of a run, or its error: GPU memory is surely free again only when a process has ended."""
+    from sage_backend.tools.engines import error_messages  # see `main`
+
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, __file__, *sys.argv[1:], "--only", run, "--out", file.name]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode == 0:
             return json.loads(Path(file.name).read_text())
-        lines = [line for line in done.stderr.splitlines() if "Error" in line]
-        return {"run": run, "error": lines[-1] if lines else f"exit code {done.returncode}"}
+        messages = error_messages(done.stderr)
+        return {"run": run, "error": messages[-1] if messages else f"exit code {done.returncode}"}
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -185,6 +188,13 @@ def main() -> None:
     import vllm
     from vllm.platforms import current_platform  # asking torch for the GPU would take some of its memory
 
+    from sage_backend.tools.engines import Run  # not at the top: vLLM reads VLLM_LOGGING_LEVEL when it is imported
+
+    for run in arguments.runs:
+        try:
+            Run.parse(run)
+        except ValueError as error:
+            sys.exit(f"engine.py: {error}")
     report: dict[str, Any] = {
         "command": " ".join(["benchmarks/engine.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),

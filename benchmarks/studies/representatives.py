@@ -36,7 +36,7 @@ from torch import Tensor
 
 from sage_backend.demo import HELDOUT
 from sage_backend.demo.llama import Llama, Shape, rotary_tables, rotate
-from sage_backend.demo.passkey import KEY_DIGITS, QUESTION, make_passkey
+from sage_backend.demo.passkey import KEY_DIGITS, QUESTION, PassKeys
 from sage_paged import Memory
 
 PAGE, SINKS, ROW = 128, 1, 512
@@ -319,11 +319,12 @@ class Encoder:
 
 def pass_keys() -> list[dict[str, object]]:
     model, tokenizer = load_model()
-    encoder, document = Encoder(tokenizer), HELDOUT.read_text(encoding="utf-8").splitlines(keepends=True)
+    encoder = Encoder(tokenizer)
+    passkeys = PassKeys(encoder, HELDOUT.read_text(encoding="utf-8").splitlines(keepends=True))
     asked = len(encoder.encode(QUESTION)) + KEY_DIGITS
     figures: Figures = defaultdict(list)
     for length, depth in itertools.product(KEY_LENGTHS, DEPTHS):
-        prompt, answer = make_passkey(length, depth, Random(f"{length} {depth}"), encoder, document)
+        prompt, answer = passkeys.make(length, depth, Random(f"{length} {depth}"))
         told = len(encoder.encode(prompt[: prompt.index(answer)]))
         digits = sorted({told // PAGE - SINKS, (told + KEY_DIGITS - 1) // PAGE - SINKS})
         ids = torch.tensor(encoder.encode(prompt + answer))

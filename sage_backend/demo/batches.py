@@ -87,7 +87,7 @@ class RecallEpisodes:
         self.shortest = len(self.needle) + len(self.question.ids) + KEY_DIGITS + len(self.end.ids)
 
     def passkey(self, length: int, rng: np.random.Generator) -> Piece:
-        """A pass-key prompt, in the format of `make_passkey`, and its answer."""
+        """A pass-key prompt, in the format of `PassKeys`, and its answer."""
         key = rng.choice(self.digits, KEY_DIGITS)
         text = self._filler(length - self.shortest, rng)
         split = int(rng.choice(np.append(_line_ends(text, self.newline), 0)))

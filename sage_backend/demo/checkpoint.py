@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sage_backend.demo.corpus import END_OF_TEXT
 from sage_backend.demo.llama import Llama, Shape
-from sage_backend.demo.passkey import KEY_DIGITS, make_passkey
+from sage_backend.demo.passkey import KEY_DIGITS, PassKeys
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 EVALUATION_LENGTHS = (512, 1024, 2048)
@@ -95,10 +95,10 @@ def passkey_accuracy(model: Any, tokenizer: Tokenizer, length: int, prompts: int
     The answer is fed with the prompt: each digit being the likeliest one after the correct digits before it
     is the same event as greedy decoding giving the whole answer.
     """
-    rng = random.Random(seed)
+    rng, passkeys = random.Random(seed), PassKeys(tokenizer)
     correct = 0
     for index in range(prompts):
-        prompt, answer = make_passkey(length - KEY_DIGITS, index / max(1, prompts - 1), rng, tokenizer)
+        prompt, answer = passkeys.make(length - KEY_DIGITS, index / max(1, prompts - 1), rng)
         ids = torch.tensor([tokenizer.encode(prompt + answer).ids], device=model.device)
         predicted = model(ids, logits_to_keep=KEY_DIGITS + 1).logits[0, :-1].argmax(-1)
         correct += int(torch.equal(predicted, ids[0, -KEY_DIGITS:]))

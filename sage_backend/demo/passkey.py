@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pass-key prompts: a five-digit key hidden in filler text, with a question at the end.
 
-The format is fixed here once. Training encodes the same pieces, so a prompt from `make_passkey` is one
+The format is fixed here once. Training encodes the same pieces, so a prompt from `PassKeys` is one
 that the model was trained to answer, in its next five tokens, one per digit.
 """
 
-import itertools
+from bisect import bisect_right
 from collections.abc import Sequence, Sized
+from functools import cached_property
 from random import Random
 from typing import Protocol
 
 KEY_DIGITS = 5
+
+SEAM_TOKENS = 2
+"""What a key and a question between the lines of a document can add to their own tokens, where a token spanned both lines."""
 
 QUESTION = "# What is the pass key? The pass key is #"
 
@@ -62,53 +66,84 @@ def needle_line(key: str) -> str:
     return f"# The pass key is #{key}. Remember it: #{key} is the pass key.\n"
 
 
+class PassKeys:
+    """Makes pass-key prompts for one tokenizer. A line of filler or of a document is encoded once, when it is first needed."""
+
+    def __init__(self, tokenizer: Encoder, document: Sequence[str] = ()) -> None:
+        """document: lines, with their ends, to use as filler from the first on and over again, instead of drawing from
+        FILLER."""
+        self._tokenizer = tokenizer
+        self._blocks = _blocks(document)
+        self._costs: list[int] = []  # of the first blocks, in tokens, each behind the one before it
+        self._ends: list[int] = []  # tokens from the document's start to the end of each block, over all repetitions
+
+    def make(self, tokens_target: int, depth: float, rng: Random) -> tuple[str, str]:
+        """Make a prompt of at most `tokens_target` tokens, shorter by less than one line of filler, or by one block of the
+        document and `SEAM_TOKENS`.
+
+        depth: where the key is told, 0 at the start of the filler and 1 at its end. Returns the prompt and the answer: the
+        digits that should follow it at once. Raises ValueError for a target without room for key and question.
+        """
+        answer = "".join(rng.choices("0123456789", k=KEY_DIGITS))
+        needle = needle_line(answer)
+        budget = tokens_target - self._tokens(needle + QUESTION)
+        if budget < 0:
+            raise ValueError(f"a pass-key prompt needs {tokens_target - budget} tokens, not {tokens_target}")
+        filler = self._take_blocks(budget - SEAM_TOKENS) if self._blocks else self._draw_filler(budget, rng)
+        split = round(depth * len(filler))
+        return "".join([*filler[:split], needle, *filler[split:], QUESTION]), answer
+
+    def _tokens(self, text: str) -> int:
+        return len(self._tokenizer.encode(text))
+
+    def _take_blocks(self, budget: int) -> list[str]:
+        """The blocks of the document, over and over, until the next one would exceed `budget` tokens."""
+        count = len(self._blocks)
+        while not self._ends or self._ends[-1] <= budget:
+            at = len(self._ends) % count
+            if len(self._costs) < count:
+                before = self._blocks[at - 1]
+                self._costs.append(self._tokens(before + self._blocks[at]) - self._tokens(before))
+            self._ends.append((self._ends[-1] if self._ends else 0) + self._costs[at])
+            if len(self._ends) == count and not self._ends[-1]:
+                raise ValueError("the document has no tokens")
+        return [self._blocks[at % count] for at in range(bisect_right(self._ends, budget))]
+
+    @cached_property
+    def _filler_costs(self) -> dict[str, int]:
+        """Tokens that each line of FILLER adds to a text, without the special tokens that `encode` may add to every text."""
+        return {line: self._tokens(line + line) - self._tokens(line) for line in FILLER}
+
+    def _draw_filler(self, budget: int, rng: Random) -> list[str]:
+        """Draw lines of filler until the next one would exceed `budget` tokens.
+
+        Lines are counted, not the text that they make up: no token spans a line break followed by '#', so the
+        counts add up, and a prompt of a million tokens costs no more encoding than a short one.
+        """
+        lines: list[str] = []
+        while self._filler_costs[line := rng.choice(FILLER)] <= budget:
+            lines.append(line)
+            budget -= self._filler_costs[line]
+        return lines
+
+
 def make_passkey(
     tokens_target: int, depth: float, rng: Random, tokenizer: Encoder, document: Sequence[str] = ()
 ) -> tuple[str, str]:
-    """Make a prompt of at most `tokens_target` tokens, shorter by less than one line of filler.
-
-    `depth` is where the key is told: 0 at the start of the filler, 1 at its end. `document`: lines to use as
-    filler, from the first on and over again, instead of drawing from FILLER. Returns the prompt and the
-    answer: the digits that should follow it at once.
-    """
-    answer = "".join(rng.choices("0123456789", k=KEY_DIGITS))
-    needle = needle_line(answer)
-    budget = tokens_target - len(tokenizer.encode(needle + QUESTION))
-    if budget < 0:
-        raise ValueError(f"a pass-key prompt needs {tokens_target - budget} tokens, not {tokens_target}")
-    filler = _take_lines(budget, document, tokenizer) if document else _draw_filler(budget, rng, tokenizer)
-    split = round(depth * len(filler))
-    return "".join([*filler[:split], needle, *filler[split:], QUESTION]), answer
+    """Make a single prompt: see `PassKeys`, which encodes less for several."""
+    return PassKeys(tokenizer, document).make(tokens_target, depth, rng)
 
 
-def _take_lines(budget: int, document: Sequence[str], tokenizer: Encoder) -> list[str]:
-    """The lines of a document, over and over, until the next one would exceed `budget` tokens."""
-    cost = [_marginal_tokens(line, tokenizer) for line in document]
-    if not sum(cost):
-        raise ValueError("the document has no tokens")
-    lines: list[str] = []
-    for line, tokens in itertools.cycle(zip(document, cost, strict=True)):
-        if tokens > budget:
-            return lines
-        lines.append(line)
-        budget -= tokens
-    raise AssertionError  # a cycle does not end
-
-
-def _draw_filler(budget: int, rng: Random, tokenizer: Encoder) -> list[str]:
-    """Draw lines of filler until the next one would exceed `budget` tokens.
-
-    Lines are counted, not the text that they make up: no token spans a line break followed by '#', so the
-    counts add up, and a prompt of a million tokens costs no more encoding than a short one.
-    """
-    cost = {line: _marginal_tokens(line, tokenizer) for line in FILLER}
-    lines: list[str] = []
-    while cost[line := rng.choice(FILLER)] <= budget:
-        lines.append(line)
-        budget -= cost[line]
-    return lines
-
-
-def _marginal_tokens(line: str, tokenizer: Encoder) -> int:
-    """Tokens that `line` adds to a text, without the special tokens that `encode` may add to every text."""
-    return len(tokenizer.encode(line + line)) - len(tokenizer.encode(line))
+def _blocks(document: Sequence[str]) -> list[str]:
+    """The lines of a document, each with the blank lines behind it, the first also with those before it. A token may hold
+    several line breaks, but none reaches beyond the next block, so counting each block behind the one before it gives the
+    tokens of the whole."""
+    blocks: list[str] = []
+    for line in document:
+        if blocks and not (line.strip() and blocks[-1].strip()):
+            blocks[-1] += line
+        else:
+            blocks.append(line)
+    if blocks and not blocks[-1].endswith("\n"):
+        blocks[-1] += "\n"
+    return blocks

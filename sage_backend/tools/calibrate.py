@@ -29,6 +29,7 @@ from sage_backend.features.layers import own_impls
 from sage_backend.features.observers import Means, PageErrors
 from sage_backend.tools.command import run_command
 from sage_backend.tools.engines import Run, engine
+from sage_backend.tools.models import check_model
 from sage_backend.tools.text import read_text, windows
 from sage_paged import K_BITS
 
@@ -113,7 +114,8 @@ class Calibration:
 def calibrate(model: str, text: str, tokens: int, context: int, measure_errors: bool = False, **arguments: Any) -> Calibration:
     """Run a model on the first `tokens` tokens of a text in windows of `context`, and again to measure the errors of pages.
 
-    arguments: for the engine. Raises ValueError for a text without tokens, and for errors of layers that need equal pages.
+    Each window starts with the tokenizer's special tokens. arguments: for the engine. Raises ValueError for a text without
+    tokens, and for errors of layers that need equal pages.
     """
     from vllm import SamplingParams
 
@@ -156,7 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the calibration")
     parser.add_argument("--text", type=Path, default=HELDOUT, help="text to calibrate on (default: the embedded held-out text)")
     parser.add_argument("--tokens", type=int, default=1 << 15, help="how many of its tokens (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=2048, help="tokens that are read together (default: %(default)s)")
+    window = "tokens that are read together, with a beginning-of-text token first if the tokenizer adds one"
+    parser.add_argument("--context", type=int, default=2048, help=f"{window} (default: %(default)s)")
     parser.add_argument("--k-bits", choices=["auto"], help="choose the bits of each layer's keys, within --budget")
     parser.add_argument(
         "--budget", type=float, metavar="X", help="largest relative L2 error of a layer's attention, for example 0.1"
@@ -178,6 +181,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError("--k-bits auto and --budget go together")
     if arguments.budget is not None and not arguments.budget > 0:
         raise ValueError("--budget must be above 0")
+    check_model(arguments.model)
     from vllm.platforms import current_platform
 
     cache_limits = {"kv_cache_memory_bytes": 1 << 30} if current_platform.is_cpu() else {}

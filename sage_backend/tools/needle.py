@@ -3,7 +3,8 @@
 
     sage needle SAGE SAGE:memory.local_tokens=1024,memory.extrapolate=2048 --lengths 2000,8000,32000 --out needle.json
 
-A pass key is hidden at some depth of a long text and asked for at its end. Runs are named as for `sage eval`.
+A pass key is hidden at some depth of a long text and asked for at its end. Runs are named as for `sage eval`. A run that fails
+is marked in the report, and the others are made.
 """
 
 import argparse
@@ -16,9 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from sage_backend.demo import MODEL_DIR
+from sage_backend.demo.passkey import PassKeys
 from sage_backend.tools import plots
 from sage_backend.tools.command import run_command
-from sage_backend.tools.engines import Run, circumstances, engine, stretched
+from sage_backend.tools.engines import (
+    Failure,
+    Run,
+    attempts,
+    check_failures,
+    check_runs,
+    circumstances,
+    engine,
+    stretched,
+)
+from sage_backend.tools.models import check_model
 from sage_backend.tools.passkeys import ANSWER_TOKENS, recalls
 from sage_backend.tools.tables import table
 from sage_backend.tools.text import read_text
@@ -33,9 +45,10 @@ def recall(
     """
     found = {}
     with engine(run, model, max_model_len=max(lengths) + ANSWER_TOKENS, **arguments) as llm:
+        passkeys = PassKeys(llm.get_tokenizer(), document)
         for length in lengths:
             at = [i / (depths - 1) for i in range(depths)]
-            found[length] = recalls(llm, length, at, document, progress=False)
+            found[length] = recalls(llm, passkeys, length, at, progress=False)
             print(f"  {length:>9} tokens: {sum(found[length])} of {depths} recalled", file=sys.stderr, flush=True)
     return found
 
@@ -52,6 +65,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
         raise ValueError(f"there is no folder {arguments.out.absolute().parent} for --out")
     if arguments.plots:
         plots.check()
+    check_model(arguments.model)
     # Not at the top: vLLM reads VLLM_LOGGING_LEVEL, which `main` sets, when it is imported.
     from vllm.platforms import current_platform
 
@@ -59,27 +73,32 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     if current_platform.is_cpu():
         limits["kv_cache_memory_bytes"] = 1 << 30
     limits |= stretched(arguments.model, max(lengths) + ANSWER_TOKENS)
-    for run in runs:
-        run.check(arguments.model, max_model_len=max(lengths) + ANSWER_TOKENS, **limits)
+    refused = check_runs(runs, arguments.model, max_model_len=max(lengths) + ANSWER_TOKENS, **limits)
     results: list[dict[str, Any]] = []
     report = circumstances(command, arguments.model)
     report |= {"lengths": lengths, "depths": arguments.depths, "runs": results}
+    asked = arguments.model, lengths, arguments.depths, document
     try:
-        for number, run in enumerate(runs, start=1):
-            print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
-            found = recall(run, arguments.model, lengths, arguments.depths, document, **limits)
-            results.append({"run": run.name, "recalled": {str(length): hits for length, hits in found.items()}})
+        for run, found in attempts(runs, refused, lambda run: recall(run, *asked, **limits)):
+            if isinstance(found, Failure):
+                results.append(found.result())
+            else:
+                results.append({"run": run.name, "recalled": {str(length): hits for length, hits in found.items()}})
             if arguments.out:  # after each run, for the next one may be cut short
                 arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     finally:
         if results:
             _print_report(report, arguments)
+    check_failures(results)
 
 
 def _print_report(report: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Print a report, and write its plots with --plots."""
     rows = [["run", *map(str, report["lengths"])]]
     for result in report["runs"]:
+        if "error" in result:
+            rows.append([result["run"], f"failed: {result['error']}"])
+            continue
         shares = (sum(hits) / report["depths"] for hits in result["recalled"].values())
         rows.append([result["run"], *(f"{share:.0%}" for share in shares)])
     print(table(rows))

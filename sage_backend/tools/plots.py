@@ -15,7 +15,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .35rem .8rem; text-align: right }
 th { border-bottom: 2px solid #222; font-weight: 600 } td { border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums }
-th:first-child, td:first-child { text-align: left } img { max-width: 100% } p { color: #555 } code { font-size: 13px }
+th:first-child, td:first-child, td.failed { text-align: left }
+img { max-width: 100% } p { color: #555 } code { font-size: 13px }
 """
 
 
@@ -34,9 +35,10 @@ def write(report: dict[str, Any], rows: list[list[str]], folder: Path) -> list[P
         f"vLLM {report['versions']['vllm']}; {report['date'][:10]}. Changes, KL divergence and agreement are against "
         f"{report['runs'][0]['run']}."
     )
-    figures = {"quality": partial(_quality, runs=report["runs"])}
-    if report["runs"][0]["passkey"]:
-        recalled = {run["run"]: run["passkey_by_depth"] for run in report["runs"]}
+    runs = [run for run in report["runs"] if "error" not in run]  # the table has the reasons of those that failed
+    figures = {"quality": partial(_quality, runs=runs)}
+    if runs[0]["passkey"]:
+        recalled = {run["run"]: run["passkey_by_depth"] for run in runs}
         figures["passkey"] = partial(_heat_maps, recalled=recalled)
     return _write(folder, "quality", f"Quality of {report['model']}", facts, rows, figures, report["command"])
 
@@ -47,8 +49,8 @@ def write_needle(report: dict[str, Any], rows: list[list[str]], folder: Path) ->
         f"Keys recalled, {report['depths']} depths of each length in tokens; {report['device']}; "
         f"vLLM {report['versions']['vllm']}; {report['date'][:10]}."
     )
-    recalled = {run["run"]: run["recalled"] for run in report["runs"]}
-    figures = {"needle": partial(_heat_maps, recalled=recalled)}
+    recalled = {run["run"]: run["recalled"] for run in report["runs"] if "error" not in run}
+    figures = {"needle": partial(_heat_maps, recalled=recalled)} if recalled else {}
     return _write(folder, "needle", f"Pass keys that {report['model']} recalls", facts, rows, figures, report["command"])
 
 
@@ -138,7 +140,10 @@ def _heat_maps(plt: Any, recalled: dict[str, dict[str, list[float]]]) -> Any:
 
 def _page(title: str, facts: str, rows: list[list[str]], images: list[str], command: str) -> str:
     def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        parts = [f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells]
+        if missing := len(rows[0]) - len(cells):  # the reason of a failed run
+            parts[-1] = f'<{tag} colspan="{missing + 1}" class="failed">{html.escape(cells[-1])}</{tag}>'
+        return f"<tr>{''.join(parts)}</tr>"
 
     title = html.escape(title)
     return "\n".join([

@@ -2,8 +2,12 @@
 """Compare attention backends on a text: `sage eval CPU_ATTN SAGE SAGE:k_bits=4`.
 
 Each run starts vLLM with its backend, as a user would, and has it predict every token of windows of the text from those
-before it. Since prompts are prefilled through KV pages, the pages' precision is part of what is measured. The first run is
-the baseline that the others are compared with. With --passkey, pass keys are recalled by greedy decoding.
+before it. Each window starts with the special tokens that the tokenizer puts before a text, such as a beginning-of-text token;
+they are not scored. Since prompts are prefilled through KV pages, the pages' precision is part of what is measured. With
+--passkey, pass keys are recalled by greedy decoding.
+
+The first run is the baseline that the others are compared with. If it fails, the command ends. Another run that fails is marked
+in the report, and those after it are made.
 
 Compression plugins (the option variator) change how a prompt is computed. To measure their effect on the tokens behind it,
 `--prompt` sets how many tokens of each window are the prompt: only the rest is scored, and only the prompt is compressed.
@@ -22,14 +26,24 @@ from typing import Any
 import numpy as np
 
 from sage_backend.demo import HELDOUT, MODEL_DIR
-from sage_backend.engine.checkpoint import check_model_folder
+from sage_backend.demo.passkey import PassKeys
 from sage_backend.options import MIN_TAIL
 from sage_backend.tools import plots
 from sage_backend.tools.command import run_command
-from sage_backend.tools.engines import Run, circumstances, engine, stretched
+from sage_backend.tools.engines import (
+    Failure,
+    Run,
+    attempts,
+    check_failures,
+    check_runs,
+    circumstances,
+    engine,
+    stretched,
+)
+from sage_backend.tools.models import check_model
 from sage_backend.tools.passkeys import ANSWER_TOKENS, recalls
 from sage_backend.tools.tables import table
-from sage_backend.tools.text import read_text, windows
+from sage_backend.tools.text import opening, read_text, windows
 from sage_backend.variator.admission import TAIL
 
 TOP = 20
@@ -109,7 +123,8 @@ def measure(
     lengths, `keys` a depth.
 
     The text is cut into windows that leave room in the context for one more token; each predicts all of its tokens but the
-    first and those of the prompt. Raises ValueError for a text or prompt that does not fit.
+    first, the tokenizer's special ones and those of the prompt, which includes these. Raises ValueError for a text or prompt
+    that does not fit.
     """
     from vllm import SamplingParams  # not at the top: vLLM reads VLLM_LOGGING_LEVEL, which `main` sets, when it is imported
 
@@ -117,7 +132,8 @@ def measure(
     with engine(run, model, **arguments) as llm:
         tokenizer = llm.get_tokenizer()
         # The scored part has to be long enough to stay uncompressed.
-        least = prompt + MIN_TAIL if prompt else 2
+        special = len(opening(tokenizer))
+        least = prompt + MIN_TAIL if prompt else max(special, 1) + 1
         read = [window for window in windows(tokenizer, text, tokens, context) if len(window) >= least]
         if not read:
             raise ValueError(f"the text has nothing behind a prompt of {prompt} tokens" if prompt else "the text is empty")
@@ -128,15 +144,13 @@ def measure(
         )
         flat = [output.prompt_logprobs for output in outputs]
         # Each position but the first holds its own token and then the TOP likeliest.
-        shape = (-1, TOP + 1)
-        logprobs = np.concatenate([np.array(each.logprobs).reshape(shape)[prompt:] for each in flat])
-        token_ids = np.concatenate([np.array(each.token_ids).reshape(shape)[prompt:] for each in flat])
+        shape, skipped = (-1, TOP + 1), max(prompt, special - 1)
+        logprobs = np.concatenate([np.array(each.logprobs).reshape(shape)[skipped:] for each in flat])
+        token_ids = np.concatenate([np.array(each.token_ids).reshape(shape)[skipped:] for each in flat])
 
-        recalled = {}
+        recalled, passkeys = {}, PassKeys(tokenizer)
         for length in passkey:
-            if length + ANSWER_TOKENS > context:
-                raise ValueError(f"pass-key prompts of {length} tokens do not fit a context of {context}")
-            right = recalls(llm, length, np.tile(np.linspace(0, 1, PASSKEY_DEPTHS), keys))
+            right = recalls(llm, passkeys, length, np.tile(np.linspace(0, 1, PASSKEY_DEPTHS), keys))
             recalled[length] = np.reshape(right, (keys, PASSKEY_DEPTHS)).mean(0).tolist()
         kv_tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
     return Scores(logprobs[:, 0], token_ids[:, 1:], logprobs[:, 1:], recalled, kv_tokens)
@@ -144,10 +158,13 @@ def measure(
 
 def _rows(results: list[dict[str, Any]]) -> list[list[str]]:
     """The rows of the table, headings first."""
-    lengths = list(results[0]["passkey"])
+    lengths = list(results[0]["passkey"])  # the baseline's, which has not failed
     head = ["run", "tokens", "loss", "change", "|d logp|", f"top-{KL_TOP} KL", "top-1 %"]
     rows = [[*head, *(f"key@{length} %" for length in lengths)]]
     for run in results:
+        if "error" in run:
+            rows.append([run["run"], f"failed: {run['error']}"])
+            continue
         losses = [f"{run['loss']:.4f}", f"{run['loss_change']:+.4f}", f"{run['mean_abs_logprob_change']:.4f}"]
         losses.append(f"{run['kl']:.5f}")
         shares = [run["top1_agreement"], *(run["passkey"][length] for length in lengths)]
@@ -160,7 +177,7 @@ def _by_depth(results: list[dict[str, Any]]) -> list[list[str]]:
     depths = [f"{depth:.0%}" for depth in np.linspace(0, 1, PASSKEY_DEPTHS)]
     rows = [["keys recalled, %, by depth", "tokens", *depths]]
     for run in results:
-        for length, shares in run["passkey_by_depth"].items():
+        for length, shares in run.get("passkey_by_depth", {}).items():
             rows.append([run["run"], length, *(f"{100 * share:.0f}" for share in shares)])
     return rows
 
@@ -173,7 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default=str(MODEL_DIR), help="folder or name (default: the embedded small model)")
     parser.add_argument("--text", type=Path, default=HELDOUT, help="file to predict (default: the embedded held-out text)")
     parser.add_argument("--tokens", type=int, default=1 << 16, help="how many of its tokens (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of a window (default: %(default)s)")
+    window = "tokens of a window, with a beginning-of-text token first if the tokenizer adds one"
+    parser.add_argument("--context", type=int, default=2048, help=f"{window} (default: %(default)s)")
     parser.add_argument("--passkey", default="", metavar="LENGTHS", help="recall pass keys from, for example, 500,1500 tokens")
     parser.add_argument("--passkey-keys", type=int, default=1, metavar="N", help="at each depth (default: %(default)s)")
     parser.add_argument(
@@ -188,11 +206,13 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
     text = read_text(arguments.text)
     if arguments.tokens < 2 or arguments.context < 2 * ANSWER_TOKENS:
         raise ValueError(f"--tokens must be at least 2 and --context at least {2 * ANSWER_TOKENS}")
-    if Path(arguments.model).is_absolute():
-        check_model_folder(Path(arguments.model))
+    check_model(arguments.model)
     lengths = arguments.passkey.split(",") if arguments.passkey else []
     if not all(length.isdecimal() for length in lengths):
         raise ValueError(f"--passkey takes lengths such as 500,1500, not {arguments.passkey!r}")
+    passkey = [int(each) for each in lengths]
+    if passkey and max(passkey) + ANSWER_TOKENS > arguments.context:
+        raise ValueError(f"pass-key prompts of {max(passkey)} tokens do not fit a context of {arguments.context}")
     if arguments.passkey_keys < 1:
         raise ValueError("--passkey-keys must be at least 1")
     if arguments.plots:
@@ -204,33 +224,36 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
         raise ValueError(f"only what follows a prompt can be scored; add, for example, --prompt {arguments.context // 2}")
 
     engine_arguments = _scoring_engine(arguments.model, arguments.context)
-    for run in runs:
-        run.check(arguments.model, **engine_arguments)
-    passkey = [int(each) for each in lengths]
+    refused = check_runs(runs, arguments.model, **engine_arguments)
     asked = arguments.model, text, arguments.tokens, passkey, arguments.passkey_keys, arguments.prompt
-    scores: list[Scores] = []
     report: dict[str, Any] = {}
     try:
-        for number, run in enumerate(runs, start=1):
-            print(f"[{number}/{len(runs)}] {run.name}", file=sys.stderr, flush=True)
-            scores.append(measure(run, *asked, **engine_arguments))
-            report = _report(runs, scores, arguments, command)
+        for run, scores in attempts(runs, refused, lambda run: measure(run, *asked, **engine_arguments)):
+            if not report:
+                if isinstance(scores, Failure):
+                    raise RuntimeError(f"{run.name}, the baseline, failed: {scores.reason}")
+                baseline, report = scores, _report(scores, arguments, command)
+            if isinstance(scores, Failure):
+                report["runs"].append(scores.result())
+            else:
+                report["runs"].append({"run": run.name, **scores.against(baseline)})
             if arguments.out:  # after each run, for the next one may be cut short
                 arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     finally:
         if report:
             _print_report(report, arguments)
+    check_failures(report["runs"])
 
 
-def _report(runs: Sequence[Run], scores: Sequence[Scores], arguments: argparse.Namespace, command: str) -> dict[str, Any]:
-    """The report on the runs that have been scored."""
+def _report(baseline: Scores, arguments: argparse.Namespace, command: str) -> dict[str, Any]:
+    """A report without runs yet."""
     return {
         **circumstances(command, arguments.model),
         "text": arguments.text.name,
-        "predicted_tokens": scores[0].true.size,
+        "predicted_tokens": baseline.true.size,
         "context": arguments.context,
         "prompt": arguments.prompt,
-        "runs": [{"run": run.name, **each.against(scores[0])} for run, each in zip(runs, scores, strict=False)],
+        "runs": [],
     }
 
 

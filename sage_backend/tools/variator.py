@@ -11,7 +11,8 @@ import torch
 from sage_backend.model_file import identity
 from sage_backend.options import RATIOS
 from sage_backend.tools.command import run_command
-from sage_backend.tools.text import read_text
+from sage_backend.tools.models import check_model
+from sage_backend.tools.text import opening, read_text
 from sage_backend.variator import files, train
 
 
@@ -67,6 +68,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"steps and --rows must be at least 1, and --context at least {8 * max(RATIOS)}")
     if not arguments.out.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {arguments.out.absolute().parent} for --out")
+    check_model(arguments.model)
     # Not at the top: it takes seconds, which --help and errors in the arguments need not wait for.
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -77,10 +79,9 @@ def _run(arguments: argparse.Namespace) -> None:
     on_cpu = torch.device(arguments.device).type == "cpu"  # where 16 bits are slow
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32 if on_cpu else "auto")
     model.to(arguments.device).eval().requires_grad_(False)
-    batches = train.Batches(
-        AutoTokenizer.from_pretrained(arguments.model), text,
-        arguments.rows, arguments.context, arguments.recall, arguments.seed,
-    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    drawn = arguments.rows, arguments.context, arguments.recall, arguments.seed
+    batches = train.Batches(tokenizer, text, *drawn, opening=opening(tokenizer))
     steps = {"layers": arguments.layer_steps, "joint": arguments.joint_steps}
     training = train.Training(train.Attached(model, plugins), batches, steps)
     training.modules.to(arguments.device)

@@ -11,7 +11,7 @@ Batches depend on the step's number alone, so that a training that was interrupt
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from sage_backend.demo.passkey import KEY_DIGITS, make_passkey
+from sage_backend.demo.passkey import KEY_DIGITS, PassKeys
 from sage_backend.options import RATIOS
 from sage_backend.variator import files
 
@@ -48,9 +48,14 @@ class Batch:
 class Batches:
     """Draws batches from a text's tokens, and prompts with pass keys."""
 
-    def __init__(self, tokenizer: Any, text: str, rows: int, context: int, recall: float, seed: int) -> None:
+    def __init__(
+        self, tokenizer: Any, text: str, rows: int, context: int, recall: float, seed: int, opening: Sequence[int] = ()
+    ) -> None:
+        """opening: the special tokens that the tokenizer puts before every text, and this class before every window."""
         self.tokenizer, self.rows, self.context, self.recall, self.seed = tokenizer, rows, context, recall, seed
-        self.ids = torch.tensor(tokenizer.encode(text))
+        self.passkeys = PassKeys(tokenizer)
+        self.opening = torch.tensor(list(opening), dtype=torch.int64)
+        self.ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
         if len(self.ids) <= context:
             raise ValueError(f"the text has {len(self.ids)} tokens; training needs more than --context, which is {context}")
 
@@ -61,7 +66,8 @@ class Batches:
     def _text(self, rng: Random) -> Batch:
         """Windows, of which the first quarter to three quarters are the prompt."""
         starts = [rng.randrange(len(self.ids) - self.context + 1) for _ in range(self.rows)]
-        ids = torch.stack([self.ids[start : start + self.context] for start in starts])
+        taken = self.context - len(self.opening)
+        ids = torch.stack([torch.cat([self.opening, self.ids[start : start + taken]]) for start in starts])
         cut = _whole_groups(rng.randint(self.context // 4, self.context * 3 // 4))
         return Batch(ids, cut, torch.ones(self.rows, self.context - cut, dtype=torch.bool))
 
@@ -69,7 +75,7 @@ class Batches:
         """Prompts that end with the question for a key, and its answer, which alone is scored."""
         rows, ends = [], []
         for _ in range(self.rows):
-            prompt, answer = make_passkey(self.context - KEY_DIGITS, rng.random(), rng, self.tokenizer)
+            prompt, answer = self.passkeys.make(self.context - KEY_DIGITS, rng.random(), rng)
             start = len(self.tokenizer.encode(prompt))
             row = torch.tensor(self.tokenizer.encode(prompt + answer))
             rows.append(F.pad(row, (0, self.context + KEY_DIGITS - len(row))))  # with any value: no earlier token attends to it

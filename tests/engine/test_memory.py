@@ -310,21 +310,27 @@ def test_needle_refuses(arguments: list[str], message: str, capsys: pytest.Captu
     assert not any(line.startswith("[1/") for line in errors), "a run began"
 
 
-def test_needle_keeps_what_it_has_found(
+def test_needle_marks_a_run_that_fails_and_makes_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A later run that fails leaves the results of those before it."""
-
     def recall(run: Any, *_: Any, **__: Any) -> dict[int, list[bool]]:
-        if run.options:
+        if run.options == {"k_bits": 4}:
             raise RuntimeError("out of memory")
-        return {600: [True, False]}
+        return {600: [True, False], 700: [True, True]}
 
     monkeypatch.setattr(needle, "recall", recall)
     out = tmp_path / "needle.json"
+    runs = ["SAGE", "SAGE:k_bits=4", "SAGE:smooth_k=false"]
     with environment():
-        assert needle.main(["SAGE", "SAGE:k_bits=4", "--lengths", "600", "--depths", "2", "--out", str(out)]) == 1
-    assert json.loads(out.read_text())["runs"] == [{"run": "SAGE", "recalled": {"600": [True, False]}}]
+        assert needle.main([*runs, "--lengths", "600,700", "--depths", "2", "--out", str(out)]) == 1
+    recalled = {"recalled": {"600": [True, False], "700": [True, True]}}
+    failed = {"run": "SAGE:k_bits=4", "error": "out of memory"}
+    assert json.loads(out.read_text())["runs"] == [{"run": runs[0], **recalled}, failed, {"run": runs[2], **recalled}]
     printed = capsys.readouterr()
-    assert printed.out.split() == ["run", "600", "SAGE", "50%"]
-    assert printed.err.strip().endswith("error: out of memory")
+    assert [line.split(maxsplit=1) for line in printed.out.splitlines()] == [
+        ["run", "600   700"],
+        ["SAGE", "50%  100%"],
+        ["SAGE:k_bits=4", "failed: out of memory"],
+        ["SAGE:smooth_k=false", "50%  100%"],
+    ]
+    assert printed.err.splitlines()[-1] == "error: 1 of 3 runs failed: SAGE:k_bits=4"

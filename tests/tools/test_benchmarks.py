@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/attention.py, as far as it goes without a GPU: its figures, its judgement, its reports and its refusals."""
+"""benchmarks/attention.py, as far as it goes without a GPU: its figures, its judgement, its reports and its refusals; and what
+benchmarks/engine.py makes of runs that fail."""
 
 import importlib.util
 import json
@@ -13,17 +14,22 @@ from typing import Any
 
 import pytest
 import torch
+from engines import environment
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "attention.py"
 
 
-@pytest.fixture(scope="module")
-def attention() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_attention", SCRIPT)
+def load(script: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{script.stem}", script)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def attention() -> ModuleType:
+    return load(SCRIPT)
 
 
 CASES = [("prefill", 1, 5, 5), ("prefill", 3, 5, 5), ("chunk", 1, 3, 7), ("decode", 4, 1, 9)]
@@ -265,3 +271,34 @@ def test_run_without_a_gpu() -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == "attention.py run: needs an NVIDIA GPU, and torch sees none here; `plot` works without\n"
+
+
+def test_an_engine_that_fails_is_marked_and_others_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, out = load(SCRIPT.with_name("engine.py")), tmp_path / "engine.json"
+    made: list[str] = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        name, file = command[-3], Path(command[-1])
+        made.append(name)
+        if name == "SAGE:k_bits=4":
+            lines = ["    raise Error(", "ValueError: head size 64", "RuntimeError: See root cause above.", "Error in a hook"]
+            return SimpleNamespace(returncode=1, stderr="\n".join(lines))
+        file.write_text(json.dumps({"run": name, "kv_tokens": 1000}))
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(engine.subprocess, "run", run)
+    runs = ["SAGE", "SAGE:k_bits=4", "SAGE:variator.plugins=random"]
+    with environment():
+        monkeypatch.setattr("sys.argv", ["engine.py", *runs, "--out", str(out)])
+        with pytest.raises(SystemExit) as ended:
+            engine.main()
+        assert ended.value.code == 1
+        assert made == runs
+        assert json.loads(out.read_text())["results"][1] == {"run": "SAGE:k_bits=4", "error": "head size 64"}
+        assert "head size 64" in capsys.readouterr().out
+        monkeypatch.setattr("sys.argv", ["engine.py", "SAGE", "SAGE:k_bits=5"])
+        with pytest.raises(SystemExit, match='option "k_bits" in --additional-config "sage" is 5; it can be 4 or 8'):
+            engine.main()
+    assert made == runs

@@ -105,6 +105,7 @@ def test_runs() -> None:
         (["SAGE", "--prompt", "2047"], "--prompt must be below 2047"),
         (["SAGE:variator.plugins=FILE"], "only what follows a prompt can be scored; add, for example, --prompt 1024"),
         (["SAGE:variator.ratio=2"], '"variator" in --additional-config "sage" must be an object such as'),
+        (["SAGE", "--passkey", "500,2041"], "pass-key prompts of 2041 tokens do not fit a context of 2048"),
         (["SAGE", "--passkey", "many"], "--passkey takes lengths such as 500,1500, not 'many'"),
     ],
 )
@@ -120,23 +121,44 @@ def test_bad_input(arguments: list[str], message: str, tmp_path: Path, capsys: p
     assert message in errors[0]
 
 
-def test_a_run_that_fails_leaves_what_others_have_scored(
+def test_a_run_that_fails_is_marked_and_others_are_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def measure(run: Run, *_: Any, **__: Any) -> Scores:
-        if run.options:
-            raise RuntimeError("out of memory")
+        if run.options == {"k_bits": 4}:
+            raise RuntimeError("out of memory\nand more of it")
+        if run.options == {"page_tokens": 64}:
+            raise KeyError("layer")
         return _scores(np.random.default_rng(0).normal(size=(50, 40)))
 
     monkeypatch.setattr(quality, "measure", measure)
-    out = tmp_path / "quality.json"
+    out, runs = tmp_path / "quality.json", ["SAGE", "SAGE:k_bits=4", "SAGE:page_tokens=64", "SAGE:smooth_k=false"]
     with environment():
-        assert quality.main(["SAGE", "SAGE:k_bits=4", "--out", str(out)]) == 1
-        assert capsys.readouterr().err.strip().endswith("error: out of memory")
-        assert [run["run"] for run in json.loads(out.read_text())["runs"]] == ["SAGE"]
+        assert quality.main([*runs, "--out", str(out)]) == 1
+        told = capsys.readouterr()
+        first, second, third, last = json.loads(out.read_text())["runs"]
+        assert second == {"run": "SAGE:k_bits=4", "error": "out of memory"}
+        assert third == {"run": "SAGE:page_tokens=64", "error": "KeyError: 'layer'"}
+        assert (first["run"], last["run"], last["loss_change"]) == ("SAGE", "SAGE:smooth_k=false", 0)
+        lines = [line.split(maxsplit=1) for line in told.out.splitlines()]
+        assert ["SAGE:k_bits=4", "failed: out of memory"] in lines
+        assert ["SAGE:page_tokens=64", "failed: KeyError: 'layer'"] in lines
+        assert told.err.splitlines()[-1] == "error: 2 of 4 runs failed: SAGE:k_bits=4 SAGE:page_tokens=64"
         # What no engine would take is found before the first run begins.
         assert quality.main(["SAGE", "SAGE:memory.topk_pages=64"]) == 1
     assert "[1/" not in capsys.readouterr().err
+
+
+def test_a_baseline_that_fails_ends_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def measure(run: Run, *_: Any, **__: Any) -> Scores:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(quality, "measure", measure)
+    with environment():
+        assert quality.main(["SAGE", "SAGE:k_bits=4"]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.splitlines() == ["[1/2] SAGE", "error: SAGE, the baseline, failed: out of memory"]
 
 
 def test_plots(tmp_path: Path) -> None:
@@ -144,14 +166,16 @@ def test_plots(tmp_path: Path) -> None:
     figures = {"loss_change": 0.0, "top1_agreement": 1.0, "kv_capacity": 1.0}
     keys = {"passkey": {"500": 0.5}, "passkey_by_depth": {"500": [1.0, 0.0]}}
     runs = [{"run": "PLAIN", **figures, **keys}, {"run": "SAGE:calibration=a/b.safetensors", **figures, **keys}]
+    runs.append({"run": "SAGE:k_bits=4", "error": "out of <memory>"})
     facts = {"predicted_tokens": 9, "text": "a <text>", "context": 8, "device": "a device", "date": "2026", "model": "a model"}
     report = {**facts, "versions": {"vllm": "0"}, "command": "sage eval", "runs": runs}
-    files = plots.write(report, [["run", "loss"], ["PLAIN", "1.5"]], tmp_path / "plots")
+    files = plots.write(report, [["run", "loss", "kl"], ["PLAIN", "1.5", "0"], ["SAGE", "failed: <"]], tmp_path / "plots")
     assert [file.name for file in files] == ["quality.png", "passkey.png", "quality.html"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files[:2])
     page = files[2].read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "<td>1.5</td>" in page
+    assert '<tr><td>SAGE</td><td colspan="2" class="failed">failed: &lt;</td></tr>' in page
     assert "a &lt;text&gt;" in page
 
 
