@@ -17,11 +17,11 @@ setup:  ## make or update the virtual environment in .venv
 serve: setup  ## serve a model with the sage backend (MODEL=path-or-name PORT=8000 ARGS="...")
 	@deploy/serve.sh
 
-# ruff and mypy run while the tests do, and print something only if they object.
+# Two processes run the tests: see tests/conftest.py. ruff and mypy run meanwhile, and print something only if they object.
 test:  ## lint, type-check and run every test (ARGS="-k name" narrows it)
 	@deploy/setup.sh --dev
 	@log=$$(mktemp); { $(VENV)/bin/ruff check . && $(VENV)/bin/mypy; } >$$log 2>&1 & linter=$$!; \
-	status=0; $(VENV)/bin/python -m pytest $(ARGS) || status=$$?; \
+	status=0; $(VENV)/bin/python -m pytest -n 2 $(ARGS) || status=$$?; \
 	if ! wait $$linter; then cat $$log; echo "[sage] error: make lint failed, see above"; status=1; fi; \
 	rm -f $$log; exit $$status
 

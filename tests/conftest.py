@@ -2,6 +2,7 @@
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,21 @@ if not torch.cuda.is_available():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the test that stops the shared server after all others, whatever the names of the files are."""
     items.sort(key=lambda item: item.get_closest_marker("stops_server") is not None)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With two processes (`-n 2`, as `make test` has it), one runs whatever starts engines and servers, in the usual order, and
+    the other the tests of kernels, which only compute. Who is done with his helps with these."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # its own groups (--dist loadgroup) are lost with pytest 9.2
+        def _split_scope(self, nodeid: str) -> str:
+            if not nodeid.startswith("tests/kernels/"):
+                return "engines"
+            return "compile" if "/test_compile.py" in nodeid else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

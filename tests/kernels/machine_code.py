@@ -4,18 +4,24 @@
     python tests/kernels/machine_code.py                      compile for all compute capabilities, with progress
     python tests/kernels/machine_code.py 90 --sass DIR        also write the disassembly of each kernel of sm_90 into DIR
     python tests/kernels/machine_code.py --compare OLD NEW    what differs between two such folders; status 1 if anything does
+    python tests/kernels/machine_code.py --record             compile what is not cached, and write compiled.json
 
 Kernels are launched through the project's own functions (launches.py lists the calls) with a driver that only compiles. Each
 target, head size and key precision is a unit of work for one process; as many run at once as there are cores. What became of
 its kernels is kept in ~/.cache/sage-backend/compile under a hash of the sources, so a second run compiles nothing, and
-Triton's own cache keeps the kernels that a change does not touch.
+Triton's own cache keeps the kernels that a change does not touch. compiled.json is the same for a clean clone, in which
+compiling would take most of the time of `make test`: the results for one hash. When the sources have another, it is void, and
+everything is compiled. Comments and docstrings do not change the hash. With --spot-check, which the tests use, one unit is
+compiled although compiled.json has it, and must come out the same; which one depends on the hash.
 
 The comparison ignores addresses, line numbers and the names of kernels and labels. It needs nvdisasm and cuobjdump, from PATH
 or from the Triton wheel; without them PTX is written and compared.
 """
 
 import argparse
+import ast
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -41,6 +47,7 @@ INSTRUCTIONS = {
     "half": r"mma\S*\.f16\.f16|tcgen05\.mma\S*kind::f16",
 }
 KEPT_DAYS = 30
+RECORD = HERE / "compiled.json"
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ def compile_unit(unit: Unit, folder: Path | None = None) -> list[dict[str, Any]]
         get_current_device = staticmethod(lambda: 0)
         get_current_stream = staticmethod(lambda device: 0)
 
+    assert "sage_kernels.portable" not in sys.modules, "kernels that were imported before do not see the imitated device"
     driver.set_active(CompilingDriver())
     imitate_device(unit.capability)
     compiled: list[dict[str, Any]] = []
@@ -160,19 +168,43 @@ def cache_folder() -> Path:
     return Path(base) / "sage-backend" / "compile"
 
 
+def code_of(path: Path) -> str:
+    """A module's source without comments and docstrings."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):  # that of a lambda is none
+            said = [each for each in body if isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant)]
+            node.body = [each for each in body if each not in said]  # type: ignore[attr-defined]
+    return ast.unparse(tree)
+
+
 def sources_hash() -> str:
-    """A hash of everything that decides about the code: the packages' sources, the launches, this file, Triton and Python."""
+    """A hash of everything that decides about the code: the packages' sources, the launches, this file and Triton."""
     import triton
 
-    import sage_kernels
-    import sage_paged
-
-    packages = [Path(package.__path__[0]) for package in (sage_kernels, sage_paged)]
-    digest = hashlib.sha256(f"{triton.__version__} {sys.version}".encode())
+    specs = (importlib.util.find_spec(package) for package in ("sage_kernels", "sage_paged"))
+    packages = [Path(spec.origin).parent for spec in specs if spec and spec.origin]
+    assert len(packages) == 2, "sage_kernels and sage_paged must be installed"
+    digest = hashlib.sha256(triton.__version__.encode())
     for path in sorted(chain(*(package.rglob("*.py") for package in packages), HERE.glob("*.py"))):
         if not path.name.startswith("test_"):
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+            digest.update(f"{path.name}\n{code_of(path)}\n".encode())
     return digest.hexdigest()[:20]
+
+
+def read_record(digest: str) -> dict[str, list[dict[str, Any]]]:
+    """The units of compiled.json, or none if they are of other sources."""
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"sources": None}
+    if record["sources"] == digest:
+        return record["units"]
+    print(f"{RECORD.name} is of other sources: update it with --record before you commit", file=sys.stderr, flush=True)
+    return {}
+
+
+def write_record(digest: str, compiled: dict[Unit, list[dict[str, Any]]]) -> None:
+    units = ",\n".join(f"  {json.dumps(str(unit))}: {json.dumps(kernels)}" for unit, kernels in compiled.items())
+    RECORD.write_text(f'{{"sources": "{digest}", "units": {{\n{units}\n}}}}\n')
 
 
 def load(unit: Unit, digest: str) -> list[dict[str, Any]] | None:
@@ -197,37 +229,38 @@ def save(unit: Unit, digest: str, compiled: list[dict[str, Any]]) -> None:
         pass
 
 
-def compile_all(capabilities: list[int], folder: Path | None = None) -> dict[int, list[dict[str, Any]]]:
-    """What became of all kernels, by compute capability. Prints progress on stderr. Raises what a compilation raised."""
-    # Loaded here once, and not by each process that is forked from this one.
+def compile_all(
+    wanted: list[Unit], digest: str, known: dict[Unit, list[dict[str, Any]]], folder: Path | None = None
+) -> dict[Unit, list[dict[str, Any]]]:
+    """What became of the kernels of all units that are wanted; those of units that are known are not compiled.
+
+    Prints progress on stderr. Raises what a compilation raised."""
+    # Loaded here once, and not by each process that is forked from this one. The kernels themselves are imported by each,
+    # after `imitate_device`.
+    import torch  # noqa: F401
+    import triton.experimental.gluon  # noqa: F401
     from triton.runtime.cache import triton_key
 
-    import sage_kernels.hopper.decode
-    import sage_kernels.hopper.prefill
-    import sage_kernels.portable.recall  # noqa: F401
-
     triton_key()  # reads all of Triton
-    began, digest, done = time.monotonic(), sources_hash(), 0
-    compiled = {unit: load(unit, digest) if folder is None else None for unit in units(capabilities)}
-    waiting = [unit for unit, result in compiled.items() if result is None]
+    began = time.monotonic()
+    compiled = dict(known)
+    waiting = [unit for unit in wanted if unit not in known]
     processes = len(os.sched_getaffinity(0))
     if waiting:
-        print(f"compiling {len(waiting)} of {len(compiled)} units, {processes} at once", file=sys.stderr, flush=True)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), max_tasks_per_child=None) as pool:
+        print(f"compiling {len(waiting)} of {len(wanted)} units, {processes} at once", file=sys.stderr, flush=True)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
         futures = {pool.submit(_compile_in_fork, unit, folder): unit for unit in waiting}
-        for future in as_completed(futures):
-            unit = futures[future]
-            result, seconds = future.result()
-            compiled[unit] = result
-            save(unit, digest, result)
-            done += 1
-            elapsed = time.monotonic() - began
-            progress = f"  {elapsed:4.0f} s  {done}/{len(waiting)}  {unit}: {len(result)} launches, {seconds:.0f} s of a core"
-            print(progress, file=sys.stderr, flush=True)
-    by_capability: dict[int, list[dict[str, Any]]] = {each: [] for each in capabilities}
-    for unit, result in compiled.items():
-        by_capability[unit.capability] += result or []
-    return by_capability
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                unit = futures[future]
+                compiled[unit], seconds = future.result()
+                save(unit, digest, compiled[unit])
+                progress = f"{time.monotonic() - began:4.0f} s  {done}/{len(waiting)}  {unit}"
+                print(f"  {progress}: {len(compiled[unit])} launches, {seconds:.0f} s of a core", file=sys.stderr, flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {unit: compiled[unit] for unit in wanted}
 
 
 def _compile_in_fork(unit: Unit, folder: Path | None) -> tuple[list[dict[str, Any]], float]:
@@ -341,20 +374,36 @@ def main() -> None:
     parser.add_argument("capability", type=int, nargs="*", choices=[[], *SHARED_KIB], help="compute capability, such as 90")
     parser.add_argument("--sass", type=Path, metavar="DIR", help="write disassemblies (of one capability)")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare two such folders")
+    parser.add_argument("--record", action="store_true", help="write compiled.json")
+    parser.add_argument("--spot-check", action="store_true", help="compile a unit that compiled.json has, and compare")
     parser.add_argument("--json", action="store_true", help="print what became of each kernel")
     arguments = parser.parse_args()
     if arguments.compare:
         sys.exit(compare(*arguments.compare) > 0)
     capabilities = arguments.capability or list(SHARED_KIB)
+    if arguments.record and set(capabilities) != set(SHARED_KIB):
+        parser.error("--record takes all compute capabilities")
     if arguments.sass:
         if len(capabilities) != 1:
             parser.error("--sass takes one capability")
         arguments.sass.mkdir(parents=True, exist_ok=True)
-    compiled = compile_all(capabilities, arguments.sass)
+    wanted, digest = units(capabilities), sources_hash()
+    record = {} if arguments.record else read_record(digest)
+    known = {unit: kernels for unit in wanted if (kernels := load(unit, digest) or record.get(str(unit))) is not None}
+    small = [unit for unit in units(list(SHARED_KIB)) if unit.head_dim < 128]
+    checked = small[int(digest, 16) % len(small)]
+    if arguments.spot_check:
+        known.pop(checked, None)
+    compiled = compile_all(wanted, digest, {} if arguments.sass else known, arguments.sass)
+    if arguments.spot_check and checked in compiled and compiled[checked] != record.get(str(checked), compiled[checked]):
+        sys.exit(f"error: {RECORD.name} is wrong about {checked}: update it with --record")
+    if arguments.record:
+        write_record(digest, compiled)
+    by_capability = {each: [x for unit in wanted if unit.capability == each for x in compiled[unit]] for each in capabilities}
     if arguments.json:
-        print(json.dumps(compiled))
+        print(json.dumps(by_capability))
     else:
-        for capability, kernels in compiled.items():
+        for capability, kernels in by_capability.items():
             print(f"sm_{capability}: {len(kernels)} launches compiled")
 
 
