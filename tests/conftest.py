@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreter import patch_language_once
 from server import Server, serve
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined and when it runs. Engines are started without it.
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language  # noqa: F401  # whose functions are defined now, and not while an engine runs
+
+    patch_language_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

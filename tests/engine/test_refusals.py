@@ -182,7 +182,7 @@ def test_command_line(case: str, tmp_path: Path) -> None:
     vllm = Path(sys.executable).with_name("vllm")
     command = [vllm, "serve", model, "--attention-backend", "sage", "--port", "1", *options]
     with environment():
-        run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert run.returncode != 0
     errors = [line for line in run.stderr.splitlines() if re.match(r"(\S+ )?\w*Error: ", line.partition(") ")[2] or line)]
     assert run.stderr.strip().splitlines()[-1].endswith(message)

@@ -47,7 +47,7 @@ def run_prometheus(name: str, replaced: dict[str, str], targets: int, folder: Pa
             stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
-            prometheus, deadline = Prometheus(f"http://{HOST}:{port}"), time.monotonic() + 30
+            prometheus, deadline = Prometheus(f"http://{HOST}:{port}"), time.monotonic() + 300
             while True:
                 try:
                     if len(prometheus.query("up == 1", time.time())) == targets:
@@ -60,4 +60,4 @@ def run_prometheus(name: str, replaced: dict[str, str], targets: int, folder: Pa
             yield prometheus
         finally:
             process.terminate()
-            process.wait(timeout=10)
+            process.wait(timeout=120)

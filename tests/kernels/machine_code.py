@@ -199,9 +199,14 @@ def save(unit: Unit, digest: str, compiled: list[dict[str, Any]]) -> None:
 
 def compile_all(capabilities: list[int], folder: Path | None = None) -> dict[int, list[dict[str, Any]]]:
     """What became of all kernels, by compute capability. Prints progress on stderr. Raises what a compilation raised."""
-    import torch  # noqa: F401  # loaded here once, and not by each process that is forked from this one
-    import triton  # noqa: F401
+    # Loaded here once, and not by each process that is forked from this one.
+    from triton.runtime.cache import triton_key
 
+    import sage_kernels.hopper.decode
+    import sage_kernels.hopper.prefill
+    import sage_kernels.portable.recall  # noqa: F401
+
+    triton_key()  # reads all of Triton
     began, digest, done = time.monotonic(), sources_hash(), 0
     compiled = {unit: load(unit, digest) if folder is None else None for unit in units(capabilities)}
     waiting = [unit for unit, result in compiled.items() if result is None]
@@ -212,19 +217,23 @@ def compile_all(capabilities: list[int], folder: Path | None = None) -> dict[int
         futures = {pool.submit(_compile_in_fork, unit, folder): unit for unit in waiting}
         for future in as_completed(futures):
             unit = futures[future]
-            compiled[unit] = result = future.result()
+            result, seconds = future.result()
+            compiled[unit] = result
             save(unit, digest, result)
             done += 1
             elapsed = time.monotonic() - began
-            print(f"  {elapsed:4.0f} s  {done}/{len(waiting)}  {unit}: {len(result)} launches", file=sys.stderr, flush=True)
+            progress = f"  {elapsed:4.0f} s  {done}/{len(waiting)}  {unit}: {len(result)} launches, {seconds:.0f} s of a core"
+            print(progress, file=sys.stderr, flush=True)
     by_capability: dict[int, list[dict[str, Any]]] = {each: [] for each in capabilities}
     for unit, result in compiled.items():
         by_capability[unit.capability] += result or []
     return by_capability
 
 
-def _compile_in_fork(unit: Unit, folder: Path | None) -> list[dict[str, Any]]:
-    """`compile_unit` in a child of its own: Triton keeps what it compiled for one target, and would take it for another."""
+def _compile_in_fork(unit: Unit, folder: Path | None) -> tuple[list[dict[str, Any]], float]:
+    """`compile_unit` in a child of its own: Triton keeps what it compiled for one target, and would take it for another.
+
+    Returns the result, and the seconds that processors spent on it."""
     receive, send = multiprocessing.Pipe(duplex=False)
     pid = os.fork()
     if pid == 0:
@@ -239,10 +248,10 @@ def _compile_in_fork(unit: Unit, folder: Path | None) -> list[dict[str, Any]]:
         result = receive.recv()
     except EOFError:
         result = RuntimeError(f"{unit}: the compiler died")
-    os.waitpid(pid, 0)
+    _, _, usage = os.wait4(pid, 0)
     if isinstance(result, Exception):
         raise result
-    return result
+    return result, usage.ru_utime + usage.ru_stime
 
 
 # --- The comparison -----------------------------------------------------------------------------------------------------------

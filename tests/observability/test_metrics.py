@@ -293,7 +293,7 @@ def ray_metrics(monkeypatch: pytest.MonkeyPatch) -> type[RayMetric]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -365,14 +365,15 @@ def step_seconds(folder: Path, layers: int, requests: int) -> float:
     recorder.add_layers(names, layers, PageLayout(64), 2, 4, torch.device("cpu"))
     recorder.paused = False
     common, seconds, steps = batch(*[(1, 1000)] * requests), [], 4 * SAMPLE_EVERY["decode"]
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time  # which stands while others have the core
     for _ in range(20):
-        began = time.perf_counter()
+        began = clock()
         for _ in range(steps):
             sample = recorder.step(names, common, requests)
             for name in names:
                 with recording.timed(sample, "decode", SimpleNamespace(layer_name=name, impl=IMPL), device):
                     pass
-        seconds.append((time.perf_counter() - began) / steps)
+        seconds.append((clock() - began) / steps)
     return sorted(seconds)[len(seconds) // 2]
 
 

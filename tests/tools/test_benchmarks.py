@@ -95,9 +95,16 @@ def test_sustained_speed(attention: ModuleType, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid=42))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    start = time.perf_counter()
-    per_second, drawn = attention.sustain(lambda: time.sleep(0.02 if time.perf_counter() - start < 0.9 else 0.08), 50, 3)
-    assert per_second == pytest.approx(12.5, rel=0.3)
+    start, ends = time.perf_counter(), []
+
+    def call() -> None:
+        time.sleep(0.02 if time.perf_counter() - start < 0.9 else 0.08)
+        ends.append(time.perf_counter())
+
+    per_second, drawn = attention.sustain(call, 50, 3)
+    half = (ends[-1] - start) / 2  # a busy machine lets calls take longer than they sleep
+    assert per_second == pytest.approx(sum(end - start > half for end in ends) / half, rel=0.3)
+    assert per_second < 15
     assert drawn == {"sm_mhz": 1750.0, "watts": 699.0, "power_capped": 1.0}
     assert attention.power(["1980, 300.0, Not Active", "1750, 700.0, Active"])["power_capped"] == 0.5
     assert attention.power([]) == attention.power(["1980, [N/A], Not Active"]) == {}

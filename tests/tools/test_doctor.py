@@ -27,7 +27,7 @@ sys.exit(main())
     # From nothing, so that settings of the tests have no part in it.
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), **environment}
     command = [sys.executable, "-c", code]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200, check=False)
     assert process.stderr == ""
     return process.returncode, process.stdout
 

@@ -310,7 +310,7 @@ def test_an_engine_can_be_forked_after_a_file_was_checked(tmp_path: Path) -> Non
     config.save_pretrained(tmp_path)
     path = tmp_path / "plugins"
     files.save(path, files.make(LAYERS[:1], [2], 4096), str(tmp_path), config)
-    subprocess.run([sys.executable, "-c", FORK, str(tmp_path), str(path)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", FORK, str(tmp_path), str(path)], check=True, timeout=600)
 
 
 @pytest.mark.parametrize(
