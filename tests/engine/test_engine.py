@@ -31,7 +31,8 @@ NEAR_TIE = 0.375
 
 CASES = [("SAGE", "bfloat16"), ("SAGE", "float16")]
 if not torch.cuda.is_available():
-    # Float32 shows the backend alone, without the rounding of the model's other layers.
+    # Float32 rounds the model's other layers least. Still, their sums depend on the rows of a batch on some processors: a code
+    # that flips in an early layer then flips more in later ones, and a token at a near tie.
     CASES.append(("SAGE:k_bits=4", "float32"))
 
 
@@ -45,11 +46,6 @@ class Plain:
     answers: list[Answer]
     cached: list[Answer]
     one_by_one: list[Answer]
-
-    @property
-    def near_tie(self) -> float:
-        return 0.0 if self.dtype == "float32" else NEAR_TIE
-
 
 @pytest.fixture(scope="module", params=CASES, ids=" ".join)
 def plain(request: pytest.FixtureRequest) -> Iterator[Plain]:
@@ -65,18 +61,18 @@ def plain(request: pytest.FixtureRequest) -> Iterator[Plain]:
 def test_prefix_cache(plain: Plain) -> None:
     assert [answer.cached for answer in plain.answers] == [0] * len(LENGTHS)
     assert [answer.cached for answer in plain.cached] == [(length - 1) // 128 * 128 for length in LENGTHS]
-    assert_same_tokens(plain.cached, plain.answers, plain.near_tie)
+    assert_same_tokens(plain.cached, plain.answers, NEAR_TIE)
 
 
 def test_one_by_one(plain: Plain) -> None:
-    assert_same_tokens(plain.one_by_one, plain.answers, plain.near_tie)
+    assert_same_tokens(plain.one_by_one, plain.answers, NEAR_TIE)
 
 
 def test_small_chunks(plain: Plain) -> None:
     """Chunks of at most 64 tokens: prefills and decodes share batches, and pages are filled piece by piece."""
     limits = {"max_num_batched_tokens": 64, "max_num_seqs": 16}
     with engine(plain.run, dtype=plain.dtype, enable_prefix_caching=False, **limits) as llm:
-        assert_same_tokens(greedy(llm, plain.prompts), plain.answers, plain.near_tie)
+        assert_same_tokens(greedy(llm, plain.prompts), plain.answers, NEAR_TIE)
 
 
 def test_preemption(plain: Plain) -> None:
@@ -86,7 +82,7 @@ def test_preemption(plain: Plain) -> None:
         prompts = [plain.prompts[-1][:length] for length in (510, 511, 512, 500)]
         together = greedy(llm, prompts)
         assert metric(llm, "vllm:num_preemptions") > 0
-        assert_same_tokens(together, greedy(llm, prompts, together=False), plain.near_tie)
+        assert_same_tokens(together, greedy(llm, prompts, together=False), NEAR_TIE)
 
 
 def test_speculative_decoding(plain: Plain) -> None:
@@ -95,7 +91,7 @@ def test_speculative_decoding(plain: Plain) -> None:
     with engine(plain.run, dtype=plain.dtype, enable_prefix_caching=False, speculative_config=drafts) as llm:
         answers = greedy(llm, plain.prompts)
         assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
-        assert_same_tokens(answers, plain.answers, plain.near_tie)
+        assert_same_tokens(answers, plain.answers, NEAR_TIE)
 
 
 def test_capacity() -> None:

@@ -285,8 +285,11 @@ def test_an_engine_that_fails_is_marked_and_others_are_timed(
 ) -> None:
     engine, out = load(SCRIPT.with_name("engine.py")), tmp_path / "engine.json"
     made: list[str] = []
+    really_run = subprocess.run
 
-    def run(command: list[str], **_: Any) -> SimpleNamespace:
+    def run(command: Any, **how: Any) -> Any:
+        if "--only" not in command:  # of a library that asks the machine something
+            return really_run(command, **how)
         name, file = command[-3], Path(command[-1])
         made.append(name)
         if name == "SAGE:k_bits=4":
