@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Paged attention kernels side by side on one GPU: these kernels, vLLM's, cuDNN's, SageAttention's and FlashInfer's.
 
     python3 benchmarks/attention.py run --prefill 4096 16384 32768 131072 --store 32768 --chunk 2048x128000 \\

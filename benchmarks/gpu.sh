@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # What is measured of a GPU host, step by step: benchmarks/gpu.sh NAME [STEP...]
 #
 #   NAME   goes into the names of the results, benchmarks/results/*-NAME.json; for example h200
@@ -7,10 +8,11 @@
 #
 # A step that fails or takes longer than its limit is told, and the next one begins. The exit status is the number of such
 # steps. With two GPUs, servers also run on both.
+# shellcheck disable=SC2329  # steps are called by their names
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
-[ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 64; }
+[ $# -ge 1 ] || { sed -n '3,10s/^# \{0,1\}//p' "$0"; exit 64; }
 name=$1
 shift
 python=${SAGE_PYTHON:-.venv/bin/python}
@@ -73,14 +75,14 @@ step_memory() {
 }
 step_needle() {
     local remembering=SAGE:memory.local_tokens=1024,memory.topk_pages=64,memory.extrapolate=2048
-    run 300 "$python" -m sage_backend.tools.cli needle SAGE $remembering --lengths 2048,4096,8192,16384,65536,262144 \
+    run 300 "$python" -m sage_backend.tools.cli needle SAGE "$remembering" --lengths 2048,4096,8192,16384,65536,262144 \
         --out "$results/needle-$name.json"
-    run 300 "$python" -m sage_backend.tools.cli needle $remembering --lengths 256000,1000000 --out "$results/needle-1m-$name.json"
+    run 300 "$python" -m sage_backend.tools.cli needle "$remembering" --lengths 256000,1000000 --out "$results/needle-1m-$name.json"
 }
 step_quality() {
     local model=sage_backend/demo/model
-    calibrate $model anchors.tmp
-    calibrate $model mixed.tmp --k-bits auto --budget 0.065
+    calibrate "$model" anchors.tmp
+    calibrate "$model" mixed.tmp --k-bits auto --budget 0.065
     evaluate 400 quality SAGE SAGE:smooth_q=true SAGE:k_bits=4 "${peers[@]}"
     evaluate 300 quality-calibrated SAGE:calibration={anchors,mixed}.tmp SAGE:k_bits=4,calibration=anchors.tmp
 }

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Serve a model with the sage backend and stay in the foreground until Ctrl-C.
 #
 #   MODEL=PATH-OR-NAME   what to serve (default: the small model that the package embeds)

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Make the API key and Grafana's admin password for compose.yml: deploy/docker/secrets.sh
 #
 # They go into deploy/docker/.env, which only its owner can read and git ignores. A file that is there is left as it is.

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """The source of dashboard.json:  python deploy/grafana/dashboard.py > deploy/grafana/dashboard.json
 
 Edit this and not the JSON; a test compares the two.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dashboard's queries, and a Prometheus to put them to. Shared by render.py and the tests."""
 
 import json

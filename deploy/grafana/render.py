@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Draw the panels of dashboard.json from a running Prometheus. Needs matplotlib.
 
     python deploy/grafana/render.py http://127.0.0.1:9090 .venv/dashboard.png --seconds 120

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Put `prometheus` and `promtool` into the virtual environment: deploy/prometheus/install.sh
 #
 #   SAGE_VENV=DIR   that environment (default: .venv)
