@@ -77,6 +77,6 @@ def test_a_sample_times_its_layer_and_gets_page_lists() -> None:
     observer.timed("decode", sampled, CPU)
     assert calls.pop() == ("timed", "decode", sampled.impl, "memory", CPU)
     query, pages, anchor = torch.empty(1), torch.empty(2), torch.empty(3)
-    observer.selected("prefill", sampled, query, pages, tables("batch"), tables("selected"), anchor)
-    lists = "selected table", "selected lengths", "selected starts"
-    assert calls == [("cover", "prefill", sampled, query, pages, "batch table", "batch lengths", lists, anchor)]
+    batch, selected = tables("batch"), tables("selected")
+    observer.selected("prefill", sampled, query, pages, batch, selected, anchor)
+    assert calls == [("cover", "prefill", sampled, query, pages, batch, selected, anchor)]
