@@ -41,7 +41,7 @@ class ModelFileFormat:
         """Write a file. An older one is replaced when the new one is complete."""
         from safetensors.torch import save_file  # needed by engines with such a file only
 
-        partial = path.with_name(path.name + ".part")
+        partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # replicas may write the same file at once
         save_file(tensors, partial, metadata={"format": self.format, "model": identity(model, hf_config), **metadata})
         os.replace(partial, path)
 
@@ -49,9 +49,7 @@ class ModelFileFormat:
         """The metadata. Raises ValueError like `read`, and for a file of another model."""
         metadata, _ = self.read(path)
         if metadata["model"] != identity(model_config.model, model_config.hf_config):
-            raise ValueError(
-                f"the {self.noun} {path} is of another model; make one with: {self.command} {model_config.model}"
-            )
+            raise ValueError(f"the {self.noun} {path} is of another model; make one with: {self.command} {model_config.model}")
         return metadata
 
     def read(self, path: str, names: Iterable[str] = ()) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -82,6 +80,4 @@ class ModelFileFormat:
         except FileNotFoundError:
             raise ValueError(f"there is no {self.noun} {path}; make one with: {self.command}") from None
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} is not a {self.noun} or is damaged ({error}); make one with: {self.command}"
-            ) from None
+            raise ValueError(f"{path} is not a {self.noun} or is damaged ({error}); make one with: {self.command}") from None

@@ -47,6 +47,7 @@ _SAGE: dict[str, Allowed] = {
     "smooth_k": _one_of(False, True),
     "smooth_v": _one_of(False, True),
     "smooth_q": _one_of(False, True),
+    "equalize": _one_of(False, True),
     "calibration": _FILE,
     "canary": _integer("a number of steps from 1 on"),
     "memory": _SECTION,
@@ -205,17 +206,18 @@ class VariatorOptions:
 @dataclass(frozen=True)
 class SageOptions:
     """k_bits: bits of a stored key channel. page_tokens: tokens of a KV page, which is vLLM's KV block. smooth_k, smooth_v,
-    smooth_q: whether an anchor is subtracted from keys, one from values, and the mean of a block from the queries of prompts
-    (see `sage_kernels.reference`). calibration: a file with the anchors (see `features.calibration_file`); without one, the
-    first tokens fix those of keys, and values have none. memory: None to read all of every context. variator: compression
-    plugins on the FFNs, if any. canary: one in `canary` steps in which prompts begin is checked (see `observability.canary`);
-    None for no checks."""
+    smooth_q: whether an anchor is subtracted from keys, one from values, and the mean of a block from the queries of prompts;
+    equalize: whether the channels of keys are equalized (see `sage_kernels.reference`). calibration: a file of `sage
+    calibrate`; without one, the engine calibrates keys when it starts (see `engine.start_calibration`). memory: None to read
+    all of every context. variator: compression plugins on the FFNs, if any. canary: one in `canary` steps in which prompts
+    begin is checked (see `observability.canary`); None for no checks."""
 
     k_bits: int = 8
     page_tokens: int = 128
     smooth_k: bool = True
     smooth_v: bool = True
     smooth_q: bool = False
+    equalize: bool = True
     calibration: str | None = None
     variator: VariatorOptions | None = None
     memory: MemoryOptions | None = None
@@ -235,10 +237,10 @@ class SageOptions:
         options = cls(**values)
         if memory is not None:
             options = replace(options, memory=MemoryOptions.parse(memory, options.page_tokens))
-        if options.calibration and not (options.smooth_k or options.smooth_v):
+        if options.calibration and not (options.smooth_k or options.smooth_v or options.equalize):
             raise ValueError(
-                'option "calibration" in --additional-config "sage" has nothing to smooth with "smooth_k" and "smooth_v" both '
-                "false; leave it out"
+                'option "calibration" in --additional-config "sage" has nothing to do with "smooth_k", "smooth_v" and '
+                '"equalize" all false; leave it out'
             )
         return options
 

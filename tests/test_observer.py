@@ -39,12 +39,12 @@ def test_nothing_is_observed() -> None:
     NOT_OBSERVED.attended(anonymous, impl, nothing, nothing, nothing, nothing)
 
 
-def test_calibration_sees_queries_of_every_layer() -> None:
+def test_calibration_sees_every_layer() -> None:
     calls: list[tuple[Any, ...]] = []
     observed = layer("a", Recording(calls))
-    query = torch.randn(3, 2, 64)
-    StepObserver().attended(observed, observed.impl, query, query, query, query)
-    assert calls == [("attended", query)]
+    query, out = torch.randn(3, 2, 64), torch.empty(3, 2, 64)
+    StepObserver().attended(observed, observed.impl, query, query, query, out)
+    assert calls == [("attended", query, out)]
 
 
 def test_the_canary_sees_its_layer_only() -> None:

@@ -14,11 +14,11 @@ from sage_kernels.api import (
     store,
     store_summaries,
 )
-from sage_kernels.batch import Modifiers, PagedBatch, RopeShift
+from sage_kernels.batch import LayerCalibration, Modifiers, PagedBatch, RopeShift
 from sage_paged import Memory, PageLayout
 
 __all__ = [
-    "KernelChoice", "Memory", "Modifiers", "PageLayout", "PagedBatch", "RopeShift", "attend_decode", "attend_prefill",
-    "choose_kernels", "decode_workspace", "max_decode_rows", "prefill_scratch_bytes", "select_pages", "smoothing_block",
-    "store", "store_summaries",
+    "KernelChoice", "LayerCalibration", "Memory", "Modifiers", "PageLayout", "PagedBatch", "RopeShift", "attend_decode",
+    "attend_prefill", "choose_kernels", "decode_workspace", "max_decode_rows", "prefill_scratch_bytes", "select_pages",
+    "smoothing_block", "store", "store_summaries",
 ]  # fmt: skip

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from sage_kernels import cpu, reference
-from sage_kernels.batch import Modifiers, PagedBatch
+from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration, Modifiers, PagedBatch
 from sage_kernels.device import gluon_available, is_hopper
 from sage_paged import Memory, PageLayout
 
@@ -126,16 +126,14 @@ def store(
     pages: torch.Tensor,
     slots: torch.Tensor,
     layout: PageLayout,
-    k_anchor: torch.Tensor | None = None,
-    v_anchor: torch.Tensor | None = None,
+    calibration: LayerCalibration = NOT_CALIBRATED,
 ) -> None:
     """Quantize new tokens and write them into their pages.
 
     key, value: [tokens, kv_heads, head_dim], float32, float16 or bfloat16, unit stride in head_dim; the first slots.numel()
     tokens count. pages: uint8 [blocks, kv_heads, page_bytes], written in place. slots: int64 [tokens]; token t goes to block
-    slots[t] // layout.tokens, at slots[t] % layout.tokens; negative: padding. k_anchor, v_anchor: float32 [kv_heads, head_dim],
-    subtracted from keys and values (smoothing: SageAttention, section 4.2); a k_anchor of NaN is fixed to the mean of the first
-    tokens.
+    slots[t] // layout.tokens, at slots[t] % layout.tokens; negative: padding. calibration: of the layer. Attention takes
+    the same one, in its modifiers.
 
     Raises ValueError for tensors whose shapes or dtypes do not fit together.
 
@@ -148,15 +146,14 @@ def store(
     for name, x in (("key", key), ("value", value)):
         if x.dim() != 3 or tuple(x.shape[1:]) != shape or len(x) < slots.numel():
             raise ValueError(f"{name} is {list(x.shape)}; these pages and slots take {[slots.numel(), *shape]}")
-    for name, anchor in (("k_anchor", k_anchor), ("v_anchor", v_anchor)):
-        _check_anchor(name, anchor, shape)
+    _check_calibration(calibration, shape)
     if key.device.type == "cpu":
         tokens = slots.numel()
-        reference.store(key[:tokens], value[:tokens], pages, slots, layout, k_anchor, v_anchor)
+        reference.store(key[:tokens], value[:tokens], pages, slots, layout, calibration)
         return
     from sage_kernels.portable.store import store as triton_store
 
-    triton_store(key, value, pages, slots, layout, k_anchor, v_anchor)
+    triton_store(key, value, pages, slots, layout, calibration)
 
 
 def attend_prefill(
@@ -241,13 +238,13 @@ def store_summaries(
     batch: PagedBatch,
     num_tokens: int,
     shift_table: torch.Tensor | None = None,
-    k_anchor: torch.Tensor | None = None,
+    calibration: LayerCalibration = NOT_CALIBRATED,
 ) -> None:
     """Write the summaries of the pages that a step has filled, which `select_pages` reads (InfLLM memory).
 
     pages: as for `attend_prefill`, of a layout with has_summary. batch: the step's requests, whose tokens are stored.
-    num_tokens: at least the query tokens of the step. shift_table: `reference.rope_shift_table`, where select_pages has one;
-    then k_anchor is that of the stored keys.
+    num_tokens: at least the query tokens of the step. shift_table: `reference.rope_shift_table`, where select_pages has one.
+    calibration: the one that keys were stored with.
 
     Raises ValueError for a layout without summaries.
 
@@ -262,11 +259,11 @@ def store_summaries(
     _check_pages(pages, layout)
     _check_summary(layout)
     if pages.device.type == "cpu":
-        reference.store_summaries(pages, layout, batch, shift_table, k_anchor)
+        reference.store_summaries(pages, layout, batch, shift_table, calibration)
         return
     from sage_kernels.portable import recall
 
-    recall.store_summaries(pages, layout, batch, num_tokens, shift_table, k_anchor)
+    recall.store_summaries(pages, layout, batch, num_tokens, shift_table, calibration)
 
 
 def select_pages(
@@ -332,9 +329,13 @@ def _check_summary(layout: PageLayout) -> None:
         raise ValueError("the layout has no summaries; make it with PageLayout(..., has_summary=True)")
 
 
-def _check_anchor(name: str, anchor: torch.Tensor | None, shape: tuple[int, int]) -> None:
-    if anchor is not None and (anchor.dtype is not torch.float32 or tuple(anchor.shape) != shape):
-        raise ValueError(f"{name} is {anchor.dtype} {list(anchor.shape)}; it must be float32 {list(shape)}")
+def _check_calibration(calibration: LayerCalibration, shape: tuple[int, int]) -> None:
+    if calibration is NOT_CALIBRATED:
+        return
+    for name in ("k_anchor", "equalizer", "v_anchor"):
+        x = getattr(calibration, name)
+        if x is not None and (x.dtype is not torch.float32 or tuple(x.shape) != shape or not x.is_contiguous()):
+            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be float32 {list(shape)}, contiguous")
 
 
 def _check_batch(query: torch.Tensor, pages: torch.Tensor, layout: PageLayout, batch: PagedBatch) -> int:
@@ -364,8 +365,5 @@ def _check_attention(
         raise ValueError(f"out is {list(out.shape)}; it must have the shape of query, {list(shape)}")
     if modifiers.sinks is not None and modifiers.sinks.numel() != shape[1]:
         raise ValueError(f"sinks has {modifiers.sinks.numel()} entries; it must have one per query head, {shape[1]}")
-    if modifiers.k_anchor is not None:
-        _check_anchor("k_anchor", modifiers.k_anchor, (kv_heads, shape[2]))
-    if modifiers.v_anchor is not None:
-        _check_anchor("v_anchor", modifiers.v_anchor, (kv_heads, shape[2]))
+    _check_calibration(modifiers.calibration, (kv_heads, shape[2]))
     return shape[1] // kv_heads

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two arguments that every attention function takes: a step's requests, and a layer's variant of attention."""
+"""What attention functions take besides tensors: a step's requests, a layer's variant of attention, and its calibration."""
 
 from dataclasses import dataclass, replace
 
@@ -79,15 +79,43 @@ class PagedBatch:
 
 
 @dataclass(frozen=True)
+class LayerCalibration:
+    """What is done to a layer's keys and values before they are quantized, and undone in attention. Attention is the same with
+    and without; its quantization error is not.
+
+    A page stores (key - k_anchor) / equalizer and value - v_anchor, quantized. Queries are multiplied by the equalizer. Pages
+    must be read with the calibration that they were stored with.
+
+    k_anchor: float32 [kv_heads, head_dim], subtracted from keys (smoothing: SageAttention, section 4.2); None for none.
+    equalizer: float32 [kv_heads, head_dim], positive, the same for both channels of a RoPE pair. It moves magnitude from key
+        channels to query channels, as SmoothQuant (Xiao et al., ICML 2023) does from activations to weights; None for none.
+    v_anchor: float32 [kv_heads, head_dim], subtracted from values (SageAttention2); None for none.
+    """
+
+    k_anchor: torch.Tensor | None = None
+    equalizer: torch.Tensor | None = None
+    v_anchor: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "LayerCalibration":
+        """The same calibration with all tensors on `device`."""
+        return LayerCalibration(*(None if x is None else x.to(device) for x in (self.k_anchor, self.equalizer, self.v_anchor)))
+
+    def heads(self, kv: slice) -> "LayerCalibration":
+        """The calibration of some KV heads alone."""
+        return LayerCalibration(*(None if x is None else x[kv] for x in (self.k_anchor, self.equalizer, self.v_anchor)))
+
+
+NOT_CALIBRATED = LayerCalibration()
+
+
+@dataclass(frozen=True)
 class Modifiers:
-    """What a layer's attention has beside softmax(scale Q K^T) V. Built once a layer.
+    """What a layer's attention has besides softmax(scale Q K^T) V. Built once a layer.
 
     window: sliding window in tokens: a query sees itself and the window - 1 tokens before it; 0 for all.
     soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0.0 for none.
     sinks: float [heads], logits of an extra key without a value (attention sinks); None for none.
-    k_anchor: float32 [kv_heads, head_dim], what was subtracted from the stored keys. Softmax is the same with and without, so
-        that it matters only where logits are needed whole: with soft_cap, sinks, or a RopeShift.
-    v_anchor: float32 [kv_heads, head_dim], what was subtracted from the stored values.
+    calibration: the one that keys and values were stored with.
     q_block: query smoothing (SageAttention2, section 3.2): queries are quantized less the mean of their block of this many
         tokens, counted from a request's first query. 0 for none. Kernels support `api.smoothing_block` only.
     """
@@ -95,25 +123,21 @@ class Modifiers:
     window: int = 0
     soft_cap: float = 0.0
     sinks: torch.Tensor | None = None
-    k_anchor: torch.Tensor | None = None
-    v_anchor: torch.Tensor | None = None
+    calibration: LayerCalibration = NOT_CALIBRATED
     q_block: int = 0
+
+    def bias_anchor(self, batch: PagedBatch) -> torch.Tensor | None:
+        """The anchor of keys if attention to `batch` needs it. Without it, all logits of a row lack the same number, which
+        softmax ignores; a soft cap, sinks and a RopeShift do not."""
+        needs_whole_logits = self.soft_cap > 0 or self.sinks is not None or batch.rope_shift is not None
+        return self.calibration.k_anchor if needs_whole_logits else None
 
     def to(self, device: torch.device | str) -> "Modifiers":
         """The same modifiers with all tensors on `device`."""
-
-        def moved(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else x.to(device)
-
-        return replace(self, sinks=moved(self.sinks), k_anchor=moved(self.k_anchor), v_anchor=moved(self.v_anchor))
+        sinks = None if self.sinks is None else self.sinks.to(device)
+        return replace(self, sinks=sinks, calibration=self.calibration.to(device))
 
     def heads(self, kv: slice, group: int) -> "Modifiers":
         """The modifiers of some KV heads alone, each with `group` query heads."""
-        own = slice(kv.start * group, kv.stop * group)
-
-        def part(x: torch.Tensor | None, which: slice) -> torch.Tensor | None:
-            return None if x is None else x[which]
-
-        return replace(
-            self, sinks=part(self.sinks, own), k_anchor=part(self.k_anchor, kv), v_anchor=part(self.v_anchor, kv)
-        )
+        sinks = None if self.sinks is None else self.sinks[kv.start * group : kv.stop * group]
+        return replace(self, sinks=sinks, calibration=self.calibration.heads(kv))

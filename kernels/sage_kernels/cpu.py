@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sage_kernels.batch import Modifiers, PagedBatch
+from sage_kernels.batch import Modifiers, PagedBatch, RopeShift
 from sage_kernels.reference import (
     LOG2E,
     QueryTerms,
@@ -42,6 +42,27 @@ class _Piece:
         return self.high - self.low
 
 
+@dataclass(frozen=True)
+class _QueryFactors:
+    """What queries are multiplied with, besides keys. k_anchor: where whole logits are needed (`Modifiers.bias_anchor`)."""
+
+    modifiers: Modifiers
+    k_anchor: torch.Tensor | None
+    scale: float
+
+    def terms(self, q: torch.Tensor) -> QueryTerms:
+        """Queries [kv_heads, group, queries, head_dim], equalized and quantized."""
+        equalizer = self.modifiers.calibration.equalizer
+        equalized = q if equalizer is None else q.float() * equalizer[:, None, None]
+        return query_terms(equalized, self.scale, self.modifiers.q_block)
+
+    def bias(self, q: torch.Tensor) -> torch.Tensor:
+        """What base-2 logits lack by the anchor, [kv_heads, group, queries, 1]."""
+        if self.k_anchor is None:
+            return torch.zeros(*q.shape[:-1], 1)
+        return (q.float() @ self.k_anchor[:, None, :, None]) * self.scale
+
+
 def attention(
     query: torch.Tensor,
     pages: torch.Tensor,
@@ -55,12 +76,9 @@ def attention(
     modifiers = modifiers or Modifiers()
     kv_heads, group = pages.shape[1], query.shape[1] // pages.shape[1]
     by_head = query.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)  # [kv_heads, group, queries, head_dim]
-    bias = torch.zeros(by_head.shape[:-1])
-    if modifiers.k_anchor is not None:
-        bias = (by_head.float() @ modifiers.k_anchor[:, None, :, None]).squeeze(-1) * (scale * LOG2E)
     for piece in _pieces(query.shape[1], layout, batch, modifiers):
         rows = slice(piece.low, piece.high)
-        result = _attend(by_head[:, :, rows], bias[:, :, rows, None], piece, pages, layout, batch, scale, modifiers)
+        result = _attend(by_head[:, :, rows], piece, pages, layout, batch, scale, modifiers)
         out[rows] = result.permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
 
 
@@ -82,7 +100,6 @@ def _pieces(heads: int, layout: PageLayout, batch: PagedBatch, modifiers: Modifi
 
 def _attend(
     q: torch.Tensor,
-    bias: torch.Tensor,
     piece: _Piece,
     pages: torch.Tensor,
     layout: PageLayout,
@@ -90,16 +107,17 @@ def _attend(
     scale: float,
     modifiers: Modifiers,
 ) -> torch.Tensor:
-    """Attention of a piece, float32 of q's shape. q: [kv_heads, group, queries, head_dim]; bias: [kv_heads, group, queries, 1],
-    what base-2 logits lack by k_anchor."""
+    """Attention of a piece, float32 of q's shape. q: [kv_heads, group, queries, head_dim]."""
     kv_heads, group = q.shape[:2]
+    factors = _QueryFactors(modifiers, modifiers.bias_anchor(batch), scale * LOG2E)
+    bias = factors.bias(q)
     begin = piece.used_pages.start * layout.tokens
     table = batch.block_table[piece.request, ..., piece.used_pages]
     k, k_scale, v, v_exponent = (x[:, : piece.end_position - begin] for x in load(pages, table, layout))
 
-    logits = _qk_product(query_terms(q, scale * LOG2E, modifiers.q_block), k, k_scale)
+    logits = _qk_product(factors.terms(q), k, k_scale)
     if batch.rope_shift is not None:
-        _shift_pages(logits, q, bias, k, k_scale, piece, batch, layout, scale, modifiers)
+        _shift_pages(logits, q, bias, k, k_scale, piece, batch.rope_shift, layout, factors)
     if modifiers.soft_cap:
         cap = modifiers.soft_cap * LOG2E
         logits = cap * torch.tanh((logits + bias) / cap)
@@ -112,8 +130,8 @@ def _attend(
     p, m_ref = quantize_p(logits, layout.tokens)
     l_i = torch.matmul(p.flatten(1, 2), (-v_exponent).exp2()[..., None]).unflatten(1, p.shape[1:3])
     result = torch.matmul(p.flatten(1, 2), v).unflatten(1, p.shape[1:3])
-    if modifiers.v_anchor is not None:
-        result += l_i * modifiers.v_anchor[:, None, None]
+    if modifiers.calibration.v_anchor is not None:
+        result += l_i * modifiers.calibration.v_anchor[:, None, None]
     if modifiers.sinks is not None:
         sinks = modifiers.sinks.float().mul(LOG2E).view(kv_heads, group, 1, 1)
         l_i = l_i + torch.exp2((sinks if modifiers.soft_cap else sinks - bias) - m_ref)
@@ -134,19 +152,14 @@ def _shift_pages(
     k: torch.Tensor,
     k_scale: torch.Tensor,
     piece: _Piece,
-    batch: PagedBatch,
+    rope_shift: RopeShift,
     layout: PageLayout,
-    scale: float,
-    modifiers: Modifiers,
+    factors: _QueryFactors,
 ) -> None:
     """Replace the logits of pages that are read at shifted positions (`RopeShift`)."""
-    assert batch.rope_shift is not None
-    for page, shift in enumerate(batch.rope_shift.pages[piece.request, :, piece.used_pages].T):
+    for page, shift in enumerate(rope_shift.pages[piece.request, :, piece.used_pages].T):
         if not shift.any():
             continue
-        rotated = rotate_back(q.float(), batch.rope_shift.table[shift.long()][:, None, None])
+        rotated = rotate_back(q.float(), rope_shift.table[shift.long()][:, None, None])
         own = slice(page * layout.tokens, (page + 1) * layout.tokens)
-        terms = query_terms(rotated, scale * LOG2E, modifiers.q_block)
-        logits[..., own] = _qk_product(terms, k[:, own], k_scale[:, own])
-        if modifiers.k_anchor is not None:
-            logits[..., own] += torch.matmul(rotated, modifiers.k_anchor[:, None, :, None]) * (scale * LOG2E) - bias
+        logits[..., own] = _qk_product(factors.terms(rotated), k[:, own], k_scale[:, own]) + (factors.bias(rotated) - bias)

@@ -47,7 +47,6 @@ def reasons(
     *,
     capability: Any = None,
     attn_type: str = "decoder",
-    use_kv_transfer: bool = False,
     **flags: Any,
 ) -> list[str]:
     """Why this layer cannot be served, in words for the user; empty if it can. Arguments are those of vLLM's selector.
@@ -76,12 +75,6 @@ def reasons(
             f"--block-size {block_size} is not a multiple of the {options.page_tokens} tokens of a page; leave it out",
         ),
         (capability is not None and capability < (8, 0), f"compute capability {capability} is below 8.0; {_INSTEAD}"),
-        (
-            use_kv_transfer and options.smooth_k and options.calibration is None,
-            "keys are smoothed by the first tokens that this process sees, so their pages cannot leave it "
-            "(--kv-transfer-config, --kv-offloading-size); make a calibration with sage calibrate, or add --additional-config "
-            '\'{"sage": {"smooth_k": false}}\'',
-        ),
     ]
     return [reason for applies, reason in rows if applies]
 
@@ -155,7 +148,6 @@ def _reasons_of(config: Any, options: SageOptions) -> list[str]:
         use_alibi=model.uses_alibi,
         use_pcp=parallel.prefill_context_parallel_size > 1,
         use_dcp=parallel.decode_context_parallel_size > 1,
-        use_kv_transfer=config.kv_transfer_config is not None,
     )
 
 

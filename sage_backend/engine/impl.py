@@ -15,6 +15,7 @@ from sage_backend.engine.metadata import Phase, SageMetadata
 from sage_backend.features import calibration_file, observers, positions
 from sage_backend.observability.definitions import DECODE
 from sage_kernels import (
+    LayerCalibration,
     Memory,
     Modifiers,
     PagedBatch,
@@ -27,6 +28,7 @@ from sage_kernels import (
     store,
     store_summaries,
 )
+from sage_kernels.batch import NOT_CALIBRATED
 
 logger = logging.getLogger(__name__)
 
@@ -69,19 +71,12 @@ class SageImpl(AttentionImpl[SageMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.layout = options.current().layout(head_size)
-        self.smooth_k, self.smooth_v = options.current().smooth_k, options.current().smooth_v
         self.smooth_q = options.current().smooth_q
-        self.calibration = options.current().calibration
+        self.calibration_file = options.current().calibration
         self.observer: observers.Observer | None = None
         """Sees what this layer stores and attends to, if there is one."""
-        self.anchor: torch.Tensor | None = None
-        """Subtracted from this layer's keys, float32 [kv_heads, head_size]; all NaN until the first tokens fix it."""
-        self.calibrated = False
-        """Whether the anchor of keys comes from a calibration."""
-        self.v_anchor: torch.Tensor | None = None
-        """Subtracted from this layer's values, float32 [kv_heads, head_size], if a calibration has it."""
-        self.anchors_made = False
-        """Whether `make_anchors` was called. Both anchors may still be None."""
+        self.calibration = NOT_CALIBRATED
+        """What this layer's keys and values are stored with. Allocated when the first tokens are stored."""
         self.memory = None if self.window else options.current().memory
         """How long contexts are read; None in layers with a sliding window. See also `memory_of`."""
         self.frequencies: tuple[float, ...] = ()
@@ -94,30 +89,34 @@ class SageImpl(AttentionImpl[SageMetadata]):
         """Whether distant pages are read at other RoPE positions than their own."""
         return self.memory is not None and bool(self.memory.extrapolate)
 
-    @torch.inference_mode()  # in which it was allocated
-    def forget_anchor(self) -> None:
-        """Let the next tokens fix the anchor of keys again, unless it comes from a calibration. No stored key may still be
-        needed."""
-        if self.anchor is not None and not self.calibrated:
-            self.anchor.fill_(torch.nan)
+    def calibrate(self, found: LayerCalibration, device_: torch.device) -> None:
+        """Store keys and values with `found` from now on, as far as the options ask for it. No stored key may still be needed.
 
-    def make_anchors(self, layer: Any, device_: torch.device) -> None:
-        """Take the anchors from the calibration, if there is one. Elsewhere the first tokens fix that of keys."""
-        self.anchors_made = True
-        if self.smooth_k:
-            shape = self.num_kv_heads, self.head_size
-            self.anchor = torch.full(shape, torch.nan, dtype=torch.float32, device=device_)
-        if self.calibration is None:
-            return
-        worker = self.num_kv_heads, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        found, v_found = calibration_file.anchors(self.calibration, layer.layer_name, *worker)
-        if self.smooth_v and v_found is not None:
-            self.v_anchor = v_found.to(device_)
-        if self.anchor is not None and found is not None:
-            self.anchor.copy_(found)
-            self.calibrated = True
-        elif self.anchor is not None:  # a layer of a drafter, which is a model of its own
-            logger.warning("%s has no anchor for %s; the first tokens will fix it", self.calibration, layer.layer_name)
+        The tensors of keys stay where they are: CUDA graphs may have been captured with them. So do those of values, for which
+        there is a kernel of its own: a `found` with an anchor of values must come before the first graph.
+        """
+        chosen, shape = options.current(), (self.num_kv_heads, self.head_size)
+        if self.calibration is NOT_CALIBRATED:
+            self.calibration = LayerCalibration(
+                torch.zeros(shape, device=device_) if chosen.smooth_k else None,
+                torch.ones(shape, device=device_) if chosen.equalize else None,
+                found.v_anchor.to(device_) if chosen.smooth_v and found.v_anchor is not None else None,
+            )
+        own = self.calibration
+        for target, source in ((own.k_anchor, found.k_anchor), (own.equalizer, found.equalizer)):
+            if target is not None and source is not None:
+                target.copy_(source)
+
+    def _calibrate_from_file(self, layer: Any, device_: torch.device) -> None:
+        """Take the calibration from the user's file, if there is one. Elsewhere the engine calibrates when it is about to be
+        ready (`sage_backend.engine.start_calibration`)."""
+        found = NOT_CALIBRATED
+        if self.calibration_file is not None:
+            worker = self.num_kv_heads, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+            found = calibration_file.calibration(self.calibration_file, layer.layer_name, *worker)
+            if found.k_anchor is None:  # a layer of a drafter, which is a model of its own
+                logger.warning("%s has nothing for %s, whose keys stay as they are", self.calibration_file, layer.layer_name)
+        self.calibrate(found, device_)
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -129,15 +128,15 @@ class SageImpl(AttentionImpl[SageMetadata]):
         """
         if kv_cache.numel() == 0:  # the profiling run has no cache yet
             return
-        if not self.anchors_made:
+        if self.calibration is NOT_CALIBRATED:
             # Not earlier: tensors that are allocated with the weights or with the KV cache do not survive sleep mode. And not
             # in a CUDA graph: vLLM runs every batch once before it captures it.
-            self.make_anchors(layer, key.device)
+            self._calibrate_from_file(layer, key.device)
         tokens = slot_mapping.numel()
         key, value = key[:tokens], value[:tokens]
         if self.observer is not None:
             self.observer.stored(key, value, slot_mapping)
-        store(key, value, self.layout.pages(kv_cache), slot_mapping, self.layout, self.anchor, self.v_anchor)
+        store(key, value, self.layout.pages(kv_cache), slot_mapping, self.layout, self.calibration)
 
     def forward(
         self,
@@ -165,9 +164,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         modifiers = self._modifiers(owner, query.device)
 
         if memory is not None and owner is self:
-            store_summaries(
-                pages, self.layout, step.batch, step.num_tokens, self._shift_table(query.device), owner.anchor
-            )
+            store_summaries(pages, self.layout, step.batch, step.num_tokens, self._shift_table(query.device), owner.calibration)
         for phase in step.phases:
             with step.observer.timed(phase.name, layer, query.device):
                 batch = self._select_pages(memory, query, pages, phase, step.max_seq_len)
@@ -177,7 +174,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
                     attend_prefill(query, pages, self.layout, batch, self.scale, out, modifiers)
             if batch is not phase.batch:
                 queries = query[phase.first_token :]
-                step.observer.selected(phase.name, layer, queries, pages, phase.batch, batch, owner.anchor)
+                step.observer.selected(phase.name, layer, queries, pages, phase.batch, batch, owner.calibration)
         step.observer.attended(layer, self, query, key, value, out)
         return output
 
@@ -194,11 +191,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         return self if target is None else get_forward_context().no_compile_layers[target].impl
 
     def _modifiers(self, owner: "SageImpl", device: torch.device) -> Modifiers:
-        needs_whole_logits = self.soft_cap or self.sinks is not None or self.rotates_pages
-        return Modifiers(
-            self.window, self.soft_cap, self.sinks, owner.anchor if needs_whole_logits else None, owner.v_anchor,
-            self.q_block(device, self.layout),
-        )  # fmt: skip
+        return Modifiers(self.window, self.soft_cap, self.sinks, owner.calibration, self.q_block(device, self.layout))
 
     def q_block(self, device: torch.device, layout: PageLayout) -> int:
         """The `Modifiers.q_block` of this layer with pages of `layout`: 0 without the option smooth_q."""

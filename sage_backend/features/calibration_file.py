@@ -2,8 +2,8 @@
 """The file of a calibration: `sage calibrate` writes it, a server loads it.
 
 It is a safetensors file. For each attention layer, by vLLM's name of it, it has the anchor of keys, float32 [kv_heads,
-head_dim]; by that name and `OF_VALUES`, the anchor of values, if the layer has one. Its metadata identify the model and have
-the bits of each layer's keys, if they were chosen.
+head_dim]; by that name and `OF_EQUALIZER`, the equalizer; by that name and `OF_VALUES`, the anchor of values, if the layer has
+one. Its metadata identify the model and have the bits of each layer's keys, if they were chosen.
 """
 
 import json
@@ -13,28 +13,30 @@ from typing import Any
 import torch
 
 from sage_backend.model_file import ModelFileFormat
+from sage_kernels import LayerCalibration
 from sage_paged import K_BITS
 
-_FILE = ModelFileFormat("calibration", "sage calibrate", "sage-calibration-1")
-OF_VALUES = ".values"
+_FILE = ModelFileFormat("calibration", "sage calibrate", "sage-calibration-2")
+OF_EQUALIZER, OF_VALUES = ".equalizer", ".values"
 
 
-Anchors = tuple[torch.Tensor | None, torch.Tensor | None]
-"""Of a layer's keys and of its values, float32 [kv_heads, head_dim] each; None where there is none."""
-
-
-def save(path: Path, anchors: dict[str, torch.Tensor], model_config: Any, k_bits: dict[str, int] | None = None) -> None:
+def save(path: Path, tensors: dict[str, torch.Tensor], model_config: Any, k_bits: dict[str, int] | None = None) -> None:
     """Write a calibration; an older file is replaced when the new one is complete.
 
-    anchors: by the names of the file; model_config: vLLM's ModelConfig; k_bits: bits of keys by layer, if they were chosen.
+    tensors: by the names of the file; model_config: vLLM's ModelConfig; k_bits: bits of keys by layer, if they were chosen.
     """
     metadata = {"k_bits": json.dumps(k_bits)} if k_bits else {}
-    _FILE.save(path, anchors, model_config.model, model_config.hf_config, **metadata)
+    _FILE.save(path, tensors, model_config.model, model_config.hf_config, **metadata)
 
 
 def check(path: str, model_config: Any) -> None:
     """Raises ValueError, in one line, for a file that is no calibration, is damaged, or is of another model (ModelConfig)."""
     _FILE.check(path, model_config)
+
+
+def tensors(path: str) -> dict[str, torch.Tensor]:
+    """All tensors of a file. Raises ValueError like `check`, other models excepted."""
+    return _FILE.read(path, _FILE.shapes(path))[1]
 
 
 def k_bits(path: str) -> dict[str, int]:
@@ -49,23 +51,23 @@ def k_bits(path: str) -> dict[str, int]:
     raise ValueError(f"{path} is damaged: its k_bits are {metadata['k_bits']!r}; make one with: {_FILE.command}")
 
 
-def anchors(path: str, layer: str, heads: int, rank: int, ranks: int) -> Anchors:
-    """A layer's anchors for worker `rank` of `ranks` tensor-parallel workers with `heads` KV heads each.
+def calibration(path: str, layer: str, heads: int, rank: int, ranks: int) -> LayerCalibration:
+    """A layer's calibration for worker `rank` of `ranks` tensor-parallel workers with `heads` KV heads each.
 
     Raises ValueError like `check`, and if the file has another number of KV heads.
     """
-    _, tensors = _FILE.read(path, [layer, layer + OF_VALUES])
-    for each in tensors.values():
+    _, found = _FILE.read(path, [layer, layer + OF_EQUALIZER, layer + OF_VALUES])
+    for each in found.values():
         if heads != max(1, len(each) // ranks):
             raise ValueError(
                 f"{path} has {len(each)} KV heads in {layer}, and not {heads} for each of {ranks} workers; make one with: "
                 f"{_FILE.command}"
             )
-    return worker_anchors(tensors, layer, heads, rank, ranks)
+    return worker_calibration(found, layer, heads, rank, ranks)
 
 
-def worker_anchors(tensors: dict[str, torch.Tensor], layer: str, heads: int, rank: int, ranks: int) -> Anchors:
-    """As `anchors`, out of the tensors of a file."""
+def worker_calibration(tensors: dict[str, torch.Tensor], layer: str, heads: int, rank: int, ranks: int) -> LayerCalibration:
+    """As `calibration`, out of the tensors of a file."""
 
     def slice_of(name: str) -> torch.Tensor | None:
         if name not in tensors:
@@ -73,4 +75,4 @@ def worker_anchors(tensors: dict[str, torch.Tensor], layer: str, heads: int, ran
         first = rank * len(tensors[name]) // ranks  # with fewer heads than workers, several have the same
         return tensors[name][first : first + heads]
 
-    return slice_of(layer), slice_of(layer + OF_VALUES)
+    return LayerCalibration(slice_of(layer), slice_of(layer + OF_EQUALIZER), slice_of(layer + OF_VALUES))

@@ -10,6 +10,7 @@ from sage_kernels import Modifiers, PagedBatch, PageLayout, attend_prefill, refe
 from sage_paged import K_BITS
 
 _ERROR_QUERIES = 256
+"""The last queries of a prompt, for which errors of pages are measured, and queries that attend exactly at a time."""
 
 
 class Observer(Protocol):
@@ -19,30 +20,63 @@ class Observer(Protocol):
         """New tokens were stored. key, value: [tokens, kv_heads, head_dim] in the model's dtype; slots: int64 [tokens],
         negative for padding."""
 
-    def attended(self, query: torch.Tensor) -> None:
-        """The layer attended. query: [tokens, heads, head_dim] in the model's dtype, for the tokens stored last."""
+    def attended(self, query: torch.Tensor, out: torch.Tensor) -> None:
+        """The layer attended. query, out: [tokens, heads, head_dim] in the model's dtype, for the tokens stored last. out may
+        be overwritten."""
 
 
-class Means:
-    """Sums the keys and values that a layer stores, and the squares of values."""
+class Statistics:
+    """What a calibration needs to know of a layer, over prompts that come one at a time.
 
-    def __init__(self) -> None:
-        self.sum: torch.Tensor | float = 0.0
+    Attention to a prompt that comes whole is computed exactly, so that the statistics of later layers do not depend on how
+    earlier ones quantize.
+    """
+
+    def __init__(self, impl: Any) -> None:
+        """impl: the layer's SageImpl."""
+        self.impl = impl
         self.count = 0
+        self.key = self.value = torch.empty(0)
+        self.sums: torch.Tensor | None = None
+        """Of keys, values and squares of values, float64 [kv_heads, 3, head_dim]."""
+        self.ranges: torch.Tensor | None = None
+        """The least key, the largest key and the largest magnitude of queries, float32 [kv_heads, 3, head_dim]."""
 
     def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         used = slots >= 0
-        key, value = key[used].double(), value[used].double()
-        self.sum = self.sum + torch.stack([key.sum(0), value.sum(0), value.square().sum(0)], 1)
+        self.key, self.value = key[used], value[used]
+        if len(self.key) == 0:
+            return
+        key, value = self.key.double(), self.value.double()
+        sums = torch.stack([key.sum(0), value.sum(0), value.square().sum(0)], 1)
+        self.sums = sums if self.sums is None else self.sums + sums
         self.count += len(key)
+        self._widen(key.amin(0).float(), key.amax(0).float(), torch.zeros_like(key[0], dtype=torch.float32))
 
-    def attended(self, query: torch.Tensor) -> None:
-        """Nothing is to be learned from queries."""
+    def attended(self, query: torch.Tensor, out: torch.Tensor) -> None:
+        if self.ranges is None or len(query) != len(self.key):
+            return
+        largest = query.float().abs().amax(0).unflatten(0, (self.key.shape[1], -1)).amax(1)
+        self._widen(self.ranges[:, 0], self.ranges[:, 1], largest)
+        plain = Modifiers(self.impl.window, self.impl.soft_cap, self.impl.sinks)
+        for first in range(0, len(query), _ERROR_QUERIES):  # as many logits as fit into memory
+            rows = slice(first, min(first + _ERROR_QUERIES, len(query)))
+            key, value = self.key[: rows.stop], self.value[: rows.stop]
+            out[rows] = reference.exact_attention(query[rows], key, value, self.impl.scale, plain).to(out.dtype)
+
+    def _widen(self, least: torch.Tensor, largest: torch.Tensor, query: torch.Tensor) -> None:
+        if self.ranges is not None:
+            least = torch.minimum(least, self.ranges[:, 0])
+            largest = torch.maximum(largest, self.ranges[:, 1])
+            query = torch.maximum(query, self.ranges[:, 2])
+        self.ranges = torch.stack([least, largest, query], 1)
 
     def result(self) -> torch.Tensor | None:
-        """The means of keys, of values and of squares of values, float32 [kv_heads, 3, head_dim] on the CPU, or None if the
-        layer has stored nothing."""
-        return (self.sum / self.count).float().cpu() if self.count and isinstance(self.sum, torch.Tensor) else None
+        """float32 [kv_heads, 6, head_dim] on the CPU: the means of keys, of values and of squares of values, the least and the
+        largest key, and the largest magnitude of queries. None if the layer has stored nothing."""
+        if self.sums is None or self.ranges is None:
+            return None
+        return torch.cat([(self.sums / self.count).float(), self.ranges], 1).cpu()
 
 
 class PageErrors:
@@ -60,7 +94,7 @@ class PageErrors:
     def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         self.key, self.value = key[slots >= 0], value[slots >= 0]
 
-    def attended(self, query: torch.Tensor) -> None:
+    def attended(self, query: torch.Tensor, out: torch.Tensor) -> None:
         tokens, impl, device = len(self.key), self.impl, query.device
         if len(query) != tokens:
             return
@@ -72,13 +106,12 @@ class PageErrors:
             layout = PageLayout(impl.head_size, bits, impl.layout.tokens)
             blocks = -(-tokens // layout.tokens)
             pages = layout.empty(blocks, self.key.shape[1], device)
-            store(self.key, self.value, pages, torch.arange(tokens, device=device), layout, impl.anchor, impl.v_anchor)
+            store(self.key, self.value, pages, torch.arange(tokens, device=device), layout, impl.calibration)
             table, lengths, starts = (
                 torch.tensor(x, dtype=torch.int32, device=device) for x in ([[*range(blocks)]], [tokens], [0, len(query)])
             )
             batch = PagedBatch(table, lengths, starts)
-            out = torch.empty_like(exact)
-            q_block = impl.q_block(device, layout)
-            smoothed = replace(plain, k_anchor=impl.anchor, v_anchor=impl.v_anchor, q_block=q_block)
-            attend_prefill(query, pages, layout, batch, impl.scale, out, smoothed)
-            self.squares[bits] += float((out - exact).square().sum())
+            quantized = torch.empty_like(exact)
+            modifiers = replace(plain, calibration=impl.calibration, q_block=impl.q_block(device, layout))
+            attend_prefill(query, pages, layout, batch, impl.scale, quantized, modifiers)
+            self.squares[bits] += float((quantized - exact).square().sum())

@@ -8,13 +8,15 @@ the device.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from sage_backend.observability.readout import Readout
-from sage_kernels import PagedBatch, reference
+from sage_kernels import LayerCalibration, PagedBatch, reference
+from sage_kernels.batch import NOT_CALIBRATED
 from sage_paged import Memory, PageLayout
 
 TOKENS = 8192
@@ -33,23 +35,24 @@ def mass_covered(
     read: torch.Tensor,
     scale: float,
     soft_cap: float = 0.0,
-    anchor: torch.Tensor | None = None,
+    calibration: LayerCalibration = NOT_CALIBRATED,
 ) -> torch.Tensor:
     """The fraction of the softmax over a context that falls on the blocks in `read`, the mean over the heads of a KV head.
     float32 [].
 
     query: [heads, head_dim], of the context's last token; blocks: int [n], the context's pages in order; length: its tokens,
-    at most those of n pages; read: int [m], with -1 for nothing; anchor: [head_dim], that of the stored keys. Keys keep their
-    own positions, even past the length that a model was trained for.
+    at most those of n pages; read: int [m], with -1 for nothing; calibration: the one that keys were stored with. Keys keep
+    their own positions, even past the length that a model was trained for.
     """
-    query, blocks = query.float(), blocks.long()
+    query, blocks, calibration = query.float(), blocks.long(), calibration.heads(slice(head, head + 1))
+    # Without a soft cap, the anchor's share of the logits makes no difference.
+    restored = calibration if soft_cap else replace(calibration, k_anchor=None)
     logits = []
     for some in blocks.split(PIECE // layout.tokens):
         codes, k_scale = reference.key_codes(pages[some, head], layout)
-        logits.append((codes * k_scale[..., None]) @ query.T * scale)
+        logits.append(reference.restore_keys(codes * k_scale[..., None], restored) @ query.T * scale)
     found = torch.cat(logits)  # [n, tokens, heads]
-    if soft_cap:  # elsewhere, what all logits have in common makes no difference
-        found = found if anchor is None else found + query @ anchor * scale
+    if soft_cap:
         found = soft_cap * torch.tanh(found / soft_cap)
     behind = torch.arange(found.shape[0] * layout.tokens, device=found.device).view(-1, layout.tokens) >= length
     found = found.masked_fill(behind[..., None], float("-inf"))
@@ -75,13 +78,13 @@ class Coverage:
         pages: torch.Tensor,
         batch: PagedBatch,
         selected: PagedBatch,
-        k_anchor: torch.Tensor | None,
+        calibration: LayerCalibration,
     ) -> None:
         """Measure the request with the longest context in the phase, unless memory reads all of it. KV heads alternate.
 
         impl: the layer's SageImpl; query_lens, host_seq_lens: int64 [requests], the latter as upper bounds; query: [tokens,
         heads, head_size], from the phase's first; batch: the phase's requests; selected: what `select_pages` made of it;
-        k_anchor: float32 [kv_heads, head_size], that of the stored keys.
+        calibration: that of the stored keys.
         """
         self.collect()
         lengths = np.where(query_lens > 0, host_seq_lens, 0)
@@ -105,7 +108,7 @@ class Coverage:
         fraction = mass_covered(
             query[last, head * group : (head + 1) * group], pages, impl.layout, head,
             batch.block_table[request, : -(-length // self._page_tokens)], batch.seq_lens[request], read, impl.scale,
-            impl.soft_cap, None if k_anchor is None else k_anchor[head],
+            impl.soft_cap, calibration,
         )  # fmt: skip
         self._readout.put(fraction.nan_to_num(nan=0.0).clamp(max=1.0))
         self.collect()

@@ -10,7 +10,7 @@
             selected = select_pages(...)  # with memory, if it does not read everything
             attend(...)
         if memory has selected pages:
-            observer.selected(phase, layer, query, pages, batch, selected, k_anchor)
+            observer.selected(phase, layer, query, pages, batch, selected, calibration)
     observer.attended(layer, impl, query, key, value, out)
 
 Each call takes nanoseconds where nothing is to be observed, and none waits for the device.
@@ -24,7 +24,7 @@ import torch
 
 from sage_backend.observability.canary import Check
 from sage_backend.observability.recorder import Recorder, Sample, timed
-from sage_kernels import PagedBatch
+from sage_kernels import LayerCalibration, PagedBatch
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class StepObserver:
         pages: torch.Tensor,
         batch: PagedBatch,
         selected: PagedBatch,
-        k_anchor: torch.Tensor | None,
+        calibration: LayerCalibration,
     ) -> None:
         """Memory has read `selected` instead of `batch`, both of the requests of one phase.
 
-        query: [tokens, heads, head_size], from the phase's first token on; pages: uint8, as of `PageLayout.pages`; k_anchor:
-        float32 [kv_heads, head_size], that of the stored keys.
+        query: [tokens, heads, head_size], from the phase's first token on; pages: uint8, as of `PageLayout.pages`;
+        calibration: that of the stored keys.
         """
         if self.sample is not None:
-            self.sample.cover(phase, layer, query, pages, batch, selected, k_anchor)
+            self.sample.cover(phase, layer, query, pages, batch, selected, calibration)
 
     def attended(
         self, layer: Any, impl: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
@@ -71,7 +71,7 @@ class StepObserver:
         query, out: [tokens, heads, head_size]; key, value: [tokens, kv_heads, head_size], before quantization.
         """
         if impl.observer is not None:
-            impl.observer.attended(query)
+            impl.observer.attended(query, out)
         if self.check is not None and self.check.layer == layer.layer_name:
             self.check.compare(impl, query, key, value, out)
 

@@ -116,7 +116,8 @@ class Recorder:
             values.observe(CANARY_ERROR, [])
             self.canary = Canary(options, lambda error: values.observe(CANARY_ERROR, [error]))
         self.paused = True
-        """Whether steps are dummy ones: those of the warm-up, and those that keep idle data parallel engines in step."""
+        """Whether steps are not those of users: of the warm-up, of the calibration at start, and those that keep idle data
+        parallel engines in step."""
         self.pending: list[tuple[str, Work, Any, Any]] = []
         """Timed calls whose CUDA events may not have passed yet: phase, work, begin, end."""
         self._values, self._calibration = values, options and options.calibration
@@ -258,11 +259,15 @@ def recorder(config: Any) -> Recorder | None:
     return _current[1]
 
 
+def pause(paused: bool) -> None:
+    """Stop counting the steps of this process's engine, or count from now on."""
+    if _current[1] is not None:
+        _current[1].paused = paused
+
+
 @contextmanager
 def paused() -> Iterator[None]:
     """Do not count the steps inside, which are dummy ones. Counting begins when the first such block ends."""
-    if _current[1] is not None:
-        _current[1].paused = True
+    pause(True)
     yield
-    if _current[1] is not None:
-        _current[1].paused = False
+    pause(False)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offline calibration: per-layer key and value means and, optionally, key precision. `sage calibrate MODEL --out FILE`.
+"""Calibration on a text of the user's: `sage calibrate MODEL --out FILE`.
 
-Without a calibration, the first tokens that a server stores fix the anchors (`sage_kernels.reference.fix_anchor`). A
-calibration takes the mean keys of a whole text. They are the same for every process that loads the file, so pages may leave the
-process, and they are closer to keys in the middle and at the end of a prompt, which have been rotated further. Layers whose
-values have a large enough mean (`MIN_MEAN_FRACTION`) get an anchor of values as well, which first tokens never fix.
+An engine that starts without such a file calibrates its keys on short texts of its own (`engine.start_calibration`). A file has
+more: it knows the user's text, layers whose values have a large enough mean get an anchor of values, and the precision of keys
+can be chosen per layer.
 
 With `--k-bits auto`, each layer's attention is computed with every kind of page, and a layer gets the smallest whose error is
 within the budget: the adaptive quantization of SageAttention (Zhang et al., ICLR 2025, section 4), with the relative L2 error
@@ -24,33 +23,15 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sage_backend.demo import HELDOUT
-from sage_backend.features.calibration_file import OF_VALUES, save, worker_anchors
+from sage_backend.features.calibration import calibrate_layers, observe, statistics, tensors_of
+from sage_backend.features.calibration_file import OF_EQUALIZER, OF_VALUES, save
 from sage_backend.features.layers import own_impls
-from sage_backend.features.observers import Means, PageErrors
+from sage_backend.features.observers import PageErrors
 from sage_backend.tools.command import run_command
 from sage_backend.tools.engines import Run, engine
 from sage_backend.tools.models import check_model
 from sage_backend.tools.text import read_text, windows
 from sage_paged import K_BITS
-
-MIN_MEAN_FRACTION = 0.05
-"""An anchor of values is kept if it reduces their mean square by more than this fraction. Errors of e4m3 are proportional to
-the values, so V's errors fall by 2.5% and attention's, at most half of which come from V, by 1%. A smaller gain is not worth
-another pass over every output."""
-
-
-def _anchors_of(means: list[dict[str, torch.Tensor]], heads: int) -> dict[str, torch.Tensor]:
-    """The anchors of a model with `heads` KV heads, by the names of the file. means: results of `Means` by layer, one dict a
-    worker."""
-    found = {}
-    for layer in {layer: None for worker in means for layer in worker}:
-        by_head = torch.cat([worker[layer] for worker in means if layer in worker])
-        by_head = by_head[:: max(1, len(by_head) // heads)]  # workers beyond the number of heads repeat one
-        key, value, square = (mean.clone() for mean in by_head.unbind(1))
-        found[layer] = key
-        if value.square().sum() > MIN_MEAN_FRACTION * square.sum():
-            found[layer + OF_VALUES] = value
-    return found
 
 
 def _can_differ(worker: Any) -> bool:
@@ -61,42 +42,24 @@ def _can_differ(worker: Any) -> bool:
     return UniformTypeKVCacheSpecs.is_uniform_type(worker.get_kv_cache_spec())
 
 
-def _observe(worker: Any) -> None:
-    for impl in own_impls(worker.vllm_config).values():
-        impl.observer = Means()
-
-
-@torch.inference_mode()  # in which anchors were allocated
-def _measure_errors(worker: Any, anchors: dict[str, torch.Tensor]) -> None:
-    """Measure the errors of pages from now on, with these anchors."""
-    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-
-    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+def _measure_errors(worker: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Calibrate the layers, and measure the errors of pages from now on."""
+    calibrate_layers(worker, tensors)
     for name, impl in own_impls(worker.vllm_config).items():
-        impl.observer = None
-        key, value = worker_anchors(anchors, name, impl.num_kv_heads, rank, ranks)
-        if key is not None:
-            impl.anchor.copy_(key)
-            impl.v_anchor = None if value is None else value.to(impl.anchor.device)
-            impl.observer = PageErrors(impl)
+        impl.observer = PageErrors(impl) if name in tensors else None
 
 
 def _squares(worker: Any) -> dict[str, dict[Any, float]]:
     return {name: impl.observer.squares for name, impl in own_impls(worker.vllm_config).items() if impl.observer is not None}
 
 
-def _means(worker: Any) -> dict[str, torch.Tensor]:
-    means = {name: impl.observer.result() for name, impl in own_impls(worker.vllm_config).items()}
-    return {name: mean for name, mean in means.items() if mean is not None}
-
-
 @dataclass(frozen=True)
 class Calibration:
-    """model_config: vLLM's ModelConfig. anchors: by the names of the file. errors: the relative L2 error of attention's output,
+    """model_config: vLLM's ModelConfig. tensors: by the names of the file. errors: the relative L2 error of attention's output,
     by layer and by bits of keys; empty if it was not measured."""
 
     model_config: Any
-    anchors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]
     errors: dict[str, dict[int, float]]
 
     def choose(self, budget: float) -> dict[str, int]:
@@ -120,8 +83,7 @@ def calibrate(model: str, text: str, tokens: int, context: int, measure_errors: 
     from vllm import SamplingParams
 
     fixed = {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": context}
-    if measure_errors:
-        fixed["max_num_batched_tokens"] = max(context, 2048)  # for prompts that come whole
+    fixed["max_num_batched_tokens"] = max(context, 2048)  # for prompts that come whole
     once = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
     with engine(Run.parse("SAGE"), model, **fixed, **arguments) as llm:
         config = llm.llm_engine.vllm_config.model_config
@@ -133,10 +95,10 @@ def calibrate(model: str, text: str, tokens: int, context: int, measure_errors: 
                 "--k-bits auto is for models whose layers all attend to all tokens: elsewhere, vLLM gives every layer as many "
                 "bytes as the largest"
             )
-        llm.collective_rpc(_observe)
-        llm.generate(prompts, once)
-        of_workers = llm.collective_rpc(_means)
-        found = _anchors_of(of_workers, config.get_total_num_kv_heads())
+        llm.collective_rpc(observe)
+        for prompt in tqdm(prompts, "statistics of layers"):
+            llm.generate(prompt, once, use_tqdm=False)
+        found = tensors_of(llm.collective_rpc(statistics), config.get_total_num_kv_heads())
         if not measure_errors:
             return Calibration(config, found, {})
         llm.collective_rpc(_measure_errors, args=(found,))
@@ -152,7 +114,7 @@ def calibrate(model: str, text: str, tokens: int, context: int, measure_errors: 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status. Errors in the input go to stderr, in one line."""
-    description = "Calibrate the anchors of a model's keys and values, and the precision of keys, on a text."
+    description = "Calibrate a model's keys and values, and the precision of keys, on a text."
     parser = argparse.ArgumentParser(prog="sage calibrate", description=description)
     parser.add_argument("model", help="folder or name")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the calibration")
@@ -193,8 +155,8 @@ def _run(arguments: argparse.Namespace) -> None:
     for layer, bits in chosen.items():
         measured = ", ".join(f"INT{each} {error:.4f}" for each, error in sorted(found.errors[layer].items(), reverse=True))
         print(f"{layer}: INT{bits} (errors: {measured})")
-    save(arguments.out, found.anchors, found.model_config, chosen)
+    save(arguments.out, found.tensors, found.model_config, chosen)
     option = json.dumps({"sage": {"calibration": str(arguments.out)}})
-    values = sum(name.endswith(OF_VALUES) for name in found.anchors)
-    layers = f"{len(found.anchors) - values} layers, {values} of which have one for values, too"
-    print(f"{arguments.out}: anchors of {layers}. Serve with --additional-config {shlex.quote(option)}")
+    keys, values = (sum(name.endswith(kind) for name in found.tensors) for kind in (OF_EQUALIZER, OF_VALUES))
+    layers = f"{keys} layers, {values} of which have an anchor of values"
+    print(f"{arguments.out}: {layers}. Serve with --additional-config {shlex.quote(option)}")

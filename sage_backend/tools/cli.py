@@ -6,7 +6,7 @@ import sys
 
 _COMMANDS = {
     "eval": ("sage_backend.tools.quality", "compare attention backends and KV formats on a text"),
-    "calibrate": ("sage_backend.tools.calibrate", "find the anchors of a model's keys and values and write them to a file"),
+    "calibrate": ("sage_backend.tools.calibrate", "calibrate a model's keys and values on a text, and write a file"),
     "needle": ("sage_backend.tools.needle", "recall pass keys from long contexts, and draw what is recalled"),
     "variator": ("sage_backend.tools.variator", "train compression plugins for a model's FFNs"),
     "doctor": ("sage_backend.tools.doctor", "check whether this machine can serve, and say what to do if not"),

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The anchors of a layer, without an engine: whose they are, where they come from, and when they are fixed and forgotten; and
-whose queries are smoothed."""
+"""The calibration of a layer, without an engine: whose it is and where it comes from; and whose queries are smoothed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from paged_batch import relative_error
 from sage_backend import options, plugin
 from sage_backend.demo import MODEL_DIR
 from sage_backend.features import calibration_file
-from sage_kernels import Modifiers, PagedBatch, reference
+from sage_kernels import LayerCalibration, Modifiers, PagedBatch, reference
+from sage_kernels.batch import NOT_CALIBRATED
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 128
 
@@ -40,36 +40,28 @@ def store(layer: Any, key: torch.Tensor, first_slot: int = 0) -> None:
         layer.impl.do_kv_cache_update(layer, key, key, layer.kv_cache, slots)
 
 
-def test_profiling_and_padding_fix_nothing(layer: Any) -> None:
+def test_a_layer_is_neutral_until_it_is_calibrated(layer: Any) -> None:
+    """Nothing that a layer stores changes its calibration, and a calibration is written into the same tensors: CUDA graphs have
+    been captured with them."""
     key = torch.randn(20, KV_HEADS, HEAD_DIM)
     layer.impl.do_kv_cache_update(layer, key, key, torch.empty(0), torch.arange(20))
-    assert layer.impl.anchor is None
-    layer.impl.do_kv_cache_update(layer, key, key, layer.kv_cache, torch.full((20,), -1))
-    assert layer.impl.anchor.isnan().all()
-    store(layer, key)
-    assert torch.allclose(layer.impl.anchor, key.mean(0), atol=1e-5)
+    assert layer.impl.calibration is NOT_CALIBRATED, "profiling"
+    store(layer, key + 5)
+    own = layer.impl.calibration
+    assert not own.k_anchor.any()
+    assert torch.equal(own.equalizer, torch.ones_like(own.equalizer))
+    assert own.v_anchor is None
+    found = LayerCalibration(*(torch.rand(KV_HEADS, HEAD_DIM) + 1 for _ in range(3)))
+    with torch.inference_mode():
+        layer.impl.calibrate(found, torch.device("cpu"))
+    assert layer.impl.calibration is own
+    assert torch.equal(own.k_anchor, found.k_anchor)
+    assert torch.equal(own.equalizer, found.equalizer)
+    assert own.v_anchor is None, "there may be graphs without an anchor of values"
 
 
-def test_anchors_of_the_warm_up_are_forgotten(layer: Any) -> None:
-    """On a GPU, vLLM's warm-up stores made-up tokens in slots that are no padding."""
-    with environment():
-        from vllm.v1.worker.worker_base import WorkerWrapperBase
-
-    def warm_up() -> str:
-        store(layer, torch.ones(20, KV_HEADS, HEAD_DIM))
-        assert not layer.impl.anchor.isnan().any()
-        return "times"
-
-    layers = {"attention": layer, "another kind of layer": object(), "of another backend": SimpleNamespace(impl=object())}
-    wrapper = WorkerWrapperBase()
-    wrapper.worker = SimpleNamespace(compile_or_warm_up_model=warm_up)
-    wrapper.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
-    assert wrapper.compile_or_warm_up_model() == "times"
-    assert layer.impl.anchor.isnan().all()
-
-
-def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
-    """A soft cap makes the result depend on that of keys, and that of values is a part of it."""
+def test_layers_that_share_keys_share_their_calibration(layer: Any) -> None:
+    """With a soft cap, the result depends on all of it."""
     with environment():
         from vllm.forward_context import override_forward_context
 
@@ -77,8 +69,10 @@ def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
         from sage_backend.engine.metadata import SageMetadata
 
         sharing = SageImpl(HEADS, HEAD_DIM, 0.125, KV_HEADS, logits_soft_cap=5.0, kv_sharing_target_layer_name="target")
-    layer.impl.v_anchor = torch.randn(KV_HEADS, HEAD_DIM) + 3
     key = torch.randn(20, KV_HEADS, HEAD_DIM) + 3
+    equalizer = torch.rand(KV_HEADS, HEAD_DIM) + 1
+    layer.impl.calibrate(LayerCalibration(key.mean(0), equalizer, torch.randn(KV_HEADS, HEAD_DIM) + 3), key.device)
+    own = layer.impl.calibration
     store(layer, key)
     table, lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[0]], [20], [0, 20]))
     metadata = SageMetadata.of(PagedBatch(table, lengths, starts, 1, 20), 20, num_decodes=0, num_decode_tokens=0)
@@ -93,10 +87,10 @@ def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
     with override_forward_context(context):
         assert torch.equal(attend(sharing, "target"), attend(layer.impl, None))
         assert relative_error(attend(sharing, "target"), exact) < 0.03
-        for name in ("anchor", "v_anchor"):
-            sharing.anchor, sharing.v_anchor = layer.impl.anchor, layer.impl.v_anchor
+        for name in ("k_anchor", "equalizer", "v_anchor"):
+            sharing.calibration = own
             assert torch.equal(attend(sharing, None), attend(layer.impl, None))
-            setattr(sharing, name, None)
+            sharing.calibration = replace(own, **{name: None})
             assert not torch.equal(attend(sharing, None), attend(layer.impl, None)), "this test would not notice"
 
 
@@ -118,7 +112,7 @@ def test_queries_of_prompts_are_smoothed(layer: Any) -> None:
         outputs.append(impl.forward(layer, query, key, key, layer.kv_cache, metadata, torch.empty_like(query)))
     assert torch.equal(outputs[0][:3], outputs[1][:3])
     pages = impl.layout.pages(layer.kv_cache)
-    plain = Modifiers(soft_cap=5.0, k_anchor=impl.anchor)
+    plain = Modifiers(soft_cap=5.0, calibration=impl.calibration)
     expected = [
         reference.attention(query, pages, impl.layout, requests, 0.125, replace(plain, q_block=q_block))
         for q_block in (0, reference.tile_tokens(HEADS // KV_HEADS))
@@ -127,20 +121,25 @@ def test_queries_of_prompts_are_smoothed(layer: Any) -> None:
         assert relative_error(output[3:], one[3:]) < 0.1 * relative_error(output[3:], other[3:])
 
 
+@pytest.mark.parametrize("equalize", [False, True])
 @pytest.mark.parametrize("smooth_k", [False, True])
 @pytest.mark.parametrize("smooth_v", [False, True])
 def test_a_worker_takes_its_share_of_a_calibration(
-    layer: Any, smooth_k: bool, smooth_v: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layer: Any, smooth_k: bool, smooth_v: bool, equalize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "anchors.safetensors"
-    anchors = {"attention": torch.randn(2 * KV_HEADS, HEAD_DIM), "attention.values": torch.randn(2 * KV_HEADS, HEAD_DIM)}
-    calibration_file.save(file, anchors, SimpleNamespace(model=str(MODEL_DIR), hf_config=SimpleNamespace()))
+    file = tmp_path / "calibration.safetensors"
+    kinds = ("", ".equalizer", ".values")
+    tensors = {f"attention{kind}": torch.rand(2 * KV_HEADS, HEAD_DIM) for kind in kinds}
+    calibration_file.save(file, tensors, SimpleNamespace(model=str(MODEL_DIR), hf_config=SimpleNamespace()))
     monkeypatch.setattr("sage_backend.engine.impl.get_tensor_model_parallel_rank", lambda: 1)
     monkeypatch.setattr("sage_backend.engine.impl.get_tensor_model_parallel_world_size", lambda: 2)
+    chosen = options.SageOptions(smooth_k=smooth_k, smooth_v=smooth_v, equalize=equalize)
+    monkeypatch.setattr(options, "_current", chosen)
     impl, layer.layer_name = layer.impl, "attention"
-    impl.calibration, impl.smooth_k, impl.smooth_v = str(file), smooth_k, smooth_v
+    impl.calibration_file = str(file)
     for key in (torch.randn(20, KV_HEADS, HEAD_DIM), torch.ones(20, KV_HEADS, HEAD_DIM)):
         store(layer, key)
-        impl.forget_anchor()
-        for found, name, wanted in ((impl.anchor, "attention", smooth_k), (impl.v_anchor, "attention.values", smooth_v)):
-            assert torch.equal(found, anchors[name][KV_HEADS:]) if wanted else found is None
+        own = impl.calibration
+        found = zip((own.k_anchor, own.equalizer, own.v_anchor), kinds, (smooth_k, equalize, smooth_v), strict=True)
+        for tensor, kind, wanted in found:
+            assert torch.equal(tensor, tensors[f"attention{kind}"][KV_HEADS:]) if wanted else tensor is None

@@ -83,9 +83,7 @@ def brute_force(b: Batch, request: int, head: int, lists: PagedBatch, row: int, 
     length, last = int(b.requests.seq_lens[request]), int(b.requests.query_start_loc[request + 1]) - 1
     read = lists.block_table[row, head, : -(-int(lists.seq_lens[row]) // tokens)].tolist()
     codes, scales, _, _ = reference.load(b.pages, b.requests.block_table[request, : -(-length // tokens)], b.layout)
-    keys = (codes * scales[..., None])[head]
-    if b.k_anchor is not None:
-        keys = keys + b.k_anchor[head]
+    keys = reference.restore_keys(codes * scales[..., None], b.calibration)[head]
     shares = []
     for query in b.query[last, head * group : (head + 1) * group].double():
         logits = [float(query @ keys[at].double()) * b.scale for at in range(length)]
@@ -112,7 +110,7 @@ def test_mass_covered(
     taken in several pieces."""
     monkeypatch.setattr("sage_backend.observability.coverage.PIECE", 256)
     longest = len(lengths) - 1
-    b = make_batch(PageLayout(64, k_bits, 64, has_summary=True), lengths, 4, 2, smooth=True)
+    b = make_batch(PageLayout(64, k_bits, 64, has_summary=True), lengths, 4, 2, smooth=True, equalize=True)
     reference.store_summaries(b.pages, b.layout, b.requests)
     query_block = MEMORY.query_block if phase == "prefill" else 0
     lists = reference.select_pages(b.query, b.pages, b.layout, b.requests, MEMORY, query_block)
@@ -123,7 +121,7 @@ def test_mass_covered(
     impl = SimpleNamespace(num_heads=4, num_kv_heads=2, layout=b.layout, scale=b.scale, soft_cap=soft_cap)
     host = np.array([n for _, n in lengths]), np.array([n for n, _ in lengths])
     for _ in range(2):
-        measures.measure(phase, impl, *host, b.query, b.pages, b.requests, lists, b.k_anchor)
+        measures.measure(phase, impl, *host, b.query, b.pages, b.requests, lists, b.calibration)
     expected = [brute_force(b, longest, head, lists, row, soft_cap) for head in (1, 0)]
     assert told == [(phase, pytest.approx(share, rel=1e-4)) for share in expected]
     assert min(expected) > 0.1
@@ -143,7 +141,7 @@ def test_long_contexts_are_measured_less_often(monkeypatch: pytest.MonkeyPatch) 
         impl = SimpleNamespace(num_heads=4, num_kv_heads=2, layout=b.layout, scale=b.scale, soft_cap=0.0)
         host = np.array([1]), np.array([length])
         for _ in range(12):
-            measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, None)
+            measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, b.calibration)
     assert told == {640: [pytest.approx(1.0)] * 12, 1920: [pytest.approx(1.0)] * 4}
 
 
@@ -160,7 +158,7 @@ def test_what_measuring_mass_costs() -> None:
     def seconds(work: Callable[[], None]) -> float:
         return min(timeit.repeat(work, timer=time.thread_time, number=1, repeat=15))  # not while others have the core
 
-    ours = seconds(lambda: measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, None))
+    ours = seconds(lambda: measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, b.calibration))
     layer = seconds(lambda: cpu.attention(*b.attention_args(), out))
     print(f"{ours * 1e3:.1f} ms, and one layer's attention without memory {layer * 1e3:.1f} ms")
     assert ours < layer / 5
@@ -178,7 +176,7 @@ def test_mass_covered_is_not_waited_for_on_a_gpu() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         host = np.array([1]), np.array([900])
-        measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, b.k_anchor)
+        measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, b.calibration)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
@@ -300,7 +298,7 @@ def test_a_layer_whose_rotary_embedding_is_unknown_is_refused() -> None:
         (["SAGE", "--text", "missing"], "error: missing is not a file with text"),
         (["SAGE", "--out", "missing/x.json"], "error: there is no folder"),
         (["NONE"], "error: vLLM has no attention backend 'NONE'"),
-        (["SAGE", "SAGE:memory.topk_pages=128"], "error: SAGE:memory.topk_pages=128: option \"memory\" in --additional-config"),
+        (["SAGE", "SAGE:memory.topk_pages=128"], 'error: SAGE:memory.topk_pages=128: option "memory" in --additional-config'),
     ],
 )
 def test_needle_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,14 +41,14 @@ def test_a_calibration_smooths_either(off: dict[str, bool]) -> None:
         (
             {"kbits": 8},
             'unknown option "kbits" in --additional-config "sage"; '
-            "options are calibration, canary, k_bits, memory, page_tokens, smooth_k, smooth_q, smooth_v or variator",
+            "options are calibration, canary, equalize, k_bits, memory, page_tokens, smooth_k, smooth_q, smooth_v or variator",
         ),
         ({"calibration": 1}, 'option "calibration" in --additional-config "sage" is 1; it can be a file'),
         ({"calibration": ""}, 'option "calibration" in --additional-config "sage" is \'\'; it can be a file'),
         (
-            {"calibration": "c", "smooth_k": False, "smooth_v": False},
-            'option "calibration" in --additional-config "sage" has nothing to smooth '
-            'with "smooth_k" and "smooth_v" both false; leave it out',
+            {"calibration": "c", "smooth_k": False, "smooth_v": False, "equalize": False},
+            'option "calibration" in --additional-config "sage" has nothing to do '
+            'with "smooth_k", "smooth_v" and "equalize" all false; leave it out',
         ),
         ([8], 'option "sage" in --additional-config must be an object such as {"k_bits": 8}, not [8]'),
         (None, 'option "sage" in --additional-config must be an object such as {"k_bits": 8}, not None'),

@@ -65,7 +65,6 @@ def test_a_platform_that_would_ignore_the_backend(monkeypatch: pytest.MonkeyPatc
         ({"additional_config": {"sage": {"bits": 8}}}, r'unknown option "bits" .* are calibration, canary, .* or variator'),
         ({"kv_cache_dtype": "fp8"}, r"--kv-cache-dtype fp8 does not apply, .*; leave it at auto"),
         ({"block_size": 16}, r"--block-size 16 is not a multiple of the 128 tokens of a page; leave it out"),
-        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, '{"sage": {"smooth_k": false}}'),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -151,9 +150,7 @@ def test_other_backends_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("version", "warnings"), [("0.32.0", 0), ("0.32.0+cpu", 0), ("0.33.1", 1)])
-def test_untested_vllm(
-    version: str, warnings: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_untested_vllm(version: str, warnings: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with environment():
         import vllm
     monkeypatch.setattr(vllm, "__version__", version)

@@ -52,6 +52,7 @@ def batches(draw: st.DrawFn, max_query: int | None = None) -> tuple[dict[str, An
         "query_bias": draw(st.sampled_from([0.0, 4.0])),
         "smooth": draw(st.booleans()),
         "smooth_v": draw(st.booleans()),
+        "equalize": draw(st.booleans()),
     }
     variant = {
         "window": draw(st.sampled_from([0, 0, 1, 40, 130])),
@@ -71,8 +72,7 @@ def build(
         window=variant.get("window", 0),
         soft_cap=variant.get("soft_cap", 0.0),
         sinks=torch.randn(shape["heads"]) if variant.get("sinks") else None,
-        k_anchor=batch.k_anchor,
-        v_anchor=batch.v_anchor,
+        calibration=batch.calibration,
         q_block=q_block,
     )
     expected = reference.attention(*batch.attention_args(), modifiers)

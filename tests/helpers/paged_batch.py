@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sage_kernels import PagedBatch, PageLayout, reference
+from sage_kernels import LayerCalibration, PagedBatch, PageLayout, reference
 
 
 @dataclass
@@ -24,18 +24,16 @@ class Batch:
     """The cache after the reference has stored the tokens, uint8 [blocks, kv_heads, page_bytes]."""
     garbage: torch.Tensor
     """The cache before."""
-    k_anchor: torch.Tensor | None
-    """What was subtracted from the stored keys, float32 [kv_heads, head_dim]."""
-    v_anchor: torch.Tensor | None
-    """What was subtracted from the stored values."""
+    calibration: LayerCalibration
+    """What keys and values were stored with."""
     query: torch.Tensor
     requests: PagedBatch
     scale: float
 
     def to(self, device: str) -> "Batch":
         """The same batch with all tensors on `device`."""
-        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor | PagedBatch)}
-        return replace(self, **moved)
+        movable = torch.Tensor | PagedBatch | LayerCalibration
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, movable)})
 
     def attention_args(self) -> tuple[torch.Tensor, torch.Tensor, PageLayout, PagedBatch, float]:
         """What every attention function takes first: query, pages, layout, batch, scale."""
@@ -55,12 +53,13 @@ def make_batch(
     query_bias: float = 0.0,
     smooth: bool = False,
     smooth_v: bool = False,
+    equalize: bool = False,
 ) -> Batch:
     """A batch of random tokens, stored by the reference.
 
     requests: (tokens, query tokens) of each; the batch's max_query_len is the largest number of query tokens. channel_bias,
     value_bias, query_bias: constants added to some channels of keys, values and queries. smooth, smooth_v: whether keys and
-    values are stored less an anchor.
+    values are stored less an anchor; equalize: whether keys are equalized, by random factors.
     """
     g = torch.Generator().manual_seed(seed)
     tokens = layout.tokens
@@ -86,6 +85,7 @@ def make_batch(
     query[..., 5::17] += query_bias
     # Bytes of an earlier owner, NaN codes and NaN scales among them.
     garbage = torch.randint(0, 256, (blocks, kv_heads, layout.page_bytes), generator=g, dtype=torch.uint8)
+    equalizer = torch.randn(kv_heads, layout.head_dim // 2, generator=g).exp().repeat(1, 2)
     batch = Batch(
         layout,
         key.to(dtype),
@@ -93,8 +93,9 @@ def make_batch(
         torch.cat(slots),
         garbage.clone(),
         garbage,
-        key[:8].mean(0) if smooth else None,
-        value.mean(0) if smooth_v else None,
+        LayerCalibration(
+            key[:8].mean(0) if smooth else None, equalizer if equalize else None, value.mean(0) if smooth_v else None
+        ),
         query.to(dtype),
         PagedBatch(
             table,
@@ -104,7 +105,7 @@ def make_batch(
         ),
         layout.head_dim**-0.5,
     )
-    reference.store(batch.key, batch.value, batch.pages, batch.slots, layout, batch.k_anchor, batch.v_anchor)
+    reference.store(batch.key, batch.value, batch.pages, batch.slots, layout, batch.calibration)
     return batch.to(device)
 
 

@@ -33,7 +33,7 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     """Every launch of this head size and key precision. Call `imitate_device` first."""
     import torch
 
-    from sage_kernels import Memory, Modifiers, PagedBatch, PageLayout, RopeShift
+    from sage_kernels import LayerCalibration, Memory, Modifiers, PagedBatch, PageLayout, RopeShift
     from sage_kernels.portable import decode, prefill, recall, store
 
     starts, lengths, table = (torch.zeros(*shape, dtype=torch.int32) for shape in ((2,), (1,), (1, 2)))
@@ -41,27 +41,28 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     layout = PageLayout(head_dim, k_bits)
     pages = layout.empty(2, 2)
     key, query = torch.zeros(1, 2, head_dim, dtype=torch.bfloat16), torch.zeros(1, 8, head_dim, dtype=torch.bfloat16)
-    anchor = torch.zeros(2, head_dim)
+    anchor, equalizer = torch.zeros(2, head_dim), torch.ones(2, head_dim)
+    keys, values = LayerCalibration(anchor, equalizer), LayerCalibration(anchor, equalizer, anchor)
 
     slots = torch.zeros(1, dtype=torch.int64)
-    for name, anchors in {"": (), "anchor": (anchor,), "values": (anchor, anchor)}.items():
-        yield name, partial(store.store, key, key, pages, slots, layout, *anchors)
+    for name, calibration in {"": LayerCalibration(), "keys": keys, "values": values}.items():
+        yield name, partial(store.store, key, key, pages, slots, layout, calibration)
 
     block = prefill.tile(query.device, layout, 4, smooth_q=True)[0] // 4
-    cases: dict[str, tuple[PagedBatch, Modifiers]] = {"": (batch, Modifiers())}
+    cases: dict[str, tuple[PagedBatch, Modifiers]] = {"": (batch, Modifiers(calibration=keys))}
     if head_dim == 256:  # whose tiles leave the least shared memory
-        cases["means"] = batch, Modifiers(q_block=block)
+        cases["means"] = batch, Modifiers(calibration=keys, q_block=block)
     if head_dim == 128:
         sinks = torch.zeros(8)
-        cases["sinks"] = batch, Modifiers(sinks=sinks, k_anchor=anchor)
-        cases["values"] = batch, Modifiers(v_anchor=anchor)
-        cases["all"] = batch, Modifiers(100, 30.0, sinks, anchor, anchor)
+        cases["sinks"] = batch, Modifiers(sinks=sinks, calibration=keys)
+        cases["values"] = batch, Modifiers(calibration=values)
+        cases["all"] = batch, Modifiers(100, 30.0, sinks, values)
         shifted = replace(batch, rope_shift=RopeShift(table.expand(2, 2).unsqueeze(0), torch.zeros(2, 128)))
-        cases["turns"] = shifted, Modifiers(k_anchor=anchor)
-        cases["turned means"] = shifted, Modifiers(k_anchor=anchor, q_block=block)
+        cases["turns"] = shifted, Modifiers(calibration=keys)
+        cases["turned means"] = shifted, Modifiers(calibration=keys, q_block=block)
         with_summary = PageLayout(head_dim, k_bits, has_summary=True)
         cache = with_summary.empty(2, 2), with_summary
-        yield "", partial(recall.store_summaries, *cache, batch, 1, torch.zeros(2, 128), anchor)
+        yield "", partial(recall.store_summaries, *cache, batch, 1, torch.zeros(2, 128), keys)
         yield "", partial(recall.select_pages, query, *cache, batch, Memory(), 512)
         long = replace(batch, block_table=torch.zeros(1, 2000, dtype=torch.int32))
         for query_block in (0, 512):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from paged_batch import make_batch, relative_error
 
-from sage_kernels import Modifiers, reference
+from sage_kernels import LayerCalibration, Modifiers, reference
 from sage_paged import PageLayout
 
 VARIANTS = [{}, {"soft_cap": 10.0}, {"window": 50}, {"sinks": torch.linspace(-3, 6, 8)}]
@@ -22,7 +22,7 @@ def test_biased_keys(k_bits: int, smooth: bool, bound: float, soft_cap: float, w
     layout = PageLayout(128, k_bits)
     batch = make_batch(layout, [(384, 384)], heads=8, kv_heads=2, channel_bias=8.0, smooth=smooth)
     sinks = torch.linspace(-3, 6, 8) if with_sinks else None
-    modifiers = Modifiers(window, soft_cap, sinks, k_anchor=batch.k_anchor)
+    modifiers = Modifiers(window, soft_cap, sinks, batch.calibration)
     actual = reference.attention(*batch.attention_args(), modifiers)
     exact = reference.exact_attention(batch.query, batch.key[:-1], batch.value[:-1], batch.scale, modifiers)  # no padding
     assert relative_error(actual, exact) < bound
@@ -36,7 +36,7 @@ def test_biased_values(k_bits: int, gain: float, variant: dict[str, Any]) -> Non
     for smooth_v in (False, True):
         shape = {"requests": [(384, 384)], "heads": 8, "kv_heads": 2, "value_bias": 8.0, "smooth": True, "smooth_v": smooth_v}
         batch = make_batch(PageLayout(128, k_bits), **shape)
-        modifiers = Modifiers(**variant, k_anchor=batch.k_anchor, v_anchor=batch.v_anchor)
+        modifiers = Modifiers(**variant, calibration=batch.calibration)
         actual = reference.attention(*batch.attention_args(), modifiers)
         exact = reference.exact_attention(batch.query, batch.key[:-1], batch.value[:-1], batch.scale, modifiers)
         errors.append(relative_error(actual, exact))
@@ -50,8 +50,27 @@ def test_biased_queries(k_bits: int, gain: float, variant: dict[str, Any]) -> No
     shape = {"requests": [(384, 384)], "heads": 8, "kv_heads": 2, "query_bias": 8.0, "smooth": True}
     batch = make_batch(PageLayout(128, k_bits), **shape)
     plain, smoothed = (
-        Modifiers(**variant, k_anchor=batch.k_anchor, q_block=q_block) for q_block in (0, reference.tile_tokens(4))
+        Modifiers(**variant, calibration=batch.calibration, q_block=q_block) for q_block in (0, reference.tile_tokens(4))
     )
     exact = reference.exact_attention(batch.query, batch.key[:-1], batch.value[:-1], batch.scale, plain)
     errors = [relative_error(reference.attention(*batch.attention_args(), each), exact) for each in (plain, smoothed)]
+    assert errors[1] < (1 - gain) * errors[0]
+
+
+@pytest.mark.parametrize(("k_bits", "gain"), [(8, 0.6), (4, 0.3)])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_keys_with_outlier_channels(k_bits: int, gain: float, variant: dict[str, Any]) -> None:
+    """Channels of keys that are large, but not alike in all keys, and small in queries: equalization removes more than this
+    share of the error."""
+    batch = make_batch(PageLayout(128, k_bits), [(384, 384)], heads=8, kv_heads=2)
+    factor = torch.ones(64)
+    factor[::13] = 32.0
+    factor = factor.repeat(2)
+    batch.key, batch.query = batch.key * factor, batch.query / factor
+    exact = reference.exact_attention(batch.query, batch.key[:-1], batch.value[:-1], batch.scale, Modifiers(**variant))
+    errors = []
+    for calibration in (LayerCalibration(), LayerCalibration(equalizer=factor.expand(2, -1).contiguous())):
+        reference.store(batch.key, batch.value, batch.pages, batch.slots, batch.layout, calibration)
+        actual = reference.attention(*batch.attention_args(), Modifiers(**variant, calibration=calibration))
+        errors.append(relative_error(actual, exact))
     assert errors[1] < (1 - gain) * errors[0]

@@ -13,7 +13,18 @@ from kernel_cases import ON_HOPPER
 from paged_batch import make_batch, poisoned, relative_error
 
 import sage_kernels
-from sage_kernels import KernelChoice, Memory, Modifiers, PagedBatch, PageLayout, RopeShift, api, device, reference
+from sage_kernels import (
+    KernelChoice,
+    LayerCalibration,
+    Memory,
+    Modifiers,
+    PagedBatch,
+    PageLayout,
+    RopeShift,
+    api,
+    device,
+    reference,
+)
 from sage_paged import K_BITS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -101,13 +112,11 @@ def test_tokens_without_a_slot_are_not_stored() -> None:
 
 @pytest.mark.parametrize("k_bits", K_BITS)
 def test_store_on_a_cpu(k_bits: int) -> None:
-    batch = make_batch(PageLayout(80, k_bits), [(200, 1), (70, 3)], heads=4, kv_heads=2, smooth=True, smooth_v=True)
+    calibrated = {"smooth": True, "smooth_v": True, "equalize": True}
+    batch = make_batch(PageLayout(80, k_bits), [(200, 1), (70, 3)], heads=4, kv_heads=2, **calibrated)
     written = batch.garbage.clone()
-    api.store(batch.key, batch.value, written, batch.slots, batch.layout, batch.k_anchor, batch.v_anchor)
+    api.store(batch.key, batch.value, written, batch.slots, batch.layout, batch.calibration)
     assert torch.equal(written, batch.pages)
-    anchor = torch.full((2, 80), float("nan"))
-    api.store(batch.key, batch.value, written, batch.slots, batch.layout, anchor)
-    assert anchor.isfinite().all()
 
 
 @pytest.mark.parametrize("k_bits", K_BITS)
@@ -115,7 +124,7 @@ def test_store_on_a_cpu(k_bits: int) -> None:
 def test_rows_of_no_request_stay_as_they_are(attend: Callable[..., None], k_bits: int) -> None:
     """Attention of the requests in the middle of a batch writes their rows, all of them, and no other."""
     batch = make_batch(PageLayout(64, k_bits), [(90, 2), (300, 5), (0, 0), (70, 3), (40, 4)], heads=8, kv_heads=2, smooth=True)
-    modifiers = Modifiers(50, 15.0, torch.linspace(-3, 6, 8), batch.k_anchor)
+    modifiers = Modifiers(50, 15.0, torch.linspace(-3, 6, 8), batch.calibration)
     expected = reference.attention(*batch.attention_args(), modifiers)
     out = poisoned(batch.query)
     attend(batch.query, batch.pages, batch.layout, batch.requests.requests(1, 4), batch.scale, out, modifiers)
@@ -143,12 +152,12 @@ def test_memory_on_a_cpu(shifted: bool, query_block: int) -> None:
     """Summaries, selection, and attention to the selected pages, which are read at shifted positions if `shifted`."""
     table = reference.rope_shift_table(10000.0 ** -(torch.arange(0, 64, 2) / 64), 64, 64) if shifted else None
     memory = Memory(sink_tokens=64, local_tokens=150, topk_pages=3, query_block=128, trained_tokens=400 if shifted else 0)
-    batch = make_batch(LAYOUT, REQUESTS, heads=4, kv_heads=2, smooth=True)
+    batch = make_batch(LAYOUT, REQUESTS, heads=4, kv_heads=2, smooth=True, equalize=True)
     starts = torch.nn.functional.pad(batch.requests.seq_lens.cumsum(0), (1, 0))
     whole = replace(batch.requests, query_start_loc=starts)  # the contexts as if they were stored in one step
     expected_pages = batch.pages.clone()
-    reference.store_summaries(expected_pages, LAYOUT, whole, table, batch.k_anchor)
-    api.store_summaries(batch.pages, LAYOUT, whole, int(starts[-1]), table, batch.k_anchor)
+    reference.store_summaries(expected_pages, LAYOUT, whole, table, batch.calibration)
+    api.store_summaries(batch.pages, LAYOUT, whole, int(starts[-1]), table, batch.calibration)
     assert torch.equal(batch.pages, expected_pages)
 
     chosen = api.select_pages(batch.query, batch.pages, LAYOUT, batch.requests, memory, query_block, table)
@@ -159,7 +168,7 @@ def test_memory_on_a_cpu(shifted: bool, query_block: int) -> None:
         assert chosen.rope_shift.pages.any()
     else:
         assert chosen.rope_shift is None
-    modifiers = Modifiers(k_anchor=batch.k_anchor, sinks=torch.linspace(-3, 6, 4))
+    modifiers = Modifiers(calibration=batch.calibration, sinks=torch.linspace(-3, 6, 4))
     expected = reference.attention(batch.query, batch.pages, LAYOUT, chosen, batch.scale, modifiers)
     for attend in (api.attend_prefill, api.attend_decode):
         out = poisoned(batch.query)
@@ -193,11 +202,12 @@ def test_requests_of_a_batch() -> None:
 
 
 def test_modifiers_of_some_heads() -> None:
-    sinks, k_anchor = torch.arange(6.0), torch.arange(12.0).view(3, 4)
-    part = Modifiers(5, 2.0, sinks, k_anchor, None, 7).heads(slice(1, 3), group=2)
-    assert (part.window, part.soft_cap, part.q_block, part.v_anchor) == (5, 2.0, 7, None)
+    sinks, k_anchor, equalizer = torch.arange(6.0), torch.arange(12.0).view(3, 4), torch.arange(12.0).view(3, 4) + 1
+    part = Modifiers(5, 2.0, sinks, LayerCalibration(k_anchor, equalizer), 7).heads(slice(1, 3), group=2)
+    assert (part.window, part.soft_cap, part.q_block, part.calibration.v_anchor) == (5, 2.0, 7, None)
     assert torch.equal(part.sinks, sinks[2:6])
-    assert torch.equal(part.k_anchor, k_anchor[1:3])
+    assert torch.equal(part.calibration.k_anchor, k_anchor[1:3])
+    assert torch.equal(part.calibration.equalizer, equalizer[1:3])
 
 
 # --- Refusals -----------------------------------------------------------------------------------------------------------------
@@ -210,6 +220,11 @@ def refuses(message: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -
     text = str(caught.value)
     assert message in text
     assert "\n" not in text
+
+
+def calibrated(**tensors: torch.Tensor) -> dict[str, Any]:
+    """An argument of `store`, and a field of Modifiers."""
+    return {"calibration": LayerCalibration(**tensors)}
 
 
 PAGES = LAYOUT.empty(6, 2)
@@ -246,13 +261,13 @@ def test_layouts_without_summaries_are_refused() -> None:
         ({"key": torch.zeros(91, 4, 64)}, "key is [91, 4, 64]"),
         ({"value": torch.zeros(90, 2, 64)}, "value is [90, 2, 64]; these pages and slots take [91, 2, 64]"),
         ({"value": torch.zeros(91, 128)}, "value is [91, 128]"),
-        ({"k_anchor": torch.zeros(2, 80)}, "k_anchor is torch.float32 [2, 80]; it must be float32 [2, 64]"),
-        ({"v_anchor": torch.zeros(64)}, "v_anchor is torch.float32 [64]"),
-        ({"v_anchor": torch.zeros(2, 64).half()}, "v_anchor is torch.float16 [2, 64]; it must be float32 [2, 64]"),
+        (calibrated(k_anchor=torch.zeros(2, 80)), "k_anchor is torch.float32 [2, 80]; it must be float32 [2, 64]"),
+        (calibrated(v_anchor=torch.zeros(64)), "v_anchor is torch.float32 [64]"),
+        (calibrated(v_anchor=torch.zeros(2, 64).half()), "v_anchor is torch.float16 [2, 64]; it must be float32 [2, 64]"),
     ],
     ids=lambda x: x[:30] if isinstance(x, str) else "",
 )
-def test_tokens_that_do_not_fit_are_refused(changes: dict[str, torch.Tensor], message: str) -> None:
+def test_tokens_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     batch = make_batch(LAYOUT, [(90, 5)], heads=4, kv_heads=2)
     pages = batch.garbage.clone()
     arguments = {"key": batch.key, "value": batch.value, "pages": pages, "slots": batch.slots, "layout": LAYOUT}
@@ -273,14 +288,15 @@ def test_tokens_that_do_not_fit_are_refused(changes: dict[str, torch.Tensor], me
         ({"block_table": torch.zeros(1, 3)}, "3 query_start_loc and 1 rows of block_table; it must have 2, 3 and 2"),
         ({"block_table": torch.zeros(2, 4, 3)}, "block_table is [2, 4, 3]; dimension 1 must be the 2 KV heads"),
         ({"sinks": torch.zeros(2)}, "sinks has 2 entries; it must have one per query head, 4"),
-        ({"k_anchor": torch.zeros(4, 64)}, "k_anchor is torch.float32 [4, 64]; it must be float32 [2, 64]"),
-        ({"v_anchor": torch.zeros(2, 64).bfloat16()}, "v_anchor is torch.bfloat16 [2, 64]; it must be float32 [2, 64]"),
+        (calibrated(k_anchor=torch.zeros(4, 64)), "k_anchor is torch.float32 [4, 64]; it must be float32 [2, 64]"),
+        (calibrated(v_anchor=torch.zeros(2, 64).bfloat16()), "v_anchor is torch.bfloat16 [2, 64]; it must be float32 [2, 64]"),
+        (calibrated(equalizer=torch.ones(64, 2).T), "equalizer is torch.float32 [2, 64]; it must be float32 [2, 64], cont"),
     ],
     ids=lambda x: x[:30] if isinstance(x, str) else "",
 )
 @pytest.mark.parametrize("attend", [api.attend_prefill, api.attend_decode])
 def test_attention_arguments_that_do_not_fit_are_refused(
-    attend: Callable[..., None], changes: dict[str, torch.Tensor], message: str
+    attend: Callable[..., None], changes: dict[str, Any], message: str
 ) -> None:
     batch = make_batch(LAYOUT, [(90, 5), (70, 3)], heads=4, kv_heads=2)
     requests = replace(batch.requests, **{name: x for name, x in changes.items() if hasattr(batch.requests, name)})

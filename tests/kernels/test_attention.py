@@ -15,7 +15,7 @@ from sage_paged import K_BITS, PageLayout
 def test_long_rows(kernels, head_dim: int, k_bits: int) -> None:
     layout = PageLayout(head_dim, k_bits)
     shape = {"layout": layout, "requests": [(500, 8), (700, 8)], "heads": 8, "kv_heads": 2}
-    shape |= {"smooth": True, "value_bias": 4.0, "smooth_v": True}
+    shape |= {"smooth": True, "value_bias": 4.0, "smooth_v": True, "equalize": True}
     batch, modifiers, expected = build(shape, {"sinks": True}, kernels.device)
     for run, options in ((kernels.prefill, {}), (kernels.decode, {"programs": 7})):
         out = poisoned(batch.query)
@@ -27,7 +27,7 @@ def test_result_does_not_depend_on_the_schedule(kernels) -> None:
     """A query's output is the same in a whole prompt and in a chunk, and as a decode by any number of programs."""
     layout = PageLayout(128)
     whole = make_batch(layout, [(500, 500)], heads=8, kv_heads=2, device=kernels.device, smooth_v=True)
-    modifiers = Modifiers(sinks=torch.linspace(-3, 6, 8, device=kernels.device), v_anchor=whole.v_anchor)
+    modifiers = Modifiers(sinks=torch.linspace(-3, 6, 8, device=kernels.device), calibration=whole.calibration)
     prompt = poisoned(whole.query)
     kernels.prefill(*whole.attention_args(), prompt, modifiers)
     for n in (1, 3, 77):

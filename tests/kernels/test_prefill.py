@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_cases import KERNEL_ERROR, ON_GPU, batches, build, many, smoothing_tokens
 from paged_batch import make_batch, poisoned, relative_error
 
-from sage_kernels import Modifiers, PagedBatch, cpu, reference
+from sage_kernels import LayerCalibration, Modifiers, PagedBatch, cpu, reference
 from sage_paged import PageLayout
 
 
@@ -32,7 +32,7 @@ def test_smoothed_queries(kernels, head_dim: int, k_bits: int, group: int, varia
     """A prompt, a chunk, and a single token behind a history; the last tile of each is only partly filled. Without
     smoothing, or with means of other blocks, attention is further away."""
     shape = {"layout": PageLayout(head_dim, k_bits), "requests": [(90, 90), (300, 37), (200, 1)], "query_bias": 8.0}
-    shape |= {"heads": 2 * group, "kv_heads": 2, "smooth": True, "smooth_v": True}
+    shape |= {"heads": 2 * group, "kv_heads": 2, "smooth": True, "smooth_v": True, "equalize": True}
     q_block, outputs = smoothing_tokens(shape, kernels.device), []
     for block in (q_block, 0, 5):
         torch.manual_seed(0)  # for sinks
@@ -84,22 +84,22 @@ def test_int4_prompts_in_parts(scratch: int, parts: int, per_head: bool, window:
             return self.launch
 
         def launch(self, query, out, k, v, pages, table, lengths, starts, *rest: Any, **constants: Any) -> None:
-            sinks, k_anchor, v_anchor, _, scale, soft_cap, *_ = rest
+            sinks, k_anchor, equalizer, v_anchor, _, scale, soft_cap, *_ = rest
             layout = PageLayout(constants["HEAD_DIM"], 8, constants["PAGE"])
-            modifiers = Modifiers(constants["WINDOW"], soft_cap, sinks, k_anchor, v_anchor)
+            modifiers = Modifiers(constants["WINDOW"], soft_cap, sinks, LayerCalibration(k_anchor, equalizer, v_anchor))
             cpu.attention(query, pages, layout, PagedBatch(table, lengths, starts), scale, out, modifiers)
             launched.append(lengths)
 
     monkeypatch.setattr(prefill, "_prefill_kernel", Kernel())
     monkeypatch.setattr(prefill, "descriptors", lambda pages, layout: PageDescriptors(None, None, None, pages))
     monkeypatch.setattr(prefill, "SCRATCH", scratch)
-    shape = {"requests": [(300, 8), (70, 70), (200, 1)], "heads": 12, "kv_heads": 3, "smooth": True, "smooth_v": True}
-    batch = make_batch(PageLayout(128, 4, 64), **shape)
+    shape = {"requests": [(300, 8), (70, 70), (200, 1)], "heads": 12, "kv_heads": 3}
+    batch = make_batch(PageLayout(128, 4, 64), **shape, smooth=True, smooth_v=True, equalize=True)
     requests = replace(batch.requests, max_seq_len=300)
     if per_head:
         requests = replace(requests, block_table=requests.block_table[:, None].repeat(1, 3, 1))
     batch.requests = requests
-    modifiers = Modifiers(window, 15.0, torch.randn(12), batch.k_anchor, batch.v_anchor)
+    modifiers = Modifiers(window, 15.0, torch.randn(12), batch.calibration)
     out = poisoned(batch.query)
     prefill.prefill(*batch.attention_args(), out, modifiers)
     assert len(launched) == parts

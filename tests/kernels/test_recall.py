@@ -8,7 +8,7 @@ import pytest
 import torch
 from paged_batch import Batch, make_batch, relative_error
 
-from sage_kernels import Modifiers, PagedBatch, cpu, reference
+from sage_kernels import LayerCalibration, Modifiers, PagedBatch, cpu, reference
 from sage_paged import Memory, PageLayout
 
 LAYOUT = PageLayout(64, 8, 64, has_summary=True)
@@ -21,14 +21,14 @@ def summarize(batch: Batch, shift_table: torch.Tensor | None = None) -> None:
     """Write the summaries of all full pages, as if the whole contexts had been stored in one step."""
     starts = torch.nn.functional.pad(batch.requests.seq_lens.cumsum(0), (1, 0))
     step = replace(batch.requests, query_start_loc=starts)
-    reference.store_summaries(batch.pages, batch.layout, step, shift_table, batch.k_anchor)
+    reference.store_summaries(batch.pages, batch.layout, step, shift_table, batch.calibration)
 
 
 def make(
     requests: list[tuple[int, int]] = REQUESTS, layout: PageLayout = LAYOUT, shifted: bool = False, **options: Any
 ) -> Batch:
     """A batch whose full pages have summaries, of keys that are rotated by SHIFT_TABLE if `shifted`."""
-    batch = make_batch(layout, requests, heads=4, kv_heads=2, smooth=True, **options)
+    batch = make_batch(layout, requests, heads=4, kv_heads=2, smooth=True, equalize=True, **options)
     summarize(batch, SHIFT_TABLE if shifted else None)
     return batch
 
@@ -71,7 +71,7 @@ def test_a_list_of_all_pages_changes_no_bit(kernels, head_dim: int, k_bits: int)
     layout = PageLayout(head_dim, k_bits, 64, has_summary=True)
     batch = make(layout=layout, device=kernels.device)
     memory = Memory(sink_tokens=64, local_tokens=128, topk_pages=64, query_block=128)
-    modifiers = Modifiers(k_anchor=batch.k_anchor, sinks=torch.randn(4, device=kernels.device))
+    modifiers = Modifiers(calibration=batch.calibration, sinks=torch.randn(4, device=kernels.device))
     dense, recalled = (torch.full_like(batch.query, float("nan")) for _ in range(2))
 
     kernels.prefill(*batch.attention_args(), dense, modifiers)
@@ -123,10 +123,10 @@ def test_distant_pages_are_read_right_before_the_local_ones() -> None:
     layout = PageLayout(64, 8, 64, has_summary=True)
     pages, slots, table = layout.empty(16, 2), torch.arange(1000), torch.arange(16, dtype=torch.int32)[None]
     anchor = torch.full((2, 64), 3.0)
-    reference.store(rotated(keys, slots), values, pages, slots, layout, anchor)
+    reference.store(rotated(keys, slots), values, pages, slots, layout, LayerCalibration(anchor))
     batch = PagedBatch(table, torch.tensor([1000], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32))
     memory = Memory(sink_tokens=64, local_tokens=100, topk_pages=20, query_block=64, trained_tokens=400)
-    query, modifiers = rotated(queries[999:], torch.tensor([999])), Modifiers(k_anchor=anchor)
+    query, modifiers = rotated(queries[999:], torch.tensor([999])), Modifiers(calibration=LayerCalibration(anchor))
     chosen = reference.select_pages(query, pages, layout, batch, memory, 0, SHIFT_TABLE)
     result = reference.attention(query, pages, layout, chosen, 0.125, modifiers)
 
@@ -149,10 +149,10 @@ def test_store_summaries(kernels, page_format: tuple[int, int, int], shifted: bo
     table = reference.rope_shift_table(torch.rand(layout.head_dim // 2), 64, layout.tokens) if shifted else None
     batch = make_batch(layout, REQUESTS, heads=4, kv_heads=2, smooth=True)
     expected = batch.pages.clone()
-    reference.store_summaries(expected, layout, batch.requests, table, batch.k_anchor)
+    reference.store_summaries(expected, layout, batch.requests, table, batch.calibration)
     batch = batch.to(kernels.device)
     table = None if table is None else table.to(kernels.device)
-    kernels.store_summaries(batch.pages, layout, batch.requests, len(batch.query), table, batch.k_anchor)
+    kernels.store_summaries(batch.pages, layout, batch.requests, len(batch.query), table, batch.calibration)
     actual_summary, summary = (layout.views(x.cpu()).summary for x in (batch.pages, expected))
     written = (summary.view(torch.int16) != layout.views(batch.garbage.cpu()).summary.view(torch.int16)).flatten(1).any(1)
     assert written.sum() == sum(length // layout.tokens - (length - n) // layout.tokens for length, n in REQUESTS)
@@ -219,7 +219,7 @@ def test_attention_to_selected_pages(kernels, shifted: bool, smooth_q: bool, sof
     batch = make_batch(layout, REQUESTS, heads=4, kv_heads=2, smooth=True, query_bias=8.0 * smooth_q)
     summarize(batch, table)
     q_block = reference.tile_tokens(2) if smooth_q else 0
-    modifiers = Modifiers(0, soft_cap, torch.randn(4), batch.k_anchor, q_block=q_block)
+    modifiers = Modifiers(0, soft_cap, torch.randn(4), batch.calibration, q_block=q_block)
     for query_block in (0, 128):
         chosen = select(batch, memory, query_block, table)
         expected = reference.attention(batch.query, batch.pages, layout, chosen, batch.scale, modifiers)

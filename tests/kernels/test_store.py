@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store kernel against the reference, byte by byte, and the anchors that first tokens fix."""
+"""The store kernel against the reference, byte by byte, and what calibrated keys are."""
 
 import hypothesis
 import pytest
 import torch
 from kernel_cases import KERNEL_ERROR, ON_GPU, batches, many
-from paged_batch import Batch, make_batch, poisoned, relative_error
+from paged_batch import make_batch, poisoned, relative_error
 
 from sage_kernels import reference
 from sage_paged import K_BITS, PageLayout
@@ -16,7 +16,7 @@ from sage_paged import K_BITS, PageLayout
 def test_store(kernels, case) -> None:
     batch = make_batch(**case[0], device=kernels.device)
     written = batch.garbage.clone()
-    kernels.store(batch.key, batch.value, written, batch.slots, batch.layout, batch.k_anchor, batch.v_anchor)
+    kernels.store(batch.key, batch.value, written, batch.slots, batch.layout, batch.calibration)
     if not ON_GPU:
         assert torch.equal(written, batch.pages)
         return
@@ -49,61 +49,20 @@ def test_values_of_all_sizes(kernels, k_bits: int) -> None:
         assert relative_error(out, expected) < KERNEL_ERROR
 
 
-def stored_keys(pages: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The keys that were written for the tokens of a batch, less their anchor: float32 [tokens, kv_heads, head_dim]."""
-    codes, k_scale = reference.key_codes(pages, batch.layout)
-    slots = batch.slots[batch.slots >= 0]
-    block, offset = slots // batch.layout.tokens, slots % batch.layout.tokens
-    return (codes * k_scale[..., None])[block, :, offset]
-
-
 @pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("k_bits", K_BITS)
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
-def test_first_tokens_fix_the_anchor(kernels, head_dim: int, triton: bool) -> None:
+def test_calibrated_keys_come_back(kernels, head_dim: int, k_bits: int, triton: bool) -> None:
+    """What is stored is the key less the anchor, over the equalizer, and `restore_keys` makes the key of it again."""
     store, device = (kernels.store, kernels.device) if triton else (reference.store, "cpu")
-    batch = make_batch(PageLayout(head_dim), [(100, 1), (80, 1)], heads=2, kv_heads=2, channel_bias=20.0, device=device)
-    anchor = torch.full((2, head_dim), float("nan"), device=device)
+    batch = make_batch(PageLayout(head_dim, k_bits), [(100, 1)], heads=2, kv_heads=2, smooth=True, equalize=True, device=device)
     pages = batch.garbage.clone()
-    store(batch.key, batch.value, pages, torch.full_like(batch.slots, -1), batch.layout, anchor)
-    assert anchor.isnan().all(), "padding fixes nothing"
-    assert torch.equal(pages, batch.garbage)
-
-    batch.slots[:3] = -1
-    store(batch.key, batch.value, pages, batch.slots, batch.layout, anchor)
-    assert torch.allclose(anchor, batch.key[3 : reference.ANCHOR_TOKENS].float().mean(0), atol=1e-5)
-    fixed = anchor.clone()
-    store(2 * batch.key, batch.value, batch.garbage.clone(), batch.slots, batch.layout, anchor)
-    assert torch.equal(anchor, fixed), "it changed"
-
-    # All programs stored with the same anchor: with another, errors would be of the size of the keys.
-    keys = batch.key[batch.slots >= 0].float()
-    error = stored_keys(pages, batch) + anchor - keys
-    assert error.abs().max() <= (keys - anchor).abs().max() / 200
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="the interpreter runs one program after another")
-def test_programs_that_run_at_once_fix_one_anchor(kernels) -> None:
-    layout = PageLayout(128)
-    key = torch.randn(16384, 8, 128, dtype=torch.bfloat16, device=kernels.device) + 10
-    slots = torch.arange(len(key), device=kernels.device)
-    for _ in range(200):
-        anchor = torch.full((8, 128), float("nan"), device=kernels.device)
-        fixing, fixed = (layout.empty(128, 8, kernels.device) for _ in range(2))
-        kernels.store(key, key, fixing, slots, layout, anchor)
-        kernels.store(key, key, fixed, slots, layout, anchor)
-        assert torch.equal(fixing, fixed)
-
-
-@pytest.mark.parametrize("triton", [False, True])
-def test_anchors_are_finite(kernels, triton: bool) -> None:
-    store, device = (kernels.store, kernels.device) if triton else (reference.store, "cpu")
-    batch = make_batch(PageLayout(64), [(100, 1)], heads=2, kv_heads=2, device=device)
-    for slots, key in (
-        (torch.where(torch.arange(101, device=device) < 90, -1, batch.slots), batch.key),  # none among the first
-        (batch.slots, torch.full_like(batch.key, float("inf"))),
-        (batch.slots, torch.full_like(batch.key, float("nan"))),
-    ):
-        anchor = torch.full((2, 64), float("nan"), device=device)
-        store(key, batch.value, batch.garbage.clone(), slots, batch.layout, anchor)
-        assert torch.equal(anchor, torch.zeros_like(anchor))
+    store(batch.key, batch.value, pages, batch.slots, batch.layout, batch.calibration)
+    own = pages[batch.requests.block_table[0, :1].long()]
+    codes, k_scale = reference.key_codes(own, batch.layout)
+    stored = (codes * k_scale[..., None])[0, :, :100]  # [kv_heads, tokens, head_dim]
+    expected = batch.key[:-1].float().transpose(0, 1)
+    assert relative_error(reference.restore_keys(stored, batch.calibration), expected) < (0.02 if k_bits == 8 else 0.2)
+    prepared = (expected - batch.calibration.k_anchor[:, None]) / batch.calibration.equalizer[:, None]
+    assert relative_error(stored, prepared) < (0.01 if k_bits == 8 else 0.1)
+    assert relative_error(stored, expected) > 0.3, "this test would not notice"

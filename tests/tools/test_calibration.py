@@ -12,9 +12,9 @@ import torch
 from engines import capacity, engine, environment, greedy, heldout_prompts, prompt_logprobs
 
 from sage_backend.demo import MODEL_DIR
-from sage_backend.features import calibration_file, observers
+from sage_backend.features import calibration, calibration_file, observers
 from sage_backend.tools import calibrate, cli
-from sage_kernels import Modifiers, PagedBatch, reference
+from sage_kernels import LayerCalibration, Modifiers, PagedBatch, reference
 from sage_paged import PageLayout
 
 
@@ -27,62 +27,102 @@ def config(model: Path) -> Any:
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "anchors.safetensors"
     heads = torch.arange(8.0)[:, None].expand(8, 64)
-    anchors = {"layer": heads.contiguous(), "layer.values": heads + 10, "layer of old": heads.clone()}
+    anchors = {"layer": heads.contiguous(), "layer.equalizer": heads + 20, "layer.values": heads + 10, "bare": heads.clone()}
     calibration_file.save(path, anchors, config(MODEL_DIR))
     return path
 
 
 def test_round_trip(file: Path) -> None:
     calibration_file.check(str(file), config(MODEL_DIR))
-    keys, values = calibration_file.anchors(str(file), "layer", 8, 0, 1)
-    assert keys is not None
-    assert values is not None
-    assert keys[:, 0].tolist() == list(range(8))
-    assert values[:, 0].tolist() == list(range(10, 18))
-    keys, values = calibration_file.anchors(str(file), "layer of old", 8, 0, 1)
-    assert keys is not None
-    assert values is None
-    assert calibration_file.anchors(str(file), "another layer", 8, 0, 1) == (None, None)
+    found = calibration_file.calibration(str(file), "layer", 8, 0, 1)
+    for tensor, first in ((found.k_anchor, 0), (found.equalizer, 20), (found.v_anchor, 10)):
+        assert tensor is not None
+        assert tensor[:, 0].tolist() == list(range(first, first + 8))
+    bare = calibration_file.calibration(str(file), "bare", 8, 0, 1)
+    assert bare.k_anchor is not None
+    assert (bare.equalizer, bare.v_anchor) == (None, None)
+    assert calibration_file.calibration(str(file), "another layer", 8, 0, 1) == LayerCalibration()
+    assert set(calibration_file.tensors(str(file))) == {"layer", "layer.equalizer", "layer.values", "bare"}
     assert list(file.parent.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(("ranks", "heads"), [(2, 4), (8, 1), (16, 1)])
 def test_workers_take_their_heads(file: Path, ranks: int, heads: int) -> None:
-    shares = [calibration_file.anchors(str(file), "layer", heads, rank, ranks) for rank in range(ranks)]
-    for kind, first in ((0, 0), (1, 10)):
-        found = [int(head) - first for share in shares for head in share[kind][:, 0]]
+    shares = [calibration_file.calibration(str(file), "layer", heads, rank, ranks) for rank in range(ranks)]
+    for kind, first in (("k_anchor", 0), ("equalizer", 20), ("v_anchor", 10)):
+        found = [int(head) - first for share in shares for head in getattr(share, kind)[:, 0]]
         assert found == sorted([*range(8)] * max(1, ranks // 8))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8])
-def test_anchors_of_values_are_kept_where_they_pay(workers: int) -> None:
-    """What counts is the share of a layer's mean square, over all its heads, whichever worker has them."""
+def test_statistics_of_workers_make_a_calibration(workers: int) -> None:
+    """The same one however the heads are spread over workers. An anchor of values is kept where it pays: what counts is the
+    share of a layer's mean square, over all its heads."""
     g = torch.Generator().manual_seed(0)
-    key, value = (torch.randn(500, 4, 64, generator=g) for _ in range(2))
+    key, value, query = (torch.randn(500, heads, 64, generator=g) for heads in (4, 4, 16))
     key += 3
+    key[..., 5] *= 10
+    query[:, 7, 40] *= 20  # of the second head, in the pair of channel 8
     biased = value.clone()
     biased[:, 1] += 0.6  # a twelfth of the mean square of the four heads
     slots = torch.cat([torch.arange(499), torch.tensor([-1])])
 
-    means = []
+    found_by = []
     for worker in range(workers):
-        heads = slice(worker * 4 // workers, max(worker * 4 // workers + 1, (worker + 1) * 4 // workers))
-        means.append({})
+        first, last = worker * 4 // workers, max(worker * 4 // workers + 1, (worker + 1) * 4 // workers)
+        heads, share = slice(first, last), slice(first * 4, last * 4)
+        if workers == 8:  # two workers have the same head of keys, each with two of its four query heads
+            share = slice(worker * 2, worker * 2 + 2)
+        found_by.append({})
         for layer, values in (("plain", value), ("biased", biased)):
-            observer = observers.Means()
+            observer = observers.Statistics(SimpleNamespace(window=0, soft_cap=0.0, sinks=None, scale=0.125))
             assert observer.result() is None
             for part in (slice(0, 300), slice(300, 500)):
                 observer.stored(key[part, heads], values[part, heads], slots[part])
-            means[-1][layer] = observer.result()
-    found = calibrate._anchors_of(means, 4)
-    assert set(found) == {"plain", "biased", "biased.values"}
-    assert torch.allclose(found["plain"], key[:-1].mean(0), atol=1e-6)
+                queries = query[part, share][slots[part] >= 0]
+                observer.attended(queries, torch.empty_like(queries))
+            found_by[-1][layer] = observer.result()
+    found = calibration.tensors_of(found_by, 4)
+    assert set(found) == {"plain", "plain.equalizer", "biased", "biased.equalizer", "biased.values"}
+    mean = key[:-1].mean(0)
+    assert torch.allclose(found["plain"], mean, atol=1e-6)
     assert torch.allclose(found["biased.values"], biased[:-1].mean(0), atol=1e-6)
+    of_key = (key[:-1] - mean).abs().amax(0).unflatten(-1, (2, 32)).amax(1)
+    of_query = query[:-1].abs().amax(0).unflatten(0, (4, 4)).amax(1).unflatten(-1, (2, 32)).amax(1)
+    assert torch.allclose(found["plain.equalizer"], (of_key / of_query).sqrt().repeat(1, 2), rtol=1e-4)
+    factors = found["plain.equalizer"]
+    assert factors[0, 5] > 2 * factors[0, 6]
+    assert factors[1, 8] < factors[1, 9] / 2
+
+
+def test_statistics_do_not_depend_on_earlier_layers() -> None:
+    """A prompt that comes whole is attended to exactly, whatever the pages hold."""
+    query, key, value = (torch.randn(300, heads, 64) for heads in (4, 2, 2))
+    observer = observers.Statistics(SimpleNamespace(window=100, soft_cap=0.0, sinks=None, scale=0.125))
+    observer.stored(key, value, torch.arange(300))
+    out = torch.full_like(query, 7.0)
+    observer.attended(query[:5], out[:5])
+    assert (out == 7).all(), "a decode"
+    observer.attended(query, out)
+    exact = reference.exact_attention(query, key, value, 0.125, Modifiers(window=100))
+    assert torch.allclose(out, exact, atol=1e-5)
+
+
+def test_channels_without_keys_or_queries_are_left_alone() -> None:
+    observer = observers.Statistics(SimpleNamespace(window=0, soft_cap=0.0, sinks=None, scale=1.0))
+    key, query = torch.randn(9, 1, 64), torch.randn(9, 2, 64)
+    key[..., [3, 35]], query[..., [4, 36]] = 0, 0
+    observer.stored(key, key, torch.arange(9))
+    observer.attended(query, torch.empty_like(query))
+    equalizer = calibration.tensors_of([{"a": observer.result()}], 1)["a.equalizer"]
+    assert equalizer.isfinite().all()
+    assert (equalizer > 0).all()
+    assert equalizer[0, [3, 35, 4, 36]].tolist() == [1, 1, 1, 1]
 
 
 def test_another_number_of_heads_is_refused(file: Path) -> None:
     with pytest.raises(ValueError, match="has 8 KV heads in layer, and not 2 for each of 1 workers"):
-        calibration_file.anchors(str(file), "layer", 2, 0, 1)
+        calibration_file.calibration(str(file), "layer", 2, 0, 1)
 
 
 def test_unusable_files_are_refused(file: Path, tmp_path: Path) -> None:
@@ -124,25 +164,23 @@ def test_errors_of_pages(soft_cap: float, smooth_q: bool) -> None:
     g = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(300, heads, 64, generator=g) for heads in (4, 2, 2))
     query[..., ::17] += 20 * smooth_q
-    anchor, v_anchor = (torch.randn(2, 64, generator=g) for _ in range(2))
+    own = LayerCalibration(*(torch.rand(2, 64, generator=g) + 0.5 for _ in range(3)))
     q_block = 32 if smooth_q else 0
     shape = {"head_size": 64, "scale": 0.125, "window": 0, "soft_cap": soft_cap, "sinks": None}
-    impl = SimpleNamespace(
-        **shape, layout=PageLayout(64), anchor=anchor, v_anchor=v_anchor, q_block=lambda device, layout: q_block
-    )
+    impl = SimpleNamespace(**shape, layout=PageLayout(64), calibration=own, q_block=lambda device, layout: q_block)
     observer = observers.PageErrors(impl)
     observer.stored(torch.cat([key, key[:1]]), torch.cat([value, value[:1]]), torch.tensor([*range(300), -1]))
-    observer.attended(query)
-    observer.attended(query[:1])  # a decode
+    observer.attended(query, query)
+    observer.attended(query[:1], query[:1])  # a decode
     exact = reference.exact_attention(query, key, value, 0.125, Modifiers(soft_cap=soft_cap))[-256:]
     assert observer.squares["exact"] == pytest.approx(float(exact.square().sum()), rel=1e-4)
     requests = PagedBatch(torch.arange(3)[None], torch.tensor([300]), torch.tensor([0, 256]))
-    modifiers = Modifiers(soft_cap=soft_cap, k_anchor=anchor, v_anchor=v_anchor, q_block=q_block)
+    modifiers = Modifiers(soft_cap=soft_cap, calibration=own, q_block=q_block)
     query = query[-256:]
     for bits in (4, 8):
         layout = PageLayout(64, bits)
         pages = layout.empty(3, 2)
-        reference.store(key, value, pages, torch.arange(300), layout, anchor, v_anchor)
+        reference.store(key, value, pages, torch.arange(300), layout, own)
         out = reference.attention(query, pages, layout, requests, 0.125, modifiers)
         assert observer.squares[bits] == pytest.approx(float((out - exact).square().sum()), rel=0.02)
 
@@ -168,18 +206,16 @@ def test_bits_are_chosen_once(file: Path) -> None:
 
 
 @pytest.mark.engine
-def test_engine_with_a_calibration(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_with_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """`sage calibrate` on the embedded model; an engine that loads the file has its anchors, keeps them, and has pages of the
     kinds that were chosen."""
-    monkeypatch.setattr(calibrate, "MIN_MEAN_FRACTION", 0.01)  # its values have two or three hundredths in common
+    monkeypatch.setattr(calibration, "MIN_MEAN_FRACTION", 0.01)  # its values have two or three hundredths in common
     file = tmp_path / "anchors.safetensors"
     choice = ["--k-bits", "auto", "--budget", "0.064"]
     with environment():
         assert calibrate.main([str(MODEL_DIR), "--out", str(file), "--tokens", "3000", *choice]) == 0
     told = capsys.readouterr().out
-    assert f"{file}: anchors of 4 layers, 4 of which have one for values, too" in told
+    assert f"{file}: 4 layers, 4 of which have an anchor of values" in told
     chosen = calibration_file.k_bits(str(file))
     assert set(chosen.values()) == {4, 8}, "this test needs a budget between the errors of these layers"
     for name, bits in chosen.items():
@@ -193,16 +229,15 @@ def test_engine_with_a_calibration(
         found = prompt_logprobs(llm, prompts)
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
         for name, layer in layers.items():
-            expected, of_values = calibration_file.anchors(str(file), name, 2, 0, 1)
-            assert expected is not None
-            assert of_values is not None
-            assert torch.equal(layer.impl.anchor, expected)
-            assert torch.equal(layer.impl.v_anchor, of_values)
+            expected, own = calibration_file.calibration(str(file), name, 2, 0, 1), layer.impl.calibration
+            assert torch.equal(own.k_anchor, expected.k_anchor)
+            assert torch.equal(own.equalizer, expected.equalizer)
+            assert torch.equal(own.v_anchor, expected.v_anchor)
             assert layer.impl.layout == PageLayout(128, chosen[name])
-            assert expected.abs().max() > 15, "the biases of the embedded model's keys reach 21"
+            assert own.k_anchor.abs().max() > 15, "the biases of the embedded model's keys reach 21"
         # With any other anchor, other codes stand for the same values.
         for layer in layers.values():
-            layer.impl.v_anchor = torch.full_like(layer.impl.v_anchor, 0.5)
+            layer.impl.calibration.v_anchor.fill_(0.5)
         llm.reset_prefix_cache()
         change = (prompt_logprobs(llm, prompts) - found).abs()
         assert 0 < change.mean() < 0.2

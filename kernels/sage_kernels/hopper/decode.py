@@ -169,9 +169,9 @@ def _times_anchor(q, k_anchor, Q_LAYOUT: gl.constexpr, CHANNELS: gl.constexpr):
 
 @gluon.jit
 def _load_query_tile(
-    query, k_anchor, operands, q_start, q_len, seq_len, kv_head, first_page, scale, q_token_stride, q_head_stride,
-    GROUP: gl.constexpr, K_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr,
-    BLOCK_M: gl.constexpr, PART: gl.constexpr, ROWS: gl.constexpr,
+    query, k_anchor, equalizer, operands, q_start, q_len, seq_len, kv_head, first_page, scale, q_token_stride, q_head_stride,
+    GROUP: gl.constexpr, K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr,
+    PAGE: gl.constexpr, BLOCK_M: gl.constexpr, PART: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Quantize a request's query rows into shared memory. Returns QueryTile, its rows in the layout ROWS."""
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PART, PART // 8], [4, 1], [1, 0])
@@ -179,10 +179,21 @@ def _load_query_tile(
     offsets = (q_start + rows // GROUP).to(gl.int64) * q_token_stride + (kv_head * GROUP + rows % GROUP) * q_head_stride
     valid = rows // GROUP < q_len
     q = _load_query(query, offsets, valid, 0, Q_LAYOUT, PART)
-    amax = gl.max(gl.abs(q), 1)
     q_high = q
     if K_BITS == 4:  # the second half of the head, with the same scale
         q_high = _load_query(query, offsets, valid, PART, Q_LAYOUT, PART)
+    if K_ANCHOR:
+        head_anchor = k_anchor + kv_head * HEAD_DIM
+        product = _times_anchor(q, head_anchor, Q_LAYOUT, PART)
+        if K_BITS == 4:
+            product += _times_anchor(q_high, head_anchor + PART, Q_LAYOUT, PART)
+    if EQUALIZE:
+        head_equalizer = equalizer + kv_head * HEAD_DIM + gl.arange(0, PART, gl.SliceLayout(0, Q_LAYOUT))
+        q *= gl.load(head_equalizer)[None, :]
+        if K_BITS == 4:
+            q_high *= gl.load(head_equalizer + PART)[None, :]
+    amax = gl.max(gl.abs(q), 1)
+    if K_BITS == 4:
         amax = gl.maximum(amax, gl.max(gl.abs(q_high), 1))
     inverse = inverse_or_zero(amax, 127.0)[:, None]
     operands.q_low.store(to_int(q * inverse).to(gl.int8))
@@ -192,10 +203,6 @@ def _load_query_tile(
     q_scale = gl.convert_layout(amax * (scale * LOG2E / 127.0), ROWS)
     q_bias = gl.zeros_like(q_scale)
     if K_ANCHOR:
-        head_anchor = k_anchor + kv_head * HEAD_DIM
-        product = _times_anchor(q, head_anchor, Q_LAYOUT, PART)
-        if K_BITS == 4:
-            product += _times_anchor(q_high, head_anchor + PART, Q_LAYOUT, PART)
         q_bias = gl.convert_layout(product * (scale * LOG2E), ROWS)
     rows = gl.arange(0, BLOCK_M, ROWS)
     position = seq_len - q_len + rows // GROUP - first_page * PAGE
@@ -288,11 +295,11 @@ def _attend_page(
 @gluon.jit(do_not_specialize=["num_reqs", "kv_heads", "slot_rows", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _decode_kernel(
     query, out, partial, partial_m, partial_l, split, k_pages, v_pages, group_rows, scale_rows, block_table, seq_lens,
-    query_start_loc, sinks, k_anchor, v_anchor, scale, soft_cap, num_reqs, kv_heads, slot_rows,
+    query_start_loc, sinks, k_anchor, equalizer, v_anchor, scale, soft_cap, num_reqs, kv_heads, slot_rows,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_rows, head_rows,
     GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, K_ANCHOR: gl.constexpr,
-    V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr, PDL: gl.constexpr,
+    EQUALIZE: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid and results as those of the portable kernel."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
@@ -351,8 +358,8 @@ def _decode_kernel(
         seq_len = gl.load(seq_lens + request)
         part = gl.minimum(seen - page, left)
         q = _load_query_tile(
-            query, k_anchor, operands, q_start, q_len, seq_len, kv_head, first + page, scale, q_token_stride, q_head_stride,
-            GROUP, K_ANCHOR, HEAD_DIM, K_BITS, PAGE, BLOCK_M, PART, ROWS,
+            query, k_anchor, equalizer, operands, q_start, q_len, seq_len, kv_head, first + page, scale, q_token_stride,
+            q_head_stride, GROUP, K_ANCHOR, EQUALIZE, HEAD_DIM, K_BITS, PAGE, BLOCK_M, PART, ROWS,
         )  # fmt: skip
         tokens = gl.arange(0, PAGE, COLUMN)
         nothing = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
@@ -436,17 +443,19 @@ def decode(
     """`portable.decode.decode` with the same arguments, where `supports` holds. There is no kernel for batch.rope_shift."""
     modifiers = modifiers or Modifiers()
     group, head_dim, kv_heads = query.shape[1] // pages.shape[1], query.shape[2], pages.shape[1]
+    k_anchor, calibration = modifiers.bias_anchor(batch), modifiers.calibration
     rows = check_rows(batch.max_query_len or 1, group)
     programs = programs or count_programs(query.device, layout)
     workspace = workspace or Workspace.allocate(programs, rows, head_dim, query.device)
     workspace.check(programs, rows, head_dim)
     _decode_kernel[(programs,)](
         query, out, *workspace.tensors, *descriptors(pages, layout), batch.block_table, batch.seq_lens, batch.query_start_loc,
-        tensor_or(modifiers.sinks, query), tensor_or(modifiers.k_anchor, query), tensor_or(modifiers.v_anchor, query), scale,
-        modifiers.soft_cap, batch.num_requests, kv_heads, rows,
+        tensor_or(modifiers.sinks, query), tensor_or(k_anchor, query), tensor_or(calibration.equalizer, query),
+        tensor_or(calibration.v_anchor, query), scale, modifiers.soft_cap, batch.num_requests, kv_heads, rows,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *batch.table_strides, *page_rows(pages, layout),
         GROUP=group, WINDOW=modifiers.window, SOFT_CAP=modifiers.soft_cap > 0, SINKS=modifiers.sinks is not None,
-        K_ANCHOR=modifiers.k_anchor is not None, V_ANCHOR=modifiers.v_anchor is not None, HEAD_DIM=head_dim,
+        K_ANCHOR=k_anchor is not None, EQUALIZE=calibration.equalizer is not None,
+        V_ANCHOR=calibration.v_anchor is not None, HEAD_DIM=head_dim,
         K_BITS=layout.k_bits, PAGE=layout.tokens, BLOCK_M=max(8, 1 << (rows - 1).bit_length()), STAGES=_STAGES, num_warps=4,
         **dependent_launch(query.device),
     )  # fmt: skip

@@ -124,12 +124,14 @@ class Barriers(NamedTuple):
 
 
 class Tensors(NamedTuple):
-    """query, out: [tokens, heads, HEAD_DIM] with the strides behind them; sinks, k_anchor, v_anchor: see `Modifiers`."""
+    """query, out: [tokens, heads, HEAD_DIM] with the strides behind them; sinks, k_anchor, equalizer, v_anchor:
+    see `Modifiers` and `LayerCalibration`."""
 
     query: gl.tensor
     out: gl.tensor
     sinks: gl.tensor
     k_anchor: gl.tensor
+    equalizer: gl.tensor
     v_anchor: gl.tensor
     q_token_stride: gl.tensor
     q_head_stride: gl.tensor
@@ -468,7 +470,7 @@ def _codes(q, inverse):
 def _attend_tile(
     q, tensors, tile, tile_index, n, buffers, barriers, q_codes, scale, soft_cap,
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
-    K_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
+    K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """Quantize a warpgroup's query rows q of a tile, and attend to all its pages. q_codes: where the codes of q go. n: pages of
     this program's tiles before. Returns acc, l_i and m_ref after the last page, and q_bias."""
@@ -481,6 +483,11 @@ def _attend_tile(
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
 
     q = q.to(gl.float32)
+    channels = tile.kv_head * HEAD_DIM + gl.arange(0, HEAD_DIM, gl.SliceLayout(0, _q_layout(HEAD_DIM)))
+    if K_ANCHOR:
+        product = gl.sum(q * gl.load(tensors.k_anchor + channels)[None, :], 1)
+    if EQUALIZE:
+        q = q * gl.load(tensors.equalizer + channels)[None, :]
     amax = gl.max(gl.abs(q), 1)
     q_codes.store(_codes(q, inverse_or_zero(amax, 127.0)[:, None]))
     fence_async_shared()
@@ -489,8 +496,6 @@ def _attend_tile(
     q_scale = gl.convert_layout(amax * (scale * LOG2E / 127.0), S_ROWS)
     q_bias = gl.zeros_like(q_scale)
     if K_ANCHOR:
-        channels = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, _q_layout(HEAD_DIM)))
-        product = gl.sum(q * gl.load(tensors.k_anchor + tile.kv_head * HEAD_DIM + channels)[None, :], 1)
         q_bias = gl.convert_layout(product * (scale * LOG2E), S_ROWS)
 
     # Positions are counted from the first page that is read. The first and the last page are always masked.
@@ -580,7 +585,8 @@ def _write_out(
 def _attend_partition(
     tensors, buffers, barriers, queue, q_buffers, scale, soft_cap,
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
-    K_ANCHOR: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
+    K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that attends, number WARPGROUP of two."""
     tile_index = 0
@@ -590,7 +596,7 @@ def _attend_partition(
         q = _load_query(tensors, tile, WARPGROUP, GROUP, HEAD_DIM, BLOCK_Q)
         acc, l_i, m_ref, q_bias = _attend_tile(
             q, tensors, tile, tile_index, n, buffers, barriers, q_buffers.index(WARPGROUP), scale, soft_cap,
-            WARPGROUP, GROUP, WINDOW, SOFT_CAP, K_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
+            WARPGROUP, GROUP, WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, HEAD_DIM, PAGE, BLOCK_Q,
         )  # fmt: skip
         _write_out(acc, l_i, m_ref, q_bias, tensors, tile, WARPGROUP, GROUP, SOFT_CAP, SINKS, V_ANCHOR, HEAD_DIM, BLOCK_Q)
         release_tile(queue, tile_index)
@@ -601,12 +607,12 @@ def _attend_partition(
 
 @gluon.jit(do_not_specialize=["num_reqs", "q_blocks", "kv_heads", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _prefill_kernel(
-    query, out, k_pages, v_pages, scale_rows, block_table, seq_lens, query_start_loc, sinks, k_anchor, v_anchor, counters,
-    scale, soft_cap, num_reqs, q_blocks, kv_heads,
+    query, out, k_pages, v_pages, scale_rows, block_table, seq_lens, query_start_loc, sinks, k_anchor, equalizer, v_anchor,
+    counters, scale, soft_cap, num_reqs, q_blocks, kv_heads,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_rows,
     head_rows,
     GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, K_ANCHOR: gl.constexpr,
-    V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
+    EQUALIZE: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as run at a time. Each takes one tile (query block, KV head) after the other."""
     STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
@@ -640,18 +646,18 @@ def _prefill_kernel(
     queue = TileQueue(tile_slots, tile_full, tile_empty)
     source = PageSource(k_pages, v_pages, scale_rows, block_rows, head_rows)
     tensors = Tensors(
-        query, out, sinks, k_anchor, v_anchor, q_token_stride, q_head_stride, out_token_stride, out_head_stride
+        query, out, sinks, k_anchor, equalizer, v_anchor, q_token_stride, q_head_stride, out_token_stride, out_head_stride
     )
     tables = Tables(block_table, query_start_loc, seq_lens, table_stride, table_head_stride)
     gl.warp_specialize(
         [
             (_attend_partition, (
                 tensors, buffers, barriers, queue, q_buffers, scale, soft_cap,
-                0, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, V_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
+                0, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, EQUALIZE, V_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
             )),
             (_attend_partition, (
                 tensors, buffers, barriers, queue, q_buffers, scale, soft_cap,
-                1, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, V_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
+                1, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, EQUALIZE, V_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
             )),
             (_copy_partition, (
                 source, buffers, barriers, queue, counters, tables, num_reqs, q_blocks, kv_heads,
@@ -726,14 +732,16 @@ def _launch(
     tokens, heads, head_dim = query.shape
     kv_heads, group = pages.shape[1], heads // pages.shape[1]
     q_blocks = tokens // (BLOCK_M // group) + batch.num_requests
+    k_anchor, calibration = modifiers.bias_anchor(batch), modifiers.calibration
     source = descriptors(pages, layout)
     programs = min(q_blocks * kv_heads, multiprocessors(query.device))
     _prefill_kernel[(programs,)](
         query, out, source.k, source.v, source.scales, batch.block_table, batch.seq_lens, batch.query_start_loc,
-        tensor_or(modifiers.sinks, query), tensor_or(modifiers.k_anchor, query), tensor_or(modifiers.v_anchor, query),
-        counters(query.device), scale, modifiers.soft_cap, batch.num_requests, q_blocks, kv_heads,
+        tensor_or(modifiers.sinks, query), tensor_or(k_anchor, query), tensor_or(calibration.equalizer, query),
+        tensor_or(calibration.v_anchor, query), counters(query.device), scale, modifiers.soft_cap,
+        batch.num_requests, q_blocks, kv_heads,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *batch.table_strides, *page_rows(pages, layout),
         GROUP=group, WINDOW=modifiers.window, SOFT_CAP=modifiers.soft_cap > 0, SINKS=modifiers.sinks is not None,
-        K_ANCHOR=modifiers.k_anchor is not None, V_ANCHOR=modifiers.v_anchor is not None, HEAD_DIM=head_dim,
-        PAGE=layout.tokens, BLOCK_Q=BLOCK_M // group, num_warps=4,
+        K_ANCHOR=k_anchor is not None, EQUALIZE=calibration.equalizer is not None,
+        V_ANCHOR=calibration.v_anchor is not None, HEAD_DIM=head_dim, PAGE=layout.tokens, BLOCK_Q=BLOCK_M // group, num_warps=4,
     )  # fmt: skip

@@ -51,6 +51,15 @@ def load_query(query, rows, token_stride, head_stride, channels, limit):
 
 
 @triton.jit
+def equalize(q, equalizer, channels, limit, EQUALIZE: tl.constexpr):
+    """Query rows float32 [rows, channels] times the equalizer of keys, if EQUALIZE. equalizer: pointer to the first channel's;
+    channels from `limit` on stay."""
+    if EQUALIZE:
+        q = q * tl.load(equalizer + channels, mask=channels < limit, other=1.0)[None, :]
+    return q
+
+
+@triton.jit
 def _times_anchor(q, k_anchor, channels, limit, K_ANCHOR: tl.constexpr):
     """Query rows times the anchor of K over the channels before `limit`, float32 [rows]; 0 without K_ANCHOR."""
     if K_ANCHOR:
@@ -62,14 +71,14 @@ def _times_anchor(q, k_anchor, channels, limit, K_ANCHOR: tl.constexpr):
 
 @triton.jit
 def quantize_query(
-    query, k_anchor, shift, rows, token_stride, head_stride, scale,
-    K_ANCHOR: tl.constexpr, SHIFT: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, BLOCK_D: tl.constexpr,
-    SMOOTH_Q: tl.constexpr,
+    query, k_anchor, equalizer, shift, rows, token_stride, head_stride, scale,
+    K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, SHIFT: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr,
+    BLOCK_D: tl.constexpr, SMOOTH_Q: tl.constexpr,
 ):  # fmt: skip
     """Load and quantize a query tile. Returns QuantizedQuery.
 
-    k_anchor: pointer to the anchor of the KV head, if K_ANCHOR. shift: pointer to a row of a `rope_shift_table`, if SHIFT.
-    rows: QueryRows. SMOOTH_Q: see `primitives.quantize_terms`.
+    k_anchor, equalizer: pointers to those of the KV head, if K_ANCHOR and if EQUALIZE. shift: pointer to a row of a
+    `rope_shift_table`, if SHIFT. rows: QueryRows. SMOOTH_Q: see `primitives.quantize_terms`.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     if K_BITS == 8:
@@ -83,42 +92,45 @@ def quantize_query(
             partner = tl.where(low_half, channels + HALF, channels - HALF)
             other = load_query(query, rows, token_stride, head_stride, partner, HEAD_DIM)
             q = q * cos[None, :] + other * tl.where(low_half, sin, -sin)[None, :]
+        product = _times_anchor(q, k_anchor, channels, HEAD_DIM, K_ANCHOR)
+        q = equalize(q, equalizer, channels, HEAD_DIM, EQUALIZE)
         low_codes, q_scale, mean_low, mean_scale = quantize_terms(q, rows.valid, scale, SMOOTH_Q)
         high_codes, mean_high = low_codes, mean_low
-        product = _times_anchor(q, k_anchor, channels, HEAD_DIM, K_ANCHOR)
     else:
         half = tl.arange(0, BLOCK_D // 2)
         low = load_query(query, rows, token_stride, head_stride, half, HALF)
         high = load_query(query + HALF, rows, token_stride, head_stride, half, HALF)
         if SHIFT:
             low, high = rotate_back(low, high, (shift + half)[None, :], (half < HALF)[None, :], HALF)
+        product = _times_anchor(low, k_anchor, half, HALF, K_ANCHOR)
+        product += _times_anchor(high, k_anchor + HALF, half, HALF, K_ANCHOR)
+        low = equalize(low, equalizer, half, HALF, EQUALIZE)
+        high = equalize(high, equalizer + HALF, half, HALF, EQUALIZE)
         # Both halves have one scale, so they are quantized as one row.
         both = tl.reshape(tl.join(low, high), [low.shape[0], BLOCK_D])
         codes, q_scale, mean_codes, mean_scale = quantize_terms(both, rows.valid, scale, SMOOTH_Q)
         low_codes, high_codes = tl.split(tl.reshape(codes, [low.shape[0], BLOCK_D // 2, 2]))
         mean_low, mean_high = tl.split(tl.reshape(mean_codes, [low.shape[0], BLOCK_D // 2, 2]))
-        product = _times_anchor(low, k_anchor, half, HALF, K_ANCHOR)
-        product += _times_anchor(high, k_anchor + HALF, half, HALF, K_ANCHOR)
     return QuantizedQuery(low_codes, high_codes, q_scale, mean_low, mean_high, mean_scale, product * (scale * LOG2E))
 
 
 @triton.jit
 def attend_pages(
-    query, cache_i8, cache_v, cache_f32, k_anchor, shift_table, table, shifts, page_range, rows,
+    query, cache_i8, cache_v, cache_f32, k_anchor, equalizer, shift_table, table, shifts, page_range, rows,
     head_offset, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, K_ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr,
-    SMOOTH_Q: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    K_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr,
+    SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr,
 ):  # fmt: skip
     """A query tile against a range of its request's pages. Returns SoftmaxState and the bias of `QuantizedQuery`.
 
-    page_range: PageRange; rows: QueryRows. k_anchor: pointer to the anchor of the KV head, if K_ANCHOR. table, shifts: pointers
+    page_range: PageRange; rows: QueryRows. k_anchor, equalizer: pointers to those of the KV head. table, shifts: pointers
     to the request's list of blocks and, if SHIFT, to its list of shifts in pages. head_offset: int64, bytes from the start of a
     block to the page of the KV head.
     """
     q = quantize_query(
-        query, k_anchor, shift_table, rows, q_token_stride, q_head_stride, scale,
-        K_ANCHOR, False, HEAD_DIM, K_BITS, BLOCK_D, SMOOTH_Q,
+        query, k_anchor, equalizer, shift_table, rows, q_token_stride, q_head_stride, scale,
+        K_ANCHOR, EQUALIZE, False, HEAD_DIM, K_BITS, BLOCK_D, SMOOTH_Q,
     )  # fmt: skip
     q_bias = q.bias
     page_bias = q_bias
@@ -134,8 +146,8 @@ def attend_pages(
             first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else tl.zeros_like(last_visible)
             if SHIFT:
                 q = quantize_query(
-                    query, k_anchor, shift_table + tl.load(shifts + page) * HEAD_DIM, rows,
-                    q_token_stride, q_head_stride, scale, K_ANCHOR, True, HEAD_DIM, K_BITS, BLOCK_D, SMOOTH_Q,
+                    query, k_anchor, equalizer, shift_table + tl.load(shifts + page) * HEAD_DIM, rows,
+                    q_token_stride, q_head_stride, scale, K_ANCHOR, EQUALIZE, True, HEAD_DIM, K_BITS, BLOCK_D, SMOOTH_Q,
                 )  # fmt: skip
                 page_bias = q.bias
                 if not SOFT_CAP:

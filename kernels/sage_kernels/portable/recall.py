@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.batch import PagedBatch, RopeShift
+from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration, PagedBatch, RopeShift
 from sage_kernels.device import dependent_launch
 from sage_kernels.portable.primitives import (
     TABLES,
@@ -23,6 +23,7 @@ from sage_kernels.portable.primitives import (
     rotate_back,
     section_offset,
 )
+from sage_kernels.portable.query_tile import tensor_or
 from sage_kernels.reference import REACH as _REACH
 from sage_kernels.reference import SCORE_BITS as _SCORE_BITS
 from sage_kernels.reference import max_query_blocks
@@ -41,10 +42,10 @@ _FOLD_ROWS = 64
 
 @triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
 def _summary_kernel(
-    cache_i8, cache_f32, cache_f16, block_table, seq_lens, query_start_loc, shift_table, k_anchor, num_reqs,
+    cache_i8, cache_f32, cache_f16, block_table, seq_lens, query_start_loc, shift_table, k_anchor, equalizer, num_reqs,
     table_stride, block_stride, head_stride,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, SUMMARY: tl.constexpr, BLOCK_D: tl.constexpr,
-    SHIFT: tl.constexpr, K_ANCHOR: tl.constexpr, PDL: tl.constexpr,
+    SHIFT: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (pages that a step may fill, KV heads)."""
     await_previous_kernel(PDL)
@@ -70,6 +71,9 @@ def _summary_kernel(
         low, high = load_int4_k(cache_i8 + offset, tokens, half, PAGE, HEAD_DIM)
         low = low.to(tl.float32) * scale
         high = high.to(tl.float32) * scale
+    if EQUALIZE:
+        low *= tl.load(equalizer + head * HEAD_DIM + half, mask=inside, other=1.0)[:, None]
+        high *= tl.load(equalizer + head * HEAD_DIM + HALF + half, mask=inside, other=1.0)[:, None]
     if SHIFT:
         if K_ANCHOR:
             low += tl.load(k_anchor + head * HEAD_DIM + half, mask=inside, other=0.0)[:, None]
@@ -88,15 +92,17 @@ def store_summaries(
     batch: PagedBatch,
     num_tokens: int,
     shift_table: torch.Tensor | None = None,
-    k_anchor: torch.Tensor | None = None,
+    calibration: LayerCalibration = NOT_CALIBRATED,
 ) -> None:
     """`reference.store_summaries` on a GPU, with the same arguments. num_tokens: at least the query tokens of the step."""
     _summary_kernel[(num_tokens // layout.tokens + batch.num_requests, pages.shape[1])](
         pages.view(torch.int8), pages.view(torch.float32), pages.view(torch.float16), batch.block_table, batch.seq_lens,
-        batch.query_start_loc, pages if shift_table is None else shift_table, pages if k_anchor is None else k_anchor,
-        batch.num_requests, batch.block_table.stride(0), pages.stride(0), pages.stride(1),
+        batch.query_start_loc, tensor_or(shift_table, pages), tensor_or(calibration.k_anchor, pages),
+        tensor_or(calibration.equalizer, pages), batch.num_requests, batch.block_table.stride(0),
+        pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens, SUMMARY=layout.summary_offset // 2,
-        BLOCK_D=triton.next_power_of_2(layout.head_dim), SHIFT=shift_table is not None, K_ANCHOR=k_anchor is not None,
+        BLOCK_D=triton.next_power_of_2(layout.head_dim), SHIFT=shift_table is not None,
+        K_ANCHOR=calibration.k_anchor is not None, EQUALIZE=calibration.equalizer is not None,
         num_warps=4, **dependent_launch(pages.device),
     )  # fmt: skip
 

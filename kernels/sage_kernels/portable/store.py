@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration
 from sage_kernels.device import dependent_launch, fp8_path
 from sage_kernels.portable.primitives import (
     GROUP_BYTES,
@@ -24,7 +25,8 @@ from sage_kernels.portable.primitives import (
     v_position,
     v_token,
 )
-from sage_kernels.reference import ANCHOR_TOKENS, V_EIGHTHS
+from sage_kernels.portable.query_tile import tensor_or
+from sage_kernels.reference import V_EIGHTHS
 from sage_paged import PageLayout
 
 BLOCK_TOKENS = 16
@@ -164,52 +166,24 @@ def _pack_int4(low, high, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl
 
 
 @triton.jit
-def _mean_key(key, slots, num_tokens, token_stride, channels, limit, TOKENS: tl.constexpr):
-    """The mean of the first TOKENS keys that are not padding, float32 [channels], as in `reference.fix_anchor`."""
-    tokens = tl.arange(0, TOKENS)
-    used = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1) >= 0
-    pointers = key + tokens[:, None].to(tl.int64) * token_stride + channels[None, :]
-    k = tl.load(pointers, mask=used[:, None] & (channels < limit)[None, :], other=0.0).to(tl.float32)
-    mean = tl.sum(k, 0) / tl.maximum(tl.sum(used.to(tl.int32), 0), 1)
-    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
-
-
-@triton.jit
-def _load_or_fix_anchor(k_anchor, key, slots, num_tokens, used, token_stride, half, HALF: tl.constexpr, TOKENS: tl.constexpr):
-    """The two halves of a head's anchor of K, float32 [channels]. k_anchor, key: pointers to the head's own.
-
-    If the head has no anchor yet (NaN), every program with tokens to store writes one. All compute the same mean from the same
-    tokens, so their order does not matter and none waits. Channel 0 is written last and read first: if it is set, all channels
-    are. One thread reads it, by an atomic operation, on behalf of all: with plain loads, some threads of a program could see
-    the old value and some the new one, and take different branches.
-    """
-    inside = half < HALF
-    channel_0 = k_anchor.to(tl.pointer_type(tl.int32), bitcast=True)
-    first = tl.atomic_or(channel_0, 0, sem="acquire").to(tl.float32, bitcast=True)
-    if first == first:
-        low = tl.load(k_anchor + half, mask=inside, other=0.0)
-        high = tl.load(k_anchor + HALF + half, mask=inside, other=0.0)
-    else:
-        low = _mean_key(key, slots, num_tokens, token_stride, half, HALF, TOKENS)
-        high = _mean_key(key + HALF, slots, num_tokens, token_stride, half, HALF, TOKENS)
-        if tl.max(used.to(tl.int32), 0) > 0:
-            tl.store(k_anchor + half, low, mask=inside & (half > 0))
-            tl.store(k_anchor + HALF + half, high, mask=inside)
-            tl.debug_barrier()
-            first = tl.sum(tl.where(half == 0, low, 0.0), 0)
-            tl.atomic_xchg(channel_0, first.to(tl.int32, bitcast=True), sem="release")
-    return low, high
+def _prepare_half(k, k_anchor, equalizer, half, HALF: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr):
+    """`reference.prepare_keys` of half a head, float32 [tokens, channels]. k_anchor, equalizer: pointers to that half."""
+    if K_ANCHOR:
+        k -= tl.load(k_anchor + half, mask=half < HALF, other=0.0)[None, :]
+    if EQUALIZE:
+        k *= tl.math.div_rn(1.0, tl.load(equalizer + half, mask=half < HALF, other=1.0))[None, :]
+    return k
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _store_kernel(
-    key, value, slots, cache_i8, cache_f32, k_anchor, v_anchor, num_tokens,
+    key, value, slots, cache_i8, cache_f32, k_anchor, equalizer, v_anchor, num_tokens,
     key_token_stride, key_head_stride, value_token_stride, value_head_stride, block_stride, head_stride,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, FP8: tl.constexpr, ANCHOR_TOKENS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, FP8: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr,
     V_ANCHOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (token blocks, KV heads). ANCHOR_TOKENS: see `reference.fix_anchor`; 0 without K smoothing."""
+    """Grid: (token blocks, KV heads)."""
     await_previous_kernel(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
     V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE)
@@ -224,8 +198,7 @@ def _store_kernel(
     # Keys are loaded in two halves, which a packed byte pairs up. INT8 keys take the same path.
     half = tl.arange(0, BLOCK_D // 2)
     half_mask = valid[:, None] & (half < HALF)[None, :]
-    head_key = key + head * key_head_stride
-    source = head_key + tokens[:, None].to(tl.int64) * key_token_stride + half[None, :]
+    source = key + head * key_head_stride + tokens[:, None].to(tl.int64) * key_token_stride + half[None, :]
     low = tl.load(source, mask=half_mask, other=0.0)
     high = tl.load(source + HALF, mask=half_mask, other=0.0)
     channels = tl.arange(0, BLOCK_D)
@@ -236,12 +209,10 @@ def _store_kernel(
     low, high, v = low.to(tl.float32), high.to(tl.float32), v.to(tl.float32)
 
     used = slot >= 0
-    if ANCHOR_TOKENS > 0:
-        anchor_low, anchor_high = _load_or_fix_anchor(
-            k_anchor + head * HEAD_DIM, head_key, slots, num_tokens, used, key_token_stride, half, HALF, ANCHOR_TOKENS
-        )
-        low -= anchor_low[None, :]
-        high -= anchor_high[None, :]
+    first_channel = head * HEAD_DIM
+    low = _prepare_half(low, k_anchor + first_channel, equalizer + first_channel, half, HALF, K_ANCHOR, EQUALIZE)
+    first_channel += HALF
+    high = _prepare_half(high, k_anchor + first_channel, equalizer + first_channel, half, HALF, K_ANCHOR, EQUALIZE)
     amax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
     inverse = inverse_or_zero(amax, 127.0)[:, None]
     k_scale = tl.math.div_rn(amax, 127.0)
@@ -280,8 +251,7 @@ def store(
     pages: torch.Tensor,
     slots: torch.Tensor,
     layout: PageLayout,
-    k_anchor: torch.Tensor | None = None,
-    v_anchor: torch.Tensor | None = None,
+    calibration: LayerCalibration = NOT_CALIBRATED,
 ) -> None:
     """`reference.store` on a GPU, with the same arguments. key and value need unit stride in head_dim only, and one row per
     slot, padding included."""
@@ -289,11 +259,13 @@ def store(
     if num_tokens == 0:
         return
     _store_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS), pages.shape[1])](
-        key, value, slots, pages.view(torch.int8), pages.view(torch.float32), pages if k_anchor is None else k_anchor,
-        pages if v_anchor is None else v_anchor, num_tokens,
+        key, value, slots, pages.view(torch.int8), pages.view(torch.float32),
+        tensor_or(calibration.k_anchor, pages), tensor_or(calibration.equalizer, pages), tensor_or(calibration.v_anchor, pages),
+        num_tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
         BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, FP8=fp8_path(key.device),
-        ANCHOR_TOKENS=0 if k_anchor is None else ANCHOR_TOKENS, V_ANCHOR=v_anchor is not None,
+        K_ANCHOR=calibration.k_anchor is not None, EQUALIZE=calibration.equalizer is not None,
+        V_ANCHOR=calibration.v_anchor is not None,
         num_warps=4, **dependent_launch(key.device),
     )  # fmt: skip

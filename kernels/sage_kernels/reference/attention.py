@@ -5,7 +5,7 @@ import torch
 
 from sage_kernels.batch import Modifiers, PagedBatch, RopeShift
 from sage_kernels.reference.pages import load
-from sage_kernels.reference.quantize import LOG2E, qk_product, quantize_p, query_terms
+from sage_kernels.reference.quantize import LOG2E, QueryTerms, qk_product, quantize_p, query_terms
 from sage_paged import PageLayout
 
 
@@ -72,7 +72,7 @@ def attention(
     of query's shape; rows of no request are 0.
     """
     modifiers = modifiers or Modifiers()
-    heads, group = query.shape[1], query.shape[1] // pages.shape[1]
+    heads, group, k_anchor = query.shape[1], query.shape[1] // pages.shape[1], modifiers.bias_anchor(batch)
     out = torch.zeros(query.shape, dtype=torch.float32)
     for r in range(batch.num_requests):
         start, end, length = int(batch.query_start_loc[r]), int(batch.query_start_loc[r + 1]), int(batch.seq_lens[r])
@@ -87,7 +87,7 @@ def attention(
             k, k_scale, v, v_exponent = (x[head // group] for x in kv)
             q = query[start:end, head].float()
             out[start:end, head] = _attend(
-                q, k, k_scale, v, v_exponent, visible, layout, scale, modifiers, shift, head, head // group
+                q, k, k_scale, v, v_exponent, visible, layout, scale, modifiers, k_anchor, shift, head, head // group
             )
     return out
 
@@ -102,29 +102,36 @@ def _attend(
     layout: PageLayout,
     scale: float,
     modifiers: Modifiers,
+    k_anchor: torch.Tensor | None,
     shift: RopeShift | None,
     head: int,
     kv_head: int,
 ) -> torch.Tensor:
-    """Attention of one request's queries of one head, float32 [queries, head_dim]. The tensors are those of that head."""
-    k_anchor = None if modifiers.k_anchor is None else modifiers.k_anchor[kv_head]
-    logits = qk_product(query_terms(q, scale, modifiers.q_block), k, k_scale)
-    bias = torch.zeros(len(q), 1) if k_anchor is None else (q @ k_anchor)[:, None] * scale
+    """Attention of one request's queries of one head, float32 [queries, head_dim]. q, k, k_scale, v and v_exponent are those of
+    that head."""
+    calibration = modifiers.calibration
+
+    def terms(q: torch.Tensor) -> QueryTerms:
+        equalized = q if calibration.equalizer is None else q * calibration.equalizer[kv_head]
+        return query_terms(equalized, scale, modifiers.q_block)
+
+    def of_anchor(q: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(q), 1) if k_anchor is None else (q @ k_anchor[kv_head])[:, None] * scale
+
+    logits, bias = qk_product(terms(q), k, k_scale), of_anchor(q)
     if shift is not None:
         for page, pages_back in enumerate(shift.pages[kv_head].tolist()):
             rotated = rotate_back(q, shift.table[pages_back])
             own = slice(page * layout.tokens, (page + 1) * layout.tokens)
-            logits[:, own] = qk_product(query_terms(rotated, scale, modifiers.q_block), k[own], k_scale[own])
-            if k_anchor is not None:
-                logits[:, own] += (rotated @ k_anchor)[:, None] * scale - bias
+            logits[:, own] = qk_product(terms(rotated), k[own], k_scale[own]) + of_anchor(rotated) - bias
     if modifiers.soft_cap:
         logits, bias = modifiers.soft_cap * torch.tanh((logits + bias) / modifiers.soft_cap), torch.zeros_like(bias)
     logits = (logits * LOG2E).masked_fill(~visible, float("-inf"))
     p, m_ref = quantize_p(logits + v_exponent, layout.tokens)
     l_i = (p * (-v_exponent).exp2()).sum(-1, keepdim=True)
     result = p @ v
-    if modifiers.v_anchor is not None:  # weighted as values are; a sink has no value
-        result += l_i * modifiers.v_anchor[kv_head]
+    if calibration.v_anchor is not None:  # weighted as values are; a sink has no value
+        result += l_i * calibration.v_anchor[kv_head]
     if modifiers.sinks is not None:
         l_i = l_i + torch.exp2((modifiers.sinks[head].float() - bias) * LOG2E - m_ref)
     return result / l_i

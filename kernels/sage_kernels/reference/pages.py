@@ -3,25 +3,24 @@
 
 import torch
 
+from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration
 from sage_kernels.reference.quantize import pack_int4, quantize_k, quantize_v, unpack_int4
 from sage_paged import PageLayout, v_position
 
-ANCHOR_TOKENS = 32
-"""Tokens at the start of a batch whose mean key becomes the anchor. Few enough that a first prompt fixes the same anchor
-however it is cut into chunks."""
+
+def prepare_keys(key: torch.Tensor, calibration: LayerCalibration) -> torch.Tensor:
+    """What is quantized of keys [..., kv_heads, head_dim]: float32, less the anchor, over the equalizer."""
+    key = key.float()
+    if calibration.k_anchor is not None:
+        key = key - calibration.k_anchor
+    return key if calibration.equalizer is None else key * calibration.equalizer.reciprocal()
 
 
-def fix_anchor(k_anchor: torch.Tensor, key: torch.Tensor, used: torch.Tensor) -> None:
-    """Fix the anchors of heads that have none yet (NaN). An anchor that is fixed never changes.
-
-    k_anchor: float32 [kv_heads, head_dim], written in place. key: [tokens, kv_heads, head_dim]. used: bool [tokens], False for
-    padding. An anchor becomes the mean of the used keys among the first ANCHOR_TOKENS; 0 if none of these is used, and in
-    channels where the mean is not finite. A batch of padding alone fixes nothing.
-    """
-    if k_anchor.isnan().any() and used.any():
-        first = key[:ANCHOR_TOKENS][used[:ANCHOR_TOKENS]].float()
-        mean = first.mean(0).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        k_anchor.copy_(torch.where(k_anchor.isnan(), mean, k_anchor))
+def restore_keys(key: torch.Tensor, calibration: LayerCalibration) -> torch.Tensor:
+    """The inverse of `prepare_keys`, for keys float32 [..., kv_heads, tokens, head_dim]."""
+    if calibration.equalizer is not None:
+        key = key * calibration.equalizer[:, None]
+    return key if calibration.k_anchor is None else key + calibration.k_anchor[:, None]
 
 
 def store(
@@ -30,23 +29,20 @@ def store(
     pages: torch.Tensor,
     slots: torch.Tensor,
     layout: PageLayout,
-    k_anchor: torch.Tensor | None = None,
-    v_anchor: torch.Tensor | None = None,
+    calibration: LayerCalibration = NOT_CALIBRATED,
 ) -> None:
     """Quantize tokens and write them into their pages.
 
     key, value: [tokens, kv_heads, head_dim], any float dtype. pages: uint8 [blocks, kv_heads, page_bytes], written in place.
     slots: int [tokens]; token t goes to block slots[t] // layout.tokens, at slots[t] % layout.tokens; a negative slot is
-    padding and is skipped. k_anchor: float32 [kv_heads, head_dim], subtracted from keys; NaN entries are fixed first
-    (`fix_anchor`). v_anchor: the same for values, without NaN.
+    padding and is skipped. calibration: the layer's.
     """
     used = slots >= 0
-    if k_anchor is not None:
-        fix_anchor(k_anchor, key, used)
     slots = slots[used].long()
     block, offset = slots // layout.tokens, slots % layout.tokens
     views = layout.views(pages)
-    k_codes, k_scale = quantize_k(key[used] if k_anchor is None else key[used].float() - k_anchor)
+    k_codes, k_scale = quantize_k(prepare_keys(key[used], calibration))
+    v_anchor = calibration.v_anchor
     v_codes, v_exponent = quantize_v(value[used] if v_anchor is None else value[used].float() - v_anchor, layout.k_bits == 8)
     if views.k_groups is not None:
         k_codes, views.k_groups[block, :, offset] = pack_int4(k_codes)

@@ -12,12 +12,16 @@ the codes of P do not depend on the order in which a kernel walks the pages, on 
 of float32 sums does. Rows are normalized by the sum of the rounded P: a row that sees one token returns exactly its value.
 
 K smoothing subtracts a per-head vector, the anchor, from all keys of a head. All logits of a row change by the same number, so
-softmax does not change. SageAttention subtracts the mean of the keys at hand. Pages outlive a batch, so here the anchor is
-fixed once, by the first tokens (`pages.fix_anchor`) or by a calibration.
+softmax does not change. SageAttention subtracts the mean of the keys at hand. Pages outlive a batch, so here the anchor comes
+from a calibration and never changes.
+
+Equalization divides the channels of keys, and multiplies those of queries, by a vector of the head, the equalizer. All logits
+stay the same (SmoothQuant, Xiao et al., ICML 2023, does this to activations and weights). The INT8 codes of a row share one
+scale, so a row loses least if no channel is much larger than the others, in keys and in queries alike. Both channels of a RoPE
+pair have the same factor, so that equalization and rotation commute.
 
 V smoothing (SageAttention2) works alike: the weights of a row add up to 1, so the anchor of V is added to the normalized
-output. It comes from a calibration only: where values have no common mean, the mean of a few tokens adds more error than it
-removes.
+output. Where values have no common mean there is none: it would add more error than it removes.
 
 Q smoothing (SageAttention2, section 3.2) quantizes a block of queries less its mean, and adds the products of the mean with the
 keys to the logits. The mean is itself rounded to INT8 codes, and the rounded mean is what is subtracted: the two parts add up

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from sage_kernels.batch import PagedBatch, RopeShift
+from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration, PagedBatch, RopeShift
 from sage_kernels.reference.attention import rotate_back
-from sage_kernels.reference.pages import key_codes
+from sage_kernels.reference.pages import key_codes, restore_keys
 from sage_paged import Memory, PageLayout
 
 SCORE_BITS = 20
@@ -22,13 +22,14 @@ def store_summaries(
     layout: PageLayout,
     batch: PagedBatch,
     shift_table: torch.Tensor | None = None,
-    k_anchor: torch.Tensor | None = None,
+    calibration: LayerCalibration = NOT_CALIBRATED,
 ) -> None:
     """Write the summaries of the pages that a step has filled: each channel's mean key and half the range of its keys.
 
-    batch: the step's, with one page list for all heads; the step's tokens are stored already. With a shift_table
-    (`rope_shift_table`), keys are rotated to where they would be if the page were the first of its context, for which k_anchor
-    is needed. A page whose last token is stored again (a rejected draft) gets a new summary.
+    batch: the step's, with one page list for all heads; the step's tokens are stored already, with `calibration`. Summaries are
+    of keys less the anchor, not equalized. With a shift_table (`rope_shift_table`), they are of whole keys, rotated to where
+    they would be if the page were the first of its context. A page whose last token is stored again (a rejected draft) gets a
+    new summary.
     """
     views = layout.views(pages)
     assert views.summary is not None
@@ -38,8 +39,10 @@ def store_summaries(
             block = int(batch.block_table[r, page])
             codes, k_scale = key_codes(pages[block], layout)
             key = codes * k_scale[..., None]
-            if shift_table is not None:
-                key = rotate_back(key if k_anchor is None else key + k_anchor[:, None], shift_table[page])
+            if shift_table is None:
+                key = restore_keys(key, replace(calibration, k_anchor=None))
+            else:
+                key = rotate_back(restore_keys(key, calibration), shift_table[page])
             views.summary[block] = torch.stack([key.mean(1), (key.amax(1) - key.amin(1)) / 2], 1).half()
 
 

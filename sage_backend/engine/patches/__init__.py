@@ -6,6 +6,7 @@
 | config_check    | EngineArgs.create_engine_config                                 | at start                     |
 | warm_up         | compile_or_warm_up_model, execute_dummy_batch of workers        | at start                     |
 | kv_cache_spec   | get_kv_cache_spec of workers                                    | at start                     |
+| engine_core     | EngineCore.__init__                                             | at start                     |
 | load_model      | load_model of workers                                           | at start                     |
 | scheduler       | Scheduler.__init__, a scheduler's prefix lookup and chunk split | at start                     |
 | input_processor | InputProcessor.__init__                                         | at start                     |
@@ -23,13 +24,22 @@ These modules import vLLM when they are applied, not when they are imported: vLL
 
 from collections.abc import Callable
 
-from sage_backend.engine.patches import config_check, input_processor, kv_cache_spec, load_model, scheduler, warm_up
+from sage_backend.engine.patches import (
+    config_check,
+    engine_core,
+    input_processor,
+    kv_cache_spec,
+    load_model,
+    scheduler,
+    warm_up,
+)
 
 AT_START: tuple[Callable[[], None], ...] = (
     config_check.apply,
     warm_up.apply,
     kv_cache_spec.apply,
     load_model.apply,
+    engine_core.apply,
     scheduler.apply,
     input_processor.apply,
 )

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calibration of keys when an engine starts.
+
+Before an engine takes requests, it reads four short texts (`calibration_texts`) and calibrates its keys with what its layers
+make of them. The result is kept in vLLM's cache folder, under the identity of the model and of everything else that keys depend
+on. So restarts, replicas and ranks quantize alike, whatever their first requests are.
+
+A file of `sage calibrate`, given as the option `calibration`, takes its place. Only such a file has anchors of values: which
+kernels are used depends on them, and CUDA graphs have been captured when an engine is calibrated here.
+"""
+
+import hashlib
+import logging
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sage_backend import __version__
+from sage_backend.engine.calibration_texts import CHAT, TEXTS
+from sage_backend.engine.checks import is_chosen
+from sage_backend.features import calibration, calibration_file
+from sage_backend.model_file import identity
+from sage_backend.observability import recorder
+from sage_backend.options import SageOptions
+
+logger = logging.getLogger(__name__)
+
+MAX_TOKENS = 512
+"""Tokens of a text that are read."""
+_MAX_STEPS = 1000
+"""Steps of the scheduler after which a text that has not been read never will be."""
+
+
+def calibrate(core: Any) -> None:
+    """Calibrate the keys of an engine (EngineCore) that this backend serves, unless its options say otherwise."""
+    config = core.vllm_config
+    if not is_chosen(config):
+        return
+    options = SageOptions.parse(config.additional_config)
+    if options.calibration is not None or not (options.smooth_k or options.equalize):
+        return
+    path = cache_path(config)
+    tensors = _load(path)
+    if _any_rank(core, tensors is None):
+        began = time.monotonic()
+        tensors = _measure(core)
+        logger.info("calibrated keys in %.1f s, kept in %s", time.monotonic() - began, path)
+        _save(path, tensors, config.model_config)
+    core.model_executor.collective_rpc(calibration.calibrate_layers, args=(tensors,))
+
+
+def cache_path(config: Any) -> Path:
+    """Where the calibration of an engine of this configuration (VllmConfig) is kept. The name is a hash of all that a layer's
+    keys depend on."""
+    # Not at the top: the variable is read when it is asked for, and the command line sets it first.
+    from vllm import __version__ as vllm_version
+    from vllm import envs
+
+    models = [config.model_config]
+    if (drafter := getattr(config.speculative_config, "draft_model_config", None)) is not None:
+        models.append(drafter)
+    parts = [__version__, vllm_version, config.load_config.load_format, config.parallel_config.pipeline_parallel_size]
+    for model in models:
+        parts += [identity(model.model, model.hf_config), model.hf_config.to_json_string(), model.dtype, model.quantization]
+    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
+    return Path(envs.VLLM_CACHE_ROOT) / "sage" / "calibrations" / f"{digest}.safetensors"
+
+
+def _load(path: Path) -> dict[str, torch.Tensor] | None:
+    if not path.is_file():
+        return None
+    try:
+        return calibration_file.tensors(str(path))
+    except ValueError as error:
+        logger.warning("%s; it is made anew", error)
+        return None
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], model_config: Any) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        calibration_file.save(path, tensors, model_config)
+    except OSError as error:
+        logger.warning("the calibration cannot be kept (%s); the next start makes another", error)
+
+
+def _any_rank(core: Any, flag: bool) -> bool:
+    """Whether `flag` is true in any of the data parallel engines that have to make each step together."""
+    group = getattr(core, "dp_group", None)
+    return flag if group is None else type(core.vllm_config.parallel_config).has_unfinished_dp(group, flag)
+
+
+def _observe(worker: Any) -> None:
+    recorder.pause(True)
+    calibration.observe(worker)
+
+
+def _statistics(worker: Any) -> dict[str, torch.Tensor]:
+    recorder.pause(False)
+    return calibration.statistics(worker)
+
+
+def _measure(core: Any) -> dict[str, torch.Tensor]:
+    """Let the engine read the texts. Returns its calibration, by the names of a calibration file."""
+    model = core.vllm_config.model_config
+    core.model_executor.collective_rpc(_observe)
+    for prompt in _prompts(core.vllm_config):
+        _read(core, prompt)
+    of_workers = core.model_executor.collective_rpc(_statistics)
+    core.reset_prefix_cache()
+    tensors = calibration.tensors_of(of_workers, model.get_total_num_kv_heads())
+    return {name: x for name, x in tensors.items() if not name.endswith(calibration_file.OF_VALUES)}
+
+
+def _prompts(config: Any) -> list[list[int]]:
+    """The texts as token ids, each as long as one step of the engine takes at most."""
+    model = config.model_config
+    most = min(MAX_TOKENS, model.max_model_len - 1, config.scheduler_config.max_num_batched_tokens)
+    if model.skip_tokenizer_init:
+        logger.warning("the engine has no tokenizer: keys are calibrated on random tokens; sage calibrate makes a better file")
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randint(model.get_vocab_size(), (most,), generator=generator).tolist() for _ in TEXTS]
+    from vllm.tokenizers import cached_tokenizer_from_config  # as above
+
+    tokenizer = cached_tokenizer_from_config(model)
+    return [ids[:most] for ids in (*(tokenizer.encode(text) for text in TEXTS), _chat(tokenizer)) if ids]
+
+
+def _chat(tokenizer: Any) -> list[int]:
+    """The conversation as the model's chat template writes it; as plain text if the model has none."""
+    messages = [{"role": "assistant" if turn % 2 else "user", "content": text} for turn, text in enumerate(CHAT)]
+    try:
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    except Exception:  # a template, which is a program of the model's, may refuse anything
+        ids = tokenizer.encode("\n".join(CHAT))
+    return list(ids)
+
+
+def _read(core: Any, prompt: list[int]) -> None:
+    """Let the engine read a prompt. Raises RuntimeError if it does not."""
+    # As above; EngineCore's module is being imported when the patches are applied.
+    from vllm import PoolingParams, SamplingParams
+    from vllm.tasks import POOLING_TASKS
+    from vllm.v1.engine import EngineCoreRequest
+
+    pooling = sampling = None
+    if core.is_pooling_model:
+        pooling = PoolingParams(task=next(task for task in core.get_supported_tasks() if task in POOLING_TASKS))
+    else:
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+    name = f"sage-calibration-{uuid.uuid4()}"
+    request = EngineCoreRequest(
+        request_id=name,
+        external_req_id=name,
+        prompt_token_ids=prompt,
+        mm_features=None,
+        sampling_params=sampling,
+        pooling_params=pooling,
+        arrival_time=time.time(),
+        lora_request=None,
+        cache_salt=name,  # so that nobody finds these pages in a cache, whose keys are not calibrated yet
+        data_parallel_rank=None,
+    )
+    core.add_request(*core.preprocess_add_request(request))
+    for _ in range(_MAX_STEPS):
+        if not core.scheduler.has_requests() and not core.batch_queue:
+            return
+        core.post_step(core.step_fn()[1])
+    raise RuntimeError("the engine does not read the texts of its calibration; give it a file of sage calibrate")

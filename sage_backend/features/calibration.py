@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model's keys and values are calibrated: statistics of its layers while it reads a text, and what follows from them.
+
+`engine.start_calibration` does this when an engine starts, on short texts of its own, and `sage calibrate` on a text of the
+user's. The functions with a `worker` run in the engine's workers.
+"""
+
+from typing import Any
+
+import torch
+
+from sage_backend.features.calibration_file import OF_EQUALIZER, OF_VALUES, worker_calibration
+from sage_backend.features.layers import own_impls
+from sage_backend.features.observers import Statistics
+
+MIN_MEAN_FRACTION = 0.05
+"""An anchor of values is kept if it reduces their mean square by more than this fraction. Errors of e4m3 are proportional to
+the values, so V's errors fall by 2.5% and attention's, at most half of which come from V, by 1%. A smaller gain is not worth
+another pass over every output."""
+
+
+def observe(worker: Any) -> None:
+    """Collect statistics of this worker's layers from now on."""
+    for impl in own_impls(worker.vllm_config).values():
+        impl.observer = Statistics(impl)
+
+
+def statistics(worker: Any) -> dict[str, torch.Tensor]:
+    """The statistics (`Statistics.result`) by layer, for the layers that have any. Ends what `observe` began."""
+    found = {}
+    for name, impl in own_impls(worker.vllm_config).items():
+        observer, impl.observer = impl.observer, None
+        if isinstance(observer, Statistics) and (result := observer.result()) is not None:
+            found[name] = result
+    return found
+
+
+@torch.inference_mode()  # in which the layers' tensors were allocated
+def calibrate_layers(worker: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Calibrate this worker's layers. No stored key may still be needed. tensors: by the names of a calibration file."""
+    # Not at the top: vLLM reads its settings from the environment when it is imported, and tools set them first.
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    for name, impl in own_impls(worker.vllm_config).items():
+        impl.calibrate(worker_calibration(tensors, name, impl.num_kv_heads, rank, ranks), worker.device)
+
+
+def tensors_of(of_workers: list[dict[str, torch.Tensor]], heads: int) -> dict[str, torch.Tensor]:
+    """The calibration of a model with `heads` KV heads, by the names of a calibration file. of_workers: the `statistics` of
+    each worker."""
+    found = {}
+    for layer in {layer: None for worker in of_workers for layer in worker}:
+        by_head = torch.cat([worker[layer] for worker in of_workers if layer in worker])
+        # With fewer heads than workers, several have the same head, each with query heads of its own.
+        shared = by_head.unflatten(0, (-1, max(1, len(by_head) // heads)))
+        mean, value, square, least, largest, _ = (each.clone() for each in shared[:, 0].unbind(1))
+        found[layer] = mean
+        found[layer + OF_EQUALIZER] = _equalizer(torch.maximum(largest - mean, mean - least), shared[:, :, 5].amax(1))
+        if value.square().sum() > MIN_MEAN_FRACTION * square.sum():
+            found[layer + OF_VALUES] = value
+    return found
+
+
+def _equalizer(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """sqrt(key / query) for each RoPE pair, float32 [kv_heads, head_dim]. key, query: the largest magnitudes of each channel.
+    A channel that no key or no query uses gets 1."""
+    key, query = (x.unflatten(-1, (2, -1)).amax(-2) for x in (key, query))
+    used = (key > 0) & (query > 0)
+    factor = torch.where(used, (key / query.clamp(min=torch.finfo(torch.float32).tiny)).sqrt(), 1.0)
+    return factor.repeat(1, 2)
