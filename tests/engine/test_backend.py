@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The anchors of a layer, without an engine: whose they are, where they come from, and when they are fixed and forgotten; and
-whose queries are smoothed."""
+"""A layer without an engine: where its anchors come from, when they are fixed and discarded, which layers share them, and which
+queries are smoothed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 128
 @pytest.fixture
 def layer(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What `SageImpl` sees of an attention layer with a soft cap, and a KV cache for it."""
-    monkeypatch.setattr(options, "_current", options.SageOptions())  # and not those of an engine before
+    monkeypatch.setattr(options, "_current", options.SageOptions())  # not those of an earlier engine
     with environment():
         plugin.register()
         from sage_backend.engine.impl import SageImpl
@@ -51,7 +51,7 @@ def test_profiling_and_padding_fix_nothing(layer: Any) -> None:
 
 
 def test_anchors_of_the_warm_up_are_forgotten(layer: Any) -> None:
-    """On a GPU, vLLM's warm-up stores made-up tokens in slots that are no padding."""
+    """On a GPU, vLLM's warm-up stores synthetic tokens in real slots."""
     with environment():
         from vllm.v1.worker.worker_base import WorkerWrapperBase
 
@@ -69,7 +69,7 @@ def test_anchors_of_the_warm_up_are_forgotten(layer: Any) -> None:
 
 
 def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
-    """A soft cap makes the result depend on that of keys, and that of values is a part of it."""
+    """With a soft cap, the output depends on the anchor of keys; it always depends on that of values."""
     with environment():
         from vllm.forward_context import override_forward_context
 
@@ -101,7 +101,7 @@ def test_layers_that_share_keys_share_their_anchor(layer: Any) -> None:
 
 
 def test_queries_of_prompts_are_smoothed(layer: Any) -> None:
-    """And not those of decodes."""
+    """Queries of decodes are not smoothed."""
     with environment():
         from sage_backend.engine.metadata import SageMetadata
 
