@@ -7,11 +7,11 @@
     python3 benchmarks/attention.py plot benchmarks/results/attention-NAME.json
 
 In each case all contenders get the same random bf16 data, with strongly biased key channels. Each is first compared with exact
-float32 attention on sampled rows, and only timed if it is close enough. Timings go round by round, one of every contender in
-an order that is drawn anew, so that clocks and temperature are the same for all. A timing is the GPU time of one call that
-finds its inputs outside the L2 cache; the host's own time to launch it is not part of it. With `--sustain S`, each contender
-also runs S seconds on end, and what a GPU draws and how fast it still runs then is reported: a prompt of a server is one call
-after the other, and there a GPU is slowed down by its limit of power, which single calls are over too soon to meet.
+float32 attention on sampled rows, and only timed if it is close enough. Timings go in rounds: a round times every contender
+once, in random order, so that clocks and temperature are the same for all. A timing is the GPU time of one call with its inputs
+outside the L2 cache, without the host's time to launch it. With `--sustain S`, each contender also runs for S seconds without
+pauses, and its speed and power then are reported. In a server, a prompt is one call after another, and the power limit slows
+the GPU down; a single call ends before the limit takes effect.
 
 A contender that is not installed, or fails, is listed with the reason. `plot` needs matplotlib but neither torch nor a GPU.
 """
@@ -63,8 +63,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """`batch` requests of `length` tokens each, or, if there are `others`, one of `length` tokens and the rest of so many. The
-    last `queries` tokens of each attend. store: whether writing is timed too."""
+    """`batch` requests of `length` tokens each. With `others`, one request has `length` tokens, and the rest have `others`. The
+    last `queries` tokens of each request attend. store: whether writing is timed too."""
 
     kind: str
     batch: int
@@ -126,7 +126,7 @@ class Batch:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     peer_page: int
-    """Tokens of a page for the contenders that leave the choice."""
+    """Tokens of a page, for contenders with pages of any size."""
 
     @staticmethod
     def make(case: Case, shape: Shape, device: str, peer_page: int = 64, seed: int = 0) -> Batch:
@@ -158,7 +158,7 @@ class Batch:
         return self.shape.head_dim**-0.5
 
     def poisoned(self) -> torch.Tensor:
-        """An output that nobody can mistake for a result."""
+        """An output full of NaN, which cannot be mistaken for a result."""
         return torch.full_like(self.query, float("nan"))
 
     def paging(self, page: int) -> Paging:
@@ -196,7 +196,7 @@ def sage(batch: Batch, k_bits: int) -> Prepared:
     layout = PageLayout(shape.head_dim, k_bits, 128)
     paging = batch.paging(layout.tokens)
     pages = layout.empty(paging.blocks, shape.kv_heads, batch.device)
-    # As in an engine without a calibration, the first tokens that are stored fix what is subtracted from all keys.
+    # As in an engine without a calibration, the first tokens that are stored fix the anchor of keys.
     anchor = torch.full((shape.kv_heads, shape.head_dim), torch.nan, device=batch.device)
     write = partial(store, batch.key, batch.value, pages, paging.slots, layout, anchor)
     write()
@@ -227,16 +227,16 @@ def filled(batch: Batch, paging: Paging, dtype: torch.dtype) -> tuple[torch.Tens
     shape = batch.shape
     cache = torch.zeros(paging.blocks, paging.page, shape.kv_heads, 2 * shape.head_dim, dtype=dtype, device=batch.device)
     tokens = torch.cat([batch.key, batch.value], -1).to(dtype)
-    cache.view(torch.uint8).flatten(0, 1)[paging.slots] = tokens.view(torch.uint8)  # bytes: indexing knows no float8
+    cache.view(torch.uint8).flatten(0, 1)[paging.slots] = tokens.view(torch.uint8)  # as bytes: torch cannot index-assign float8
     key, value = cache.split(shape.head_dim, -1)
     return key, value
 
 
 def flash_attention(batch: Batch, fp8: bool = False, cast: bool = False) -> Prepared:
-    """As vLLM's FLASH_ATTN backend calls it, which computes the schedule once a step, so outside of each layer's call. The
-    number of splits is left to its own heuristic.
+    """As vLLM's FLASH_ATTN backend calls it: the schedule is computed once a step, outside the calls of the layers. The number
+    of splits is left to its own heuristic.
 
-    FP8 is what vLLM does with `--kv-cache-dtype fp8` and scales of 1. cast: with the cast of Q that precedes it.
+    FP8 is what vLLM does with `--kv-cache-dtype fp8` and scales of 1. cast: whether the call includes the cast of Q.
     """
     from vllm.vllm_flash_attn import flash_attn_interface as fa
 
@@ -296,7 +296,7 @@ def flash_attention(batch: Batch, fp8: bool = False, cast: bool = False) -> Prep
 
 def vllm_triton(batch: Batch, cache_dtype: str) -> Prepared:
     """vLLM's TRITON_ATTN backend itself, with the metadata that its builder makes."""
-    import vllm._custom_ops  # noqa: F401 - in an engine its operators are there, and INT4 takes a faster way with them
+    import vllm._custom_ops  # noqa: F401 - an engine has loaded its operators, with which INT4 is faster
     from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
     from vllm.v1.attention.backends import triton_attn
 
@@ -483,7 +483,7 @@ class Sample:
 
     @staticmethod
     def draw(batch: Batch, rows: int = CHECKED_ROWS) -> Sample:
-        """Random rows and, as mistakes like the ends, one of the last token."""
+        """Random rows, and one of the last token: mistakes are most likely at the ends."""
         case, shape = batch.case, batch.shape
         rng = random.Random(2)
         chosen = [(len(batch.query) - 1, rng.randrange(shape.heads))]
@@ -514,14 +514,14 @@ class Stopwatch:
     """GPU time of single calls, each with a cold L2 cache."""
 
     HEAD_START = 2_000_000
-    """Cycles, about a millisecond, that the GPU spins while the host launches the call: so the host is never waited for."""
+    """Cycles, about a millisecond, that the GPU spins while the host launches the call. So the GPU never waits for the host."""
 
     def __init__(self) -> None:
         self.flush = torch.zeros(64 << 20, dtype=torch.float32, device="cuda")
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def milliseconds(self, call: Callable[[], object]) -> float:
-        self.flush.amax()  # reads: what was written instead would have to leave the cache while the call is timed
+        self.flush.amax()  # a read: written data would be written back to memory while the call is timed
         torch.cuda._sleep(self.HEAD_START)
         self.start.record()
         call()
@@ -533,7 +533,7 @@ class Stopwatch:
 def interleaved(
     calls: dict[Any, Callable[[], object]], milliseconds: Callable[[Callable[[], object]], float], rounds: int, seconds: float
 ) -> dict[Any, list[float]]:
-    """Time the calls in rounds. All share the time evenly: one that has used up its part leaves the later rounds."""
+    """Time the calls in rounds. All have equal shares of the time; a call that has used up its share skips later rounds."""
     rng = random.Random(3)
     times: dict[Any, list[float]] = {key: [] for key in calls}
     share = seconds * 1e3 / max(len(calls), 1)
@@ -551,7 +551,7 @@ def summary(times: Sequence[float]) -> dict[str, Any]:
 
 
 def speed(contender: Contender, case: Case, shape: Shape, per_second: float) -> dict[str, Any]:
-    """What so many calls a second are, in the unit of the case."""
+    """Calls per second, in the unit of the case: GB/s for decodes, else TOPS."""
     if case.kind == "decode":
         kv_bytes = sum(case.lengths) * shape.kv_heads * contender.kv_bytes(shape.head_dim)
         return {"kv_bytes": kv_bytes, "gb_per_s": round(kv_bytes * per_second / 1e9, 1)}
@@ -559,7 +559,7 @@ def speed(contender: Contender, case: Case, shape: Shape, per_second: float) -> 
 
 
 def figures(contender: Contender, case: Case, shape: Shape, times: Sequence[float]) -> dict[str, Any]:
-    """What the timings of a contender say in this case."""
+    """The figures of a contender in this case, from its timings."""
     result = summary(times)
     return result | speed(contender, case, shape, 1e3 / result["ms"])
 
@@ -568,14 +568,14 @@ SAMPLED = "clocks.sm", "power.draw", "clocks_event_reasons.sw_power_cap"
 
 
 def smi(fields: Sequence[str], form: str = "csv,noheader") -> list[str]:
-    """A command that tells so much about this process's GPU."""
+    """The nvidia-smi command that prints these fields of this process's GPU."""
     uuid = torch.cuda.get_device_properties().uuid
     return ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields)}", f"--format={form}"]
 
 
 def power(samples: Sequence[str]) -> dict[str, Any]:
-    """Medians of clock and power, and in which share of the samples the limit of power held the clock back. Nothing, if there
-    are no samples or they do not tell."""
+    """Medians of clock and power, and the share of samples in which the power limit held the clock back. Empty without usable
+    samples."""
     if not samples or any(line.count(", ") != 2 or "[" in line for line in samples):  # such as [N/A], or an unknown field
         return {}
     clocks, watts, capped = zip(*(line.split(", ") for line in samples), strict=True)
@@ -587,9 +587,9 @@ def power(samples: Sequence[str]) -> dict[str, Any]:
 
 
 def sustain(call: Callable[[], object], ms: float, seconds: float) -> tuple[float, dict[str, Any]]:
-    """Call on end for so many seconds; ms: what a call takes. Of the second half, by which clock and power have settled: how
-    many calls a second, and `power`."""
-    calls = max(1, int(50 / ms))  # between two looks at the time
+    """Repeat a call without pauses for `seconds`. ms: the time of one call. Returns calls per second and `power`, both for the
+    second half, when clock and power have settled."""
+    calls = max(1, int(50 / ms))  # between two readings of the clock
     marks = [(0.0, 0)]
     command = [*smi(SAMPLED, "csv,noheader,nounits"), "--loop-ms=100"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sampler:
@@ -602,14 +602,14 @@ def sustain(call: Callable[[], object], ms: float, seconds: float) -> tuple[floa
                 marks.append((time.perf_counter() - start, marks[-1][1] + calls))
         finally:
             sampler.terminate()
-        samples = sampler.communicate()[0].splitlines()[:-1]  # the last may be cut
+        samples = sampler.communicate()[0].splitlines()[:-1]  # the last line may be incomplete
     end, done = marks[-1]
     middle, before = max(mark for mark in marks[:-1] if mark[0] <= end / 2)
     return (done - before) / (end - middle), power(samples[len(samples) // 2 :])
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one short line without machine paths."""
+    """An error as one short line, with the names of files but not their folders."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     text = re.sub(r"(?<![\w.])/(?:[^\s/'\"]+/)+", "", text)
     kind = "" if isinstance(error, Unfit) else type(error).__name__
@@ -617,7 +617,7 @@ def one_line(error: BaseException) -> str:
 
 
 def prepare(contender: Contender, batch: Batch, sample: Sample) -> tuple[dict[str, Any], Prepared | None]:
-    """What is known before timing, and the contender, warmed up, if it may be timed."""
+    """What is known before timing and, if the contender may be timed, the contender, warmed up."""
     result: dict[str, Any] = {"contender": contender.name, "label": contender.label}
     try:
         result["kv_bytes_per_token_head"] = contender.kv_bytes(batch.shape.head_dim)
@@ -688,7 +688,7 @@ def device_facts() -> dict[str, Any]:
         answer = subprocess.run(smi(asked), capture_output=True, text=True, timeout=20, check=True).stdout
         facts |= dict(zip(asked, (value.strip() for value in answer.strip().split(",")), strict=True))
     except (OSError, ValueError, subprocess.SubprocessError):
-        pass  # nice to have
+        pass  # these facts are optional
     return facts
 
 
@@ -739,7 +739,7 @@ def run(arguments: argparse.Namespace) -> None:
     if torch is None or not torch.cuda.is_available():
         sys.exit("attention.py run: needs an NVIDIA GPU, and torch sees none here; `plot` works without")
     if arguments.sustain and not shutil.which("nvidia-smi"):
-        sys.exit("attention.py run: --sustain needs nvidia-smi, which is not there")
+        sys.exit("attention.py run: --sustain needs nvidia-smi, which is not in PATH")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     torch.set_float32_matmul_precision("highest")
     shape = Shape(arguments.heads, arguments.kv_heads, arguments.head_dim)
@@ -760,7 +760,7 @@ def run(arguments: argparse.Namespace) -> None:
         timed = sum("ms" in result for result in measured["results"])
         print(f"{case.name}: timed {timed} of {len(arguments.contenders)} contenders", file=sys.stderr, flush=True)
         report["cases"].append(measured)
-        if arguments.out:  # after each case, so that no later one can take it away
+        if arguments.out:  # after each case, so that a later failure loses nothing
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(report, indent=2) + "\n")
     print(table(report))
@@ -770,8 +770,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 # --- figures ----------------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, one for a family of kernels; markers tell the formats.
-COLOURS = {
+# Okabe and Ito's colors, which the color-blind can distinguish, one for each family of kernels. Markers show the formats.
+COLORS = {
     "sage": "#D55E00",
     "fa3": "#000000",
     "cudnn": "#999999",
@@ -788,7 +788,7 @@ def style(name: str) -> dict[str, Any]:
     family, _, number = name.partition("-")
     ours = family == "sage"
     return {
-        "color": COLOURS.get(family, "#E69F00"),
+        "color": COLORS.get(family, "#E69F00"),
         "marker": MARKERS.get(number, "P"),
         "linestyle": LINES.get(number, "-."),
         "linewidth": 2.6 if ours else 1.5,
@@ -849,8 +849,8 @@ def plot_decode(plt: Any, report: dict[str, Any]) -> Any | None:
         longest = max(result["ms_p90"] for result in timed)
         for place, result in enumerate(timed):
             around = [[result["ms"] - result["ms_p10"]], [result["ms_p90"] - result["ms"]]]
-            colour = style(result["contender"])["color"]
-            axes.barh(place, result["ms"], color=colour, xerr=around, ecolor="#555555", height=0.72)
+            color = style(result["contender"])["color"]
+            axes.barh(place, result["ms"], color=color, xerr=around, ecolor="#555555", height=0.72)
             text = f"{result['ms']:.3f} ms, {result['gb_per_s']:.0f} GB/s"
             axes.text(result["ms_p90"] + longest * 0.015, place, text, va="center", fontsize=8)
         axes.set_yticks(range(len(timed)), [result["label"] for result in timed], fontsize=9)
@@ -949,7 +949,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     some: dict[str, Any] = {"nargs": "+", "default": []}
     of_run.add_argument("--prefill", type=prompts, **some, metavar="[Bx]S", help="one prompt of S tokens, or B of them")
     of_run.add_argument("--store", type=positive, **some, metavar="TOKENS", help="one prompt and writing its KV")
-    of_run.add_argument("--chunk", type=partial(pair, form="QxH"), **some, metavar="QxH", help="Q tokens behind a history of H")
+    of_run.add_argument("--chunk", type=partial(pair, form="QxH"), **some, metavar="QxH", help="Q tokens after a history of H")
     of_run.add_argument(
         "--decode", type=decode_case, **some, metavar="[L+]BxS", help="a token for B requests of S tokens (and one of L)"
     )
@@ -960,7 +960,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     of_run.add_argument("--peer-page", type=positive, default=64, help="tokens of the other contenders' pages (default: 64)")
     of_run.add_argument("--rounds", type=positive, default=25)
     of_run.add_argument("--seconds", type=positive, default=60, help="GPU time for the timings of a case (default: 60)")
-    of_run.add_argument("--sustain", type=positive, metavar="S", help="let each contender run S seconds on end, too")
+    of_run.add_argument("--sustain", type=positive, metavar="S", help="also run each contender for S seconds without pauses")
     of_run.add_argument("--out", type=Path, help="JSON file for the results")
     of_plot = commands.add_parser("plot", help="draw the figures of a report, as PNG files next to it")
     of_plot.add_argument("file", type=Path, metavar="FILE.json")
@@ -977,7 +977,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
-    """What the command line asks for; `--store N` implies `--prefill N`, the time that it is to be compared with."""
+    """The cases of the command line. `--store N` implies `--prefill N`, because its time is compared with that."""
     stored = [Case("prefill", 1, length, length) for length in arguments.store]
     return [
         *(replace(case, store=case in stored) for case in dict.fromkeys([*arguments.prefill, *stored])),

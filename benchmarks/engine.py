@@ -8,12 +8,12 @@
     python3 benchmarks/engine.py SAGE SAGE:$P,variator.ratio=2 SAGE:$P,variator.ratio=4 \\
         --prefill 8192 --decode 64x8192 --out benchmarks/results/variator-NAME.json
 
-A run is named as for `sage eval`, except that its compression plugins can be `random` ones. Each gets an engine of
-its own, in a process of its own, with random weights of the given shape (default: Llama-3.1-8B) and random prompts. Prefill is
-the time to the first token of one prompt, the median of --repeat prompts after a warm-up of the same length or of --warm-up
-tokens. A decode step of BATCHxLENGTH is the time by which a longer generation exceeds a shorter one, for BATCH requests of
-LENGTH tokens, whose prompts are in the prefix cache by then; the median of --repeat such differences. A run that fails is
-marked with its error, and the others are made.
+A run is named as for `sage eval`; its compression plugins can also be `random`. Each run gets its own engine in its own
+process, with random weights of the given shape (default: Llama-3.1-8B) and random prompts. Prefill is the time to the first
+token of one prompt: the median of --repeat prompts, after a warm-up with the same length or with --warm-up tokens. A decode
+step of BATCHxLENGTH is measured with BATCH requests of LENGTH tokens, which are in the prefix cache by then. It is the time of
+a longer generation less that of a shorter one, per token; the median of --repeat such differences. A run that fails is marked
+with its error, and the others still run.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def random_plugins(folder: str) -> str:
 
 
 def execution(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How the engine is to run its model."""
+    """How the engine runs its model."""
     if arguments.eager:
         return {"enforce_eager": True}
     compilation: dict[str, Any] = {"cudagraph_capture_sizes": sorted({batch for batch, _ in arguments.decode} | {1})}
@@ -80,7 +80,7 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
         Path(folder, "config.json").write_text(json.dumps(shape))
         parsed = engines.Run.parse(run)
         if (variator := parsed.options.get("variator", {})).get("plugins") == "random":
-            with ProcessPoolExecutor(1) as other:  # its threads would be missing in the engine, which is forked
+            with ProcessPoolExecutor(1) as other:  # torch's threads would not survive the fork of the engine
                 variator["plugins"] = other.submit(random_plugins, folder).result()
         began = time.perf_counter()
         with engines.engine(
@@ -120,7 +120,7 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 print(f"  {run}: prefill {length}: {length / seconds:,.0f} tokens/s", flush=True)
             for batch, length in arguments.decode:
                 asked = prompts(batch, length)
-                for _ in range(2):  # once to fill the cache, and once to warm up what is asked of a full one
+                for _ in range(2):  # once to fill the cache, and once to warm up with a full one
                     generate(asked, 8)
                 seconds = statistics.median(-generate(asked, 8) + generate(asked, 72) for _ in range(arguments.repeat))
                 figures[f"decode_{batch}x{length}_ms"] = round(seconds / 64 * 1e3, 3)
@@ -129,7 +129,7 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_process_of_its_own(run: str) -> dict[str, Any]:
-    """The figures of a run, or its error: GPU memory is surely free again only when a process has ended."""
+    """The figures of a run, or its error. Only the end of a process is sure to free its GPU memory."""
     from sage_backend.tools.engines import error_messages  # see `main`
 
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
@@ -165,8 +165,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--skip-prefill-attention",
         action="store_true",
-        help="of SAGE, for decode steps behind contexts that would take minutes to read; what is in their pages then is not "
-        "what the model would have put there, which changes no step's time",
+        help="(SAGE only) skip attention in prefills, to time decode steps after contexts that would take minutes to read; "
+        "pages then hold other values than the model's, which does not change the time of a step",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
@@ -180,7 +180,7 @@ def main() -> None:
     arguments = parse()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if arguments.skip_prefill_attention:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # what is skipped is skipped in this process
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # attention is skipped in this process only
     if arguments.only:
         arguments.out.write_text(json.dumps(measure(arguments.only, arguments)))
         return
@@ -206,7 +206,7 @@ def main() -> None:
     for run in arguments.runs:
         print(run, flush=True)
         report["results"].append(in_process_of_its_own(run))
-        if arguments.out:  # after each run, for the next one may be cut short
+        if arguments.out:  # after each run: the next one may be interrupted
             save(report, arguments.out)
     print(table(report["results"]))
     if any("error" in result for result in report["results"]):

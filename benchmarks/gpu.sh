@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# What is measured of a GPU host, step by step: benchmarks/gpu.sh NAME [STEP...]
+# Measure everything that needs a GPU, step by step: benchmarks/gpu.sh NAME [STEP...]
 #
 #   NAME   goes into the names of the results, benchmarks/results/*-NAME.json; for example h200
 #   STEP   one of those below; all of them if none is given
 #   SAGE_PYTHON=EXE   the Python that has vLLM and this backend (default: .venv/bin/python)
 #
-# A step that fails or takes longer than its limit is told, and the next one begins. The exit status is the number of such
-# steps. With two GPUs, servers also run on both.
+# A command that fails or takes longer than its limit is reported, and the next one runs. The exit status is the number of such
+# commands. With two GPUs, servers also run on both.
 # shellcheck disable=SC2329  # steps are called by their names
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit

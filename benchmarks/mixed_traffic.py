@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Mixed traffic against a real `vllm serve` of a given shape with random weights: does everything come back?
+"""Send mixed traffic to a real `vllm serve` with random weights, and check that every request is answered.
 
     python3 benchmarks/mixed_traffic.py --longest 32768 --out benchmarks/results/mixed-NAME.json -- --attention-backend sage
 
-Starts the server with the arguments after `--`, sends prompts of lengths from 1 token to --longest all at once, half of them
-streamed, some of them hung up on, and afterwards asks the server whether it is healthy and holds no KV block any more.
+It starts the server with the arguments after `--`, and sends all prompts at once. They have from 1 to --longest tokens. Half of
+the answers are streamed, and some clients hang up. Afterwards, no request may be running, no KV block in use, and no error in
+the server's log.
 """
 
 import argparse
@@ -50,7 +51,7 @@ async def wait_until_healthy(session: aiohttp.ClientSession, base: str, server: 
 
 
 async def send(session: aiohttp.ClientSession, base: str, rng: random.Random, longest: int, index: int) -> str:
-    """One request; returns what became of it: "complete", "hung up", or what went wrong."""
+    """Send one request. Returns its outcome: "complete", "hung up", or what went wrong."""
     length = [1, 7, 127, 128, 129, 1000, longest // 4, longest][index % 8]
     tokens = rng.choice([1, 16, 64])
     hang_up, stream = index % 12 == 5, index % 2 == 1
@@ -79,7 +80,7 @@ async def send(session: aiohttp.ClientSession, base: str, rng: random.Random, lo
 
 
 async def metrics(session: aiohttp.ClientSession, base: str) -> dict[str, float]:
-    """What the server tells at /metrics: each series' sum over its labels."""
+    """The server's metrics, each summed over its labels."""
     async with session.get(f"{base}/metrics") as response:
         lines = (await response.text()).splitlines()
     sums: dict[str, float] = {}
@@ -118,7 +119,7 @@ async def drive(arguments: argparse.Namespace, server: subprocess.Popen, base: s
             "requests_running_after": running,
             "kv_cache_usage_after": kv_use,
             "generated_tokens": told["vllm:generation_tokens_total"],
-            "metrics": {  # counters, for sums of gauges over replicas mean nothing
+            "metrics": {  # counters only: a sum of gauges over replicas means nothing
                 name: value for name, value in sorted(told.items()) if name.startswith("sage_") and name.endswith("_total")
             },
         }
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=32768, help="tokens of the longest prompt")
     parser.add_argument("--limit", type=float, default=300, help="seconds to wait for the server, and for the answers")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("serve_arguments", nargs="*", metavar="ARGUMENT", help="for `vllm serve`, behind --")
+    parser.add_argument("serve_arguments", nargs="*", metavar="ARGUMENT", help="for `vllm serve`, after --")
     arguments = parser.parse_args()
     shape = dict(SHAPES[arguments.shape])
     if arguments.layers:
@@ -149,7 +150,7 @@ def main() -> None:
             server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
             report = asyncio.run(drive(arguments, server, f"http://127.0.0.1:{port}"))
-            output = Path(folder, "log").read_text()  # before the processes are ended, which they complain about
+            output = Path(folder, "log").read_text()  # before the processes are ended: they log errors then
         except BaseException:
             print(Path(folder, "log").read_text()[-3000:])
             raise
@@ -159,7 +160,7 @@ def main() -> None:
                 server.wait(30)
     errors = [line for line in output.splitlines() if " ERROR " in line]
     report["errors_in_the_log"] = errors[:5]
-    # vLLM's monitor, which is silent with --enforce-eager, tells of kernels that requests had to wait for.
+    # vLLM's monitor reports kernels that requests had to wait for. With --enforce-eager, it reports nothing.
     report["kernels_compiled_while_serving"] = re.findall(r"compilation during inference: (\S+)", output)
     report["command"] = " ".join(["benchmarks/mixed_traffic.py", *sys.argv[1:]])
     report |= circumstances(report["command"], arguments.shape)

@@ -4,8 +4,8 @@
 
     python3 benchmarks/recall.py --lengths 65536 262144 1048576 --out benchmarks/results/recall-NAME.json
 
-One request of each length, pages with random keys. Each of --layers layers has pages of its own, so that none is in the L2
-cache when its turn comes; a step over all layers is one CUDA graph. Times are of one layer, medians of --repeat replays.
+One request of each length is timed, with random keys. Each of --layers layers has its own pages, so that they are not in the L2
+cache when the layer runs. A step over all layers is one CUDA graph. Times are per layer: medians of --repeat replays.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--k-bits", type=int, default=8, choices=(4, 8))
     parser.add_argument("--topk", type=int, default=32, help="pages recalled (default: %(default)s)")
-    parser.add_argument("--extrapolate", type=int, default=0, help="trained length of a model whose pages are turned")
+    parser.add_argument("--extrapolate", type=int, default=0, help="trained length, if pages are read at shifted positions")
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Many clients against a running server, well-behaved and otherwise: does everything come back, and do the counters add up?
+"""Load a running server with many clients, and check that requests end as they should and that counters add up.
 
     VLLM_API_KEY=some-key deploy/serve.sh
     python3 benchmarks/soak.py --key some-key --seconds 300 --out benchmarks/results/soak-cpu.json
 
 Most requests stream a text to its end. Some clients hang up in the middle; others send prompts that are too long, bodies that
-are no JSON, a wrong key or none. Afterwards the server has to be healthy and idle, with all pages of its KV cache returned, and
-has to have counted what the clients counted. Nobody else may use it meanwhile. Ends with status 1 where that is not so.
+are not JSON, a wrong key or none. Afterwards the server must be healthy and idle, all pages of its KV cache must be free, and
+its counters must agree with those of the clients. No one else may use the server during the run. The exit status is 1 if a
+check fails.
 """
 
 import argparse
@@ -41,7 +42,7 @@ COUNTED = (
 """Counters of the server that go into the report."""
 REQUEST_SECONDS = 300
 IDLE_SECONDS = 60
-"""How long the server may take to notice that everybody has gone."""
+"""How long the server may take to become idle after the last request."""
 
 
 class Client:
@@ -63,7 +64,8 @@ class Client:
             sent += 1
 
     async def _request(self, kind: str, unique: str) -> str:
-        """What became of a request: its kind, if what should. `unique` begins the prompt, so that no page is found cached."""
+        """Send a request. Returns its kind if it ended as it should, else what went wrong. The prompt begins with `unique`, so
+        that none of it is in the prefix cache."""
         lines = 1200 if kind == "too long" else self._rng.randrange(1, 24)
         body = {
             "model": self._arguments.model,
@@ -106,7 +108,7 @@ class Client:
 
 
 async def scrape(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
-    """Sums over labels of what the server shows, and of HTTP requests for completions, their sums by class of status."""
+    """The server's metrics, summed over labels. HTTP requests for completions are also summed by class of status, as "2xx"."""
     async with session.get(f"{url}/metrics") as response:
         lines = (await response.text()).splitlines()
     values: dict[str, float] = {}
@@ -123,7 +125,7 @@ async def scrape(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
 
 
 async def idle(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
-    """What the server shows once it has nothing to do, or after IDLE_SECONDS."""
+    """The server's metrics once it is idle, or after IDLE_SECONDS."""
     deadline = time.monotonic() + IDLE_SECONDS
     while True:
         values = await scrape(session, url)
@@ -134,9 +136,9 @@ async def idle(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
 
 
 def judge(seen: Counter[str], grown: dict[str, float], after: dict[str, float], health: int) -> dict[str, bool]:
-    """What has to be so. grown: what counters have gained meanwhile.
+    """The checks, and whether each holds. grown: how much counters have grown during the run.
 
-    A client that hangs up may have had its whole answer, or nothing of it: that is how far counters may differ.
+    When a client hangs up, the server may have sent the whole answer or nothing. Counters may differ by that much.
     """
     gone, preempted = seen["hang up"], grown["vllm:num_preemptions_total"]
     prompts, completions = seen["prompt tokens"], seen["completion tokens"]
@@ -147,7 +149,7 @@ def judge(seen: Counter[str], grown: dict[str, float], after: dict[str, float], 
         "idle": after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0,
         "all pages returned": after["sage_kv_pages_in_use"] == after["vllm:kv_cache_usage_perc"] == 0,
         "HTTP counts the accepted": grown["2xx"] == seen["accepted"],
-        # vLLM sends those without the key away before it counts.
+        # vLLM refuses requests without the key before it counts them.
         "HTTP counts the refused": grown["4xx"] == sum(seen[kind] for kind, status in REFUSALS.items() if status != 401),
         "no errors of the server": grown.get("5xx", 0) == 0,
         "requests add up": seen["stream"] <= grown["vllm:request_success_total"] <= seen["stream"] + gone,
@@ -178,7 +180,7 @@ async def soak(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Load a running server with clients, well-behaved and otherwise.")
+    parser = argparse.ArgumentParser(description="Load a running server with clients, and check it.")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--model", default="sage-demo", help="its served name")
     parser.add_argument("--key", required=True, help="the server's API key (VLLM_API_KEY)")

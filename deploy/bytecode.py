@@ -3,9 +3,9 @@
 
     python deploy/bytecode.py [PACKAGE...]      all of site-packages, or only these folders of it
 
-pip could do it too, but on one core and silently. Without bytecode, a first start of vLLM compiles what it imports in three
-processes, one after the other. Files that are compiled already, and those that no Python accepts (templates, tests of syntax),
-are passed over.
+pip could do it too, but on one core and silently. Without bytecode, the first start of vLLM compiles what it imports, in three
+processes, one after the other. Files that are compiled already are skipped, and so are those that are not valid Python
+(templates, tests of syntax).
 """
 
 import compileall

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Build the documentation into site/, in an environment of its own: deploy/docs.sh
 #
-#   SAGE_VENV=DIR   the environment whose Python is used (default: .venv). That of MkDocs is DIR-docs.
+#   SAGE_VENV=DIR   the environment that has Python (default: .venv). MkDocs gets its own, DIR-docs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -25,7 +25,7 @@ die() {
 case "$port" in
     '' | *[!0-9]*) die "PORT is '$port', not a number" ;;
 esac
-# The server would find out too, but only after a minute of loading.
+# The server would notice too, but only after a minute of loading.
 bindable='import socket, sys; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 s.bind((sys.argv[1], int(sys.argv[2])))'
 "$python" -c "$bindable" "$HOST" "$port" 2>/dev/null || die "cannot listen on $HOST:$port: is it taken? Try PORT=$((port + 1))"
@@ -42,8 +42,8 @@ case "$model" in
     /* | ./* | ../*) [ -e "$model" ] || die "$model does not exist" ;;
 esac
 if "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
-    # On a CPU: 1 GiB of KV cache rather than a share of the memory, and no compilation,
-    # for the sake of a quick start.
+    # On a CPU, for a quick start: 1 GiB of KV cache instead of a share of the memory, and no
+    # compilation.
     export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
     options+=(--enforce-eager)
 fi
@@ -57,7 +57,7 @@ stop() {
     if [ -n "$follower" ]; then kill "$follower" 2>/dev/null || true; fi
     if [ -n "$server" ] && kill -TERM "$server" 2>/dev/null; then
         say "stopping the server"
-        # Its group is gone when the engine's own processes are. What hangs after 10 s is killed.
+        # The process group is gone when all of the engine's processes are. After 10 s, the rest is killed.
         for _ in {1..100}; do
             kill -0 -- "-$server" 2>/dev/null || return 0
             sleep 0.1
@@ -70,23 +70,23 @@ trap 'stop; exit 0' INT
 trap 'stop; exit 143' TERM HUP
 
 say "starting vllm serve $model on http://$HOST:$port (log: $log)"
-# Job control gives the server a process group of its own, so that Ctrl-C reaches this script
-# alone, which then stops the server once and in order.
+# With job control, the server has a process group of its own. Ctrl-C then reaches this script only,
+# and `stop` stops the server once and in order.
 set -m
 "$venv/bin/vllm" serve "$model" "${options[@]}" ${extra[@]+"${extra[@]}"} >"$log" 2>&1 </dev/null &
 server=$!
 set +m
 
-# http.client, unlike curl, is sure to be there and heeds no proxy.
+# http.client, unlike curl, is always there and ignores proxies.
 healthy='import http.client, sys; c = http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]), timeout=2)
 c.request("GET", "/health"); sys.exit(c.getresponse().status != 200)'
-# The latest thing that vLLM told, without the process, level, date and source line before it. What is indented goes on
-# about something else.
+# vLLM's latest message, without the process, level, date and source line before it. An indented line continues another
+# message.
 last_line() {
     { echo ' INFO [] loading vLLM' && cat "$log"; } |
         sed -nE 's/^.* INFO [^[]*\[[^]]*\] ([^[:space:]].*)$/\1/p' | tail -n 1 | cut -c 1-90
 }
-# The first error is the cause; those after it only tell where it passed by. Pydantic's say what is wrong in two lines more.
+# The first error is the cause; later ones only show where it was passed on. Pydantic's errors have two more lines.
 errors() {
     awk '/(^|[ .])[A-Za-z]*[Ee]rror: / { more = / validation errors? for / ? 3 : 1 }
          more-- > 0 && !seen[$0]++ && told++ < 3 { sub(/ \[type=.*/, ""); print; any = 1 }
@@ -114,7 +114,7 @@ if [ -t 1 ]; then printf '\r\033[K'; fi
 
 say "ready after $((SECONDS - began)) s; Ctrl-C stops it. Try:"
 key=
-# The user's shell puts the key in, so that nobody reads it here.
+# The user's shell inserts the key, so that it is not printed here.
 # shellcheck disable=SC2016
 if [ -n "${VLLM_API_KEY:-}" ]; then key=' -H "Authorization: Bearer $VLLM_API_KEY"'; fi
 cat <<EOF

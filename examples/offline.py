@@ -16,7 +16,7 @@ PROMPTS = ["def fibonacci(n):", "import os\n\ndef remove_file(path):"]
 
 def main() -> None:
     model = sys.argv[1] if len(sys.argv) > 1 else str(MODEL_DIR)
-    # A CPU has no share of GPU memory to take: give the cache a size, and skip compilation for a quick start.
+    # On a CPU, the cache is not a share of GPU memory, so set its size. Skip compilation for a quick start.
     on_cpu = {"kv_cache_memory_bytes": 256 << 20, "enforce_eager": True} if current_platform.is_cpu() else {}
     llm = LLM(
         model,

@@ -21,7 +21,7 @@ server=$!
 trap 'kill "$server" 2>/dev/null; wait "$server" || true' EXIT
 
 until curl --silent --fail --output /dev/null "http://127.0.0.1:$port/health"; do
-    kill -0 "$server" || exit 1 # it has ended, and has said why
+    kill -0 "$server" || exit 1 # the server has ended and printed why
     sleep 1
 done
 curl --silent --fail "http://127.0.0.1:$port/v1/completions" -H 'Content-Type: application/json' \

@@ -12,7 +12,7 @@ from server import Server, serve
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined and when it runs. Engines are started without it.
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton.language  # noqa: F401  # whose functions are defined now, and not while an engine runs
+    import triton.language  # noqa: F401  # its functions are defined now, not while an engine runs
 
     patch_language_once()
 
@@ -24,8 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With two processes (`-n 2`, as `make test` has it), one runs whatever starts engines and servers, in the usual order, and
-    the other the tests of kernels, which only compute. Who is done with his helps with these."""
+    """With two processes (`-n 2`, as in `make test`), one runs all tests that start engines and servers, in the usual order.
+    The other runs the kernel tests, which only compute. Whichever finishes first helps with the kernel tests that are left."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):  # its own groups (--dist loadgroup) are lost with pytest 9.2
@@ -85,7 +85,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For timings: more threads would wait for cores that others use, such as the server, and not for the work."""
+    """For timings: with more threads, they would include waiting for cores that other processes use, such as the server."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

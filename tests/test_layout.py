@@ -19,13 +19,13 @@ PACKAGES = {
     "sage_kernels": ROOT / "kernels" / "sage_kernels",
     "sage_backend": ROOT / "sage_backend",
 }
-# What each lower layer may import beside the standard library and itself. The top layer, the
+# What each lower layer may import besides the standard library and itself. The top layer, the
 # vLLM plugin, may import anything.
 ALLOWED = {
     "sage_paged": {"torch"},
     "sage_kernels": {"torch", "triton", "sage_paged"},
 }
-# The rooms of the top layer, from the bottom up: a room imports itself and those before it in this table.
+# The rooms of the top layer: groups of its modules, from the bottom up. A room may import itself and the rooms before it.
 ROOMS = (
     ("names", ("sage_backend", "sage_backend.options", "sage_backend.model_file")),
     ("demo", ("sage_backend.demo",)),
@@ -174,7 +174,7 @@ def f():
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_module_imports_itself_through_others(package):
-    """Imports inside functions count: they hide a circle, and do not open it."""
+    """Imports inside functions count: they hide a cycle, but do not remove it."""
     assert [cycle for cycle in cycles(IMPORTED) if cycle[0].partition(".")[0] == package] == []
 
 
@@ -232,7 +232,7 @@ def test_only_our_three_packages_are_installed(distribution):
 
 @pytest.mark.parametrize("name", ["kernels", "paged"])
 def test_folders_are_not_top_level_modules(name):
-    """`kernels` is also a distribution of somebody else's, which may be there; ours may not be."""
+    """`kernels` is also the name of another distribution, which may be installed. Our folder must not be importable."""
     code = f"""
 import importlib.util
 spec = importlib.util.find_spec({name!r})

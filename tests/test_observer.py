@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The observer of a step: what reaches metrics, coverage, the canary and calibration, and that nothing does without them."""
+"""The observer of a step: what reaches metrics, coverage, the canary and calibration, and that without them nothing does."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,7 @@ def tables(name: str) -> Any:
 
 
 def test_nothing_is_observed() -> None:
-    """The layer's name, which not every caller has, is not even asked for."""
+    """Then the layer's name is not read: not every caller has one."""
     anonymous, impl, nothing = SimpleNamespace(), SimpleNamespace(observer=None), torch.empty(0)
     with NOT_OBSERVED.timed("decode", anonymous, CPU):
         NOT_OBSERVED.selected("decode", anonymous, nothing, nothing, tables("batch"), tables("selected"), None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of vLLM: each says what it is, is applied once, and is refused by name where vLLM lacks what it replaces."""
+"""Patches of vLLM: each documents itself and is applied once. If vLLM lacks what one replaces, the error names it."""
 
 import importlib
 import pkgutil

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries, keys and values that the studies work on: those of the embedded model, and random ones with outliers."""
+"""Queries, keys and values for the studies: those of the embedded model, and random ones with outliers."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def load_model() -> tuple[Llama, Tokenizer]:
 
 
 def heads_of(module: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Heads:
-    """What a layer of the model attends with, of one window. The arguments are those of `Attention.forward`."""
+    """The queries, keys and values of a layer of the model, for one window. Arguments as for `Attention.forward`."""
     q, k, v = (
         projection(x)[0].unflatten(-1, (-1, HEAD_DIM)).transpose(0, 1)
         for projection in (module.q_proj, module.k_proj, module.v_proj)
@@ -36,7 +36,7 @@ def heads_of(module: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Heads:
 
 
 def model_activations() -> list[Heads]:
-    """Those of the embedded model's four layers on a window of held-out text."""
+    """Queries, keys and values of the embedded model's four layers, on a window of held-out text."""
     model, tokenizer = load_model()
     layers: list[Heads] = []
 
@@ -51,7 +51,7 @@ def model_activations() -> list[Heads]:
 
 
 def random_activations() -> list[Heads]:
-    """Normal data; keys with a constant of 8 in every 17th channel, and a token in 50 ten times as large."""
+    """Normal data. Keys of one token in 50 are ten times as large, and 8 is added to every 17th channel of all keys."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(heads, TOKENS, HEAD_DIM, generator=g) for heads in (4, 2, 2))
     k *= torch.where(torch.rand(2, TOKENS, 1, generator=g) < 0.02, 10.0, 1.0)

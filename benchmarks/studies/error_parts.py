@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the quantized parts costs what: a whole model's predictions with attention quantized in some parts only.
+"""What the quantization of each part costs: a whole model's predictions with attention quantized in some parts only.
 
     python3 benchmarks/studies/error_parts.py --out benchmarks/results/error-parts.json
 
-The embedded model in float32 reads windows of held-out text, with the arithmetic of `sage_kernels.reference` in its attention
-for the parts that are named, and exact arithmetic for the others. Keys are smoothed by the mean of the first tokens of each
-window. Three parts are what the engine has not: INT8 values in place of e4m3, with one scale a token, which no FP8 tensor core
-would multiply; e4m3 values with powers of two as scales, which only pages of INT4 keys have; and P relative to the largest
-logit of its row, rounded up to an integer. Plain torch on a CPU; takes a minute or two.
+The embedded model reads windows of held-out text in float32. In its attention, the parts that are named have the arithmetic of
+`sage_kernels.reference`, and the others are exact. Keys are smoothed by the mean of the first tokens of each window. Three
+parts are not those of the engine: INT8 values instead of e4m3, with one scale a token, which FP8 tensor cores cannot multiply;
+e4m3 values with powers of two as scales, which only pages of INT4 keys have; and P relative to its row's largest logit rounded
+up to an integer. Plain torch on a CPU; takes a minute or two.
 """
 
 import math
@@ -85,7 +85,7 @@ def forward(module: Attention, parts: Set[str], x: Tensor, cos: Tensor, sin: Ten
 
 
 def costs() -> list[dict[str, object]]:
-    """Of each case: change of the loss (nats), mean absolute change of log-probabilities, agreement of likeliest tokens."""
+    """For each case: change of the loss (nats), mean absolute change of log-probabilities, agreement of likeliest tokens."""
     model, tokenizer = load_model()
     ids = torch.tensor(tokenizer.encode(HELDOUT.read_text(encoding="utf-8")).ids)
     windows = ids[: WINDOWS * (TOKENS + 1)].view(WINDOWS, -1)
@@ -126,7 +126,7 @@ def table(results: list[dict[str, object]]) -> str:
 if __name__ == "__main__":
     study(
         "error_parts.py",
-        "Measure which quantized part of attention costs what.",
+        "Measure what the quantization of each part of attention costs.",
         "predictions against those of exact attention",
         {"embedded model": costs},
         table,

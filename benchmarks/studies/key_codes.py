@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""What codes for keys cost and are worth: error of attention against bytes of a key, for every combination of an anchor, a
-transformation and a code, on the embedded model's own activations and on random ones with outliers.
+"""Codes for keys: the error of attention against the bytes of a key, for every combination of an anchor, a transformation and a
+code, on activations of the embedded model and on random ones with outliers.
 
     python3 benchmarks/studies/key_codes.py --out benchmarks/results/key-codes.json
 
 All codes are token-local: a token's code depends on that token and on constants of its layer. Queries are INT8 per token,
-values and probabilities exact, so that only the keys' part of the error is seen. Plain torch on a CPU; takes some minutes.
+values and probabilities exact, so that codes differ only in the error of keys. Plain torch on a CPU; takes some minutes.
 """
 
 import math
@@ -25,7 +25,7 @@ from sage_kernels.reference import quantize_k
 
 SCALE_BYTES = 4
 
-# --- transformations of queries and keys that leave their products as they are ----------------------------------------------
+# --- transformations of queries and keys that do not change their products --------------------------------------------------
 
 
 def hadamard(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def hadamard(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def equalized(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Channels divided by the root of the ratio of the largest key to the largest query of the text."""
+    """Keys divided, and queries multiplied, in each channel by the root of the ratio of the text's largest key and query."""
     group = len(q) // len(k)
     q_max = q.unflatten(0, (len(k), group)).abs().amax((1, 2))[:, None]
     factor = (k.abs().amax(1, keepdim=True).clamp_min(1e-3) / q_max).sqrt()

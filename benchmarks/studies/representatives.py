@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""What should stand for a page when memory chooses pages: how well the choice by each representative agrees with attention, and
-whether pass keys are found by it, on the embedded model's own activations.
+"""Which representative of a page memory should select pages by: how well the selection by each agrees with attention, and
+whether it finds pass keys, on activations of the embedded model.
 
     python3 benchmarks/studies/representatives.py --out benchmarks/results/representatives.json
 
-A context is read as `sage_paged.memory` says: sinks, local tokens and some of the pages in between, which past the trained
-length stand directly before the local ones. Keys are not quantized; representatives are float16. Measured are
+A context is read as `sage_paged.memory` describes: sinks, local tokens and some of the pages in between. Past the trained
+length, these pages are read at positions right before the local ones. Keys are not quantized; representatives are float16. The
+study measures
 
-- on held-out text, for queries that choose alone (as in decoding) and for rows of 512 (as in prefill): the recall of the pages
-  in between that get most attention, and the share of the attention to all pages in between that the chosen ones cover;
-- with pass keys at 20 depths of held-out text, all of them in between: the share of keys that the model answers, and the share
-  of the attention to the page with the key, while its digits are told, from queries that choose it.
+- on held-out text, for single queries (as in decoding) and for rows of 512 (as in prefill): how many of the pages with the most
+  attention are selected (recall), and which share of the attention to all pages in between falls on the selected ones;
+- with pass keys at 20 depths of held-out text, all of them in between: the share of keys that the model answers, and which
+  share of the attention to the page with the key remains while the digits are answered.
 
-Text is read by the exact choice, prompts with pass keys by sinks and local tokens alone up to the question, whose tokens choose
-alone and by the representative that is measured. Plain torch on a CPU; takes about 20 minutes of processor time.
+Held-out text is read with the exact selection. Prompts with pass keys are read with sinks and local tokens only, up to the
+question. Each token of the question selects pages for itself, by the representative that is measured. Plain torch on a CPU;
+takes about 20 minutes of processor time.
 """
 
 import functools
@@ -42,7 +44,7 @@ from sage_paged import Memory
 PAGE, SINKS, ROW = 128, 1, 512
 MEMORY = Memory(sink_tokens=SINKS * PAGE, local_tokens=1024, query_block=ROW, trained_tokens=2048)
 READ_PAGES = 16
-"""What text recalls while it is read."""
+"""Pages in between that are read with held-out text."""
 LENGTHS = (4096, 8192, 16384)
 TOPK = (8, 16, 32)
 KEY_LENGTHS, KEY_TOPK = (4096, 16384), (2, 8)
@@ -76,7 +78,7 @@ class Layer:
         self.near[:, positions], self.far[:, positions], self.v[:, positions] = at(k, positions), at(k, positions % PAGE), v
 
     def representatives(self, tokens: int) -> dict[str, Pages]:
-        """Those of the full pages behind the sinks, by name of the method."""
+        """The representatives of the full pages after the sinks, by name of the method."""
         ahead = torch.arange(1, tokens + 1)
         end = (ahead + MEMORY.local_tokens).clamp(max=tokens)
         queries = at(self.q[:, :, :tokens], ahead - 1).mean(1)
@@ -92,10 +94,10 @@ class Layer:
 
 
 class Row:
-    """Queries of a layer, at ascending positions, that have their local page in common, and what they could attend to.
+    """Queries of a layer, at ascending positions, with the same first local page, and their logits.
 
-    local: the first local page. far, near: logits [kv_heads, group, queries, tokens] to what is before it (of which `pages` are
-    considered, None for all) and from it on.
+    local: the first local page. far, near: logits [kv_heads, group, queries, tokens] for the keys before it (in the first
+    `pages` pages; None for all) and from it on.
     """
 
     def __init__(self, layer: Layer, positions: Tensor, pages: int | None = None) -> None:
@@ -113,17 +115,17 @@ class Row:
         return (at(self.queries, positions).flatten(1, 2) @ keys.mT).unflatten(1, (GROUP, -1))
 
     def attention(self) -> Tensor:
-        """To the pages in between: [kv_heads, group, queries, pages]."""
+        """Attention to the pages in between, [kv_heads, group, queries, pages]."""
         total = torch.cat([self.far, self.near], -1).logsumexp(-1, keepdim=True)
         return (self.far[..., SINKS * PAGE :] - total).exp().unflatten(-1, (-1, PAGE)).sum(-1)
 
     def turned_queries(self) -> Tensor:
-        """At their distance from pages in between as if each stood in the first local tokens behind them."""
+        """Queries rotated to compare them with pages in between, each as if it were among the first local tokens after them."""
         nearer = (self.positions // PAGE - MEMORY.local_tokens // PAGE - 1).clamp(min=0)
         return at(self.queries, self.positions - nearer * PAGE)
 
     def scores(self, method: str, pages: Pages, alone: bool) -> Tensor:
-        """[kv_heads, rows, pages in between], where each query is a row if it chooses alone."""
+        """Scores [kv_heads, rows, pages in between]. alone: each query is a row."""
         if method == "exact":
             attention = self.attention()
             return attention.mean(1) if alone else attention.mean((1, 2))[:, None]
@@ -133,11 +135,12 @@ class Row:
 
 
 Choose = Callable[[int, Row], Tensor | None]
-"""Of the layer of this index, the pages in between that a row reads, bool [kv_heads, queries or 1, pages]; None for all."""
+"""From the index of a layer and a row: the pages in between that the row reads, bool [kv_heads, queries or 1, pages]; None for
+all."""
 
 
 def read(model: Llama, ids: Tensor, layers: list[Layer], first: int, choose: Choose | None, row_tokens: int) -> Tensor:
-    """Logits of tokens from position `first` on, whose past is in `layers`. Without `choose`, nothing in between is read."""
+    """Logits of tokens from position `first` on; `layers` has those before. Without `choose`, nothing in between is read."""
     x = model.embed_tokens(ids)
     for index, (block, layer) in enumerate(zip(model.layers, layers, strict=True)):
         hidden, attention = block.input_layernorm(x), block.self_attn
@@ -183,8 +186,8 @@ class Context:
 
 @dataclass(frozen=True)
 class Method:
-    """bytes: of a page's representatives, for one KV head. score: of queries [kv_heads, rows, queries, HEAD_DIM], times the
-    scale of logits, and representatives, [kv_heads, rows, pages]."""
+    """bytes: of a page's representatives, for one KV head. score: from queries [kv_heads, rows, queries, HEAD_DIM], times the
+    scale of logits, and representatives, the scores [kv_heads, rows, pages]."""
 
     bytes: int
     build: Callable[[Context], Pages]
@@ -218,7 +221,7 @@ def in_box(q: Tensor, center: Tensor, radius: Tensor, reach: float = 1.0) -> Ten
 
 
 def in_ellipsoid(q: Tensor, center: Tensor, radius: Tensor, reach: float) -> Tensor:
-    """The largest logit in an ellipsoid, as the mean over the queries, a square mean in its second part."""
+    """The largest logit in an ellipsoid, as the mean over the queries; in its second term, the root mean square."""
     return q.mean(2) @ center.mT + reach * (q.square().mean(2) @ radius.square().mT).sqrt()
 
 
@@ -260,7 +263,7 @@ with the queries that follow, and the sum of their logits; `by attention`: those
 # --- measurements -----------------------------------------------------------------------------------------------------------
 
 Figures = dict[tuple[str, int, int], list[tuple[float, float, float]]]
-"""By method, length of the context and number of pages: samples of a figure, and of a part and the whole of another."""
+"""By method, context length and number of pages: samples of one figure, and of numerator and denominator of another."""
 
 
 def results(figures: Figures, names: tuple[str, str]) -> list[dict[str, object]]:
@@ -332,7 +335,7 @@ def pass_keys() -> list[dict[str, object]]:
         layers = [Layer(len(ids)) for _ in model.layers]
         read(model, ids[:history], layers, 0, None, ROW)
         representatives = [layer.representatives(history) for layer in layers]
-        to_digits: list[Tensor] = []  # by layer, the attention that the exact choice finds
+        to_digits: list[Tensor] = []  # by layer, from the exact selection
         for method, count in itertools.product(reversed(METHODS), KEY_TOPK):
             reached = []
 
@@ -363,8 +366,8 @@ def table(found: list[dict[str, object]]) -> str:
 if __name__ == "__main__":
     study(
         "representatives.py",
-        "Compare what stands for a page when memory chooses pages.",
-        "by pages chosen and tokens of the context",
+        "Compare representatives of a page for selection by memory.",
+        "by pages selected and tokens of the context",
         {
             "queries alone, recall and attention covered": lambda: agreement(alone=True),
             "rows of queries, recall and attention covered": lambda: agreement(alone=False),

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""What smoothing of K, Q and V is worth: error of attention's output with each switched on and off, for INT8 and INT4 keys, on
-the embedded model's own activations and on random ones with biases in all three.
+"""What smoothing of K, Q and V gains: the error of attention's output with each on and off, for INT8 and INT4 keys, on
+activations of the embedded model and on random ones with biases in all three.
 
     python3 benchmarks/studies/smoothing.py --out benchmarks/results/smoothing.json
 
 The arithmetic is that of `sage_kernels.reference`, P in e4m3 included. Smoothing is SageAttention2's, as far as pages that are
 written once allow it:
 
-- K: less an anchor of the layer and head.
-- Q: less the mean of a block, the tokens of a tile of the portable prefill kernel, whose products with the keys are then added.
-- V: less an anchor, like K, which is added to the output again, since the weights of a row sum up to 1.
+- K: an anchor of the layer and head is subtracted.
+- Q: the mean of a block is subtracted, and its products with the keys are added to the logits. A block is the tokens of a tile
+  of the portable prefill kernel.
+- V: an anchor is subtracted, as from K, and added to the output again: the weights of a row sum to 1.
 
 The engine smooths K, V where a calibration has an anchor for it, and Q with the option smooth_q (docs/developer/arithmetic.md).
 
@@ -85,7 +86,7 @@ def table(results: list[dict[str, object]]) -> str:
 if __name__ == "__main__":
     study(
         "smoothing.py",
-        "Measure what smoothing of K, Q and V is worth.",
+        "Measure what smoothing of K, Q and V gains.",
         "relative error of attention, by what is smoothed",
         {"embedded model": lambda: errors(model_activations()), "random": lambda: errors(biased_activations())},
         table,

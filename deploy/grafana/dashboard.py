@@ -21,7 +21,7 @@ WIDTH, HEIGHT = 8, 8  # of a panel; a dashboard is 24 wide
 
 
 def rate(metric: str, by: str = "instance", more: str = "", over: str = "$__rate_interval") -> str:
-    """Growth of a counter a second, summed by labels."""
+    """Growth of a counter per second, summed by labels."""
     return f"sum by ({by}) (rate({metric}{{{SELECT}{more}}}[{over}]))"
 
 
@@ -39,7 +39,7 @@ def quantiles(histogram: str, *qs: float, over: str = "$__rate_interval") -> Seq
 
 
 def panel(title: str, unit: str, description: str, *queries: tuple[str, str], stacked: bool = False) -> Panel:
-    """unit: Grafana's name of it. queries: (PromQL, legend)."""
+    """unit: as Grafana names it. queries: (PromQL, legend)."""
     result = (
         Panel()
         .title(title)
@@ -148,7 +148,7 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
     (
         "Accuracy",
         (
-            # What is checked and sampled is few, so that there may be none within $__rate_interval.
+            # Checks and samples are rare: there may be none within $__rate_interval.
             panel(
                 "Quantization error", "percentunit",
                 "Relative L2 error of attention's output, in checks of the last 30 minutes. Needs the option canary.",
@@ -163,7 +163,7 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
         ),
     ),
     (
-        "What serves",
+        "Servers",
         (
             panel(
                 "Builds", "short", "Engines by version, page format, kernels and architecture.",
@@ -182,7 +182,7 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
 
 
 def choice(name: str, label: str) -> QueryVariable:
-    """A variable with the values that a label of sage_build_info has, of which any number can be chosen."""
+    """A variable for a label of sage_build_info. Any number of its values can be chosen."""
     return (
         QueryVariable(name)
         .label(label)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dashboard's queries, and a Prometheus to put them to. Shared by render.py and the tests."""
+"""The dashboard's queries, and a client of Prometheus to run them. Shared by render.py and the tests."""
 
 import json
 import re
@@ -23,7 +23,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Panel:
-    """unit: Grafana's name of it."""
+    """unit: as Grafana names it."""
 
     title: str
     unit: str

@@ -4,8 +4,8 @@
 #
 #   SAGE_VENV=DIR   that environment (default: .venv)
 #
-# They come out of Debian's (or Ubuntu's) package, which needs neither root nor an installation.
-# Where they are in PATH already, or there is no apt, nothing is fetched.
+# They are taken out of Debian's (or Ubuntu's) package, which is not installed, so this needs no root.
+# Nothing is fetched if both are in PATH already.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -25,7 +25,7 @@ if has prometheus && has promtool; then exit 0; fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-# The package lists of a container are often absent, and those of the system are root's to update.
+# The package lists of a container are often absent, and only root may update those of the system.
 mkdir -p lists/partial cache/archives/partial
 private=(-o "Dir::State::Lists=$work/lists" -o "Dir::Cache=$work/cache" -o APT::Sandbox::User=)
 {

@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 
 RECALL_SHARE = 0.4  # of the rows of a batch
 TASK_SHARES = {"passkey": 0.4, "lookup": 0.3, "copy": 0.3}  # by method of RecallEpisodes
-PASSKEY_WEIGHT = 32.0  # five answer digits in up to 2048 tokens would drown without it
+PASSKEY_WEIGHT = 32.0  # without it, five answer digits would hardly count among up to 2048 tokens
 LOOKUP_WEIGHT = 4.0
 WORKERS = 6
 BATCHES_AHEAD = 24
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 
 def _plain(ids: Ids) -> Piece:
-    """Text that is predicted like any other: weight 1."""
+    """Plain text: every token has weight 1."""
     return Piece(ids, np.ones(len(ids), np.float32))
 
 
@@ -48,7 +48,7 @@ def _line_ends(ids: Ids, newline: np.uint16) -> npt.NDArray[np.intp]:
 
 
 class Stream:
-    """A long token stream from which spans are cut that end where a line ends."""
+    """A long token stream. Spans are cut from it that end where a line ends."""
 
     def __init__(self, ids: Ids, newline: np.uint16) -> None:
         self.ids = ids
@@ -64,7 +64,7 @@ class Stream:
 class RecallEpisodes:
     """Makes the synthetic tasks. Each method returns an episode of exactly `length` tokens.
 
-    Random content, which nothing could predict, has weight 0; answers have more weight than plain text.
+    Random content cannot be predicted, and has weight 0. Answers have more weight than plain text.
     """
 
     def __init__(self, tokenizer: Tokenizer, corpus: Ids) -> None:
@@ -79,7 +79,7 @@ class RecallEpisodes:
         words = sorted(token for token in tokenizer.get_vocab() if token.isascii() and token.isalpha())
         self.words = np.asarray([tokenizer.token_to_id(word) for word in words], np.uint16)
 
-        zeros = "0" * KEY_DIGITS  # marks the slots that digits go to, as x marks those of names
+        zeros = "0" * KEY_DIGITS  # marks the places of digits, as x marks those of names
         self.needle, self.question = encode(needle_line(zeros)), _plain(encode(QUESTION))
         self.definition, self.query = encode(f"x_x = {zeros}\n"), encode(f"x_x == {zeros}\n")
         self.name_slots = self.definition == encode("x")[0]
@@ -97,7 +97,7 @@ class RecallEpisodes:
         )
 
     def _needle(self, key: Ids) -> Piece:
-        """The line that tells the key twice: the first time it is news, the second time it is recall."""
+        """The line with the key, twice. The first time it cannot be predicted; the second time it can be recalled."""
         ids, weights = self.needle.copy(), np.ones(len(self.needle), np.float32)
         slots = np.flatnonzero(ids == self.digits[0])
         ids[slots] = np.tile(key, 2)
@@ -160,7 +160,7 @@ class BatchSampler:
         return _plain(self.corpus[start : start + self.row_length])
 
     def _recall_row(self, limit: int, rng: np.random.Generator) -> Piece:
-        """Episodes one after another that fill a row."""
+        """A row filled with episodes, one after another."""
         pieces: list[Piece] = []
         room = self.row_length
         while room:
@@ -171,13 +171,13 @@ class BatchSampler:
         return _join(*pieces)
 
     def _episode_length(self, room: int, limit: int, rng: np.random.Generator) -> int:
-        """`limit` half of the time, else log-uniform below it; all of `room` if no episode fits beside."""
+        """`limit` half of the time, else log-uniform below it; all of `room` if no other episode would fit."""
         shortest = self.episodes.shortest
         length = limit if rng.random() < 0.5 else int(shortest * (limit / shortest) ** rng.random())
         return length if room - length >= shortest else room
 
 
-_worker_sampler: BatchSampler  # of a worker process, which receives it once and not with every task
+_worker_sampler: BatchSampler  # of a worker process: it gets this once, not with every task
 
 
 def _start_worker(sampler: BatchSampler) -> None:
@@ -206,7 +206,7 @@ class BatchQueue:
     def next(self, limit: int) -> tuple[Tensor, Tensor]:
         """The next batch: ids (batch, context + 1) int64, weights of the targets (batch, context) float32.
 
-        `limit` is heeded by the batch that is asked for now, which comes `BATCHES_AHEAD` steps later.
+        `limit` applies to the batch that this call requests, which is returned `BATCHES_AHEAD` steps later.
         """
         while len(self.pending) < BATCHES_AHEAD:
             self.pending.append(self.pool.submit(_worker_batch, self.asked, limit))
@@ -215,7 +215,7 @@ class BatchQueue:
         return self._send(ids.astype(np.int32)).long(), self._send(weights)[:, 1:]
 
     def _send(self, array: npt.NDArray[Any]) -> Tensor:
-        """Copy to the device; from pinned memory, or the copy would wait for all earlier GPU work."""
+        """Copy to the device, from pinned memory: otherwise the copy would wait for all earlier GPU work."""
         tensor = torch.from_numpy(array)
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
@@ -225,5 +225,5 @@ class BatchQueue:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the worker processes; batches that nobody waits for any more are dropped."""
+        """End the worker processes, and drop the batches that were not returned."""
         self.pool.shutdown(cancel_futures=True)

@@ -67,7 +67,7 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 def check_export(model: Llama, shape: Shape, out: Path, ids: Tensor) -> float:
     """Largest difference between the logits of this model and of the saved one, both with bf16 weights.
 
-    Computed in float32 on the CPU, for ids (batch, tokens). Raises if the two disagree.
+    Computed in float32 on the CPU, for ids (batch, tokens). Raises RuntimeError if the two disagree.
     """
     rounded = Llama(shape).eval()
     rounded.load_state_dict({name: value.bfloat16() for name, value in model.state_dict().items()})
@@ -90,10 +90,10 @@ def heldout_nats(model: Any, windows: Tensor) -> float:
 
 @torch.no_grad()
 def passkey_accuracy(model: Any, tokenizer: Tokenizer, length: int, prompts: int, seed: int) -> float:
-    """Share of prompts whose key is answered in full, greedily; prompt and answer take `length` tokens.
+    """Share of prompts for which greedy decoding gives the whole key. Prompt and answer have `length` tokens.
 
-    The answer is fed with the prompt: each digit being the likeliest one after the correct digits before it
-    is the same event as greedy decoding giving the whole answer.
+    The input is prompt and answer, in one pass. Greedy decoding gives the whole answer exactly if each digit is the likeliest
+    one after the correct digits before it.
     """
     rng, passkeys = random.Random(seed), PassKeys(tokenizer)
     correct = 0

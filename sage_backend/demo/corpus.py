@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The text that the demonstration model is trained and measured on, and the tokenizer made from it.
 
-`python -m sage_backend.demo.corpus` writes the former to its output.
+`python -m sage_backend.demo.corpus` prints the training text.
 """
 
 import sys
@@ -39,7 +39,7 @@ def corpus_texts(folders: Sequence[Path], limit_bytes: int) -> list[str]:
     for path in _source_files(folders):
         try:
             text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:  # a test's sample of some other encoding
+        except UnicodeDecodeError:  # a test file in another encoding
             continue
         total += len(text.encode())
         if total > limit_bytes:
@@ -56,7 +56,7 @@ def _source_files(folders: Sequence[Path]) -> Iterator[Path]:
 
 
 def _is_excluded(path: Path) -> bool:
-    """Tell whether a file is third-party or a table, or is a held-out module, its test or a copy of it."""
+    """Whether a file is third-party or a table, or is a held-out module, its test or a copy of it."""
     names = {Path(part).stem.removeprefix("test_") for part in path.parts}
     return bool(SKIPPED_FOLDERS & names or names & set(HELDOUT_MODULES))
 
@@ -74,7 +74,7 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The sentences of the recall prompts take part, or their words would fall apart into letters.
+    # With the sentences of the recall prompts: otherwise, their words would be split into letters.
     tokenizer.train_from_iterator([*texts, *FILLER, needle_line(""), QUESTION], trainer)
     return tokenizer
 
@@ -87,9 +87,9 @@ def encode_corpus(tokenizer: Tokenizer, texts: Sequence[str]) -> Ids:
 
 
 def check_round_trip(tokenizer: Tokenizer, text: str) -> None:
-    """Stop unless the tokenizer gives `text` back exactly."""
+    """Raises RuntimeError unless the tokenizer reproduces `text` exactly."""
     if tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) != text:
-        raise RuntimeError("the tokenizer does not give the held-out text back")
+        raise RuntimeError("the tokenizer does not reproduce the held-out text")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 DROPOUT = 0.1  # the corpus is read dozens of times
 
-# Bias entries, by channel of a head, that are set at the start and never trained. Those of Qwen2 are alike:
-# a few key channels with a large offset, common to all tokens, that sets the scale of a quantised group.
-# Channels c and c + 64 form a rotary pair; pairs 59 to 63 turn by less than half a radian in 2048 tokens, so
-# that the offset survives the rotation. Queries and keys use different pairs, because a product of two
-# offsets would be a large score that depends on distance alone.
+# Bias entries, by channel of a head. They are set at the start and never trained. Qwen2 has similar ones: a few key channels
+# have a large offset that is the same for all tokens, and sets the scale of a quantized group. RoPE rotates channels c and
+# c + 64 as a pair. Pairs 59 to 63 rotate by less than half a radian in 2048 tokens, which keeps most of the offset. Queries
+# and keys use different pairs: a product of two offsets would be a large logit that depends on distance alone.
 OUTLIERS: dict[str, dict[int, float]] = {
     "q_proj": {62: 3.0, 60 + 64: -3.0},
     "k_proj": {63: 20.0, 61 + 64: -19.0, 59: 21.0},
@@ -43,11 +42,11 @@ class Shape:
 
 
 LARGE = Shape(hidden=512, layers=5, query_heads=8, kv_heads=4, intermediate=1536)
-"""Another of the same kind, with 21.8 million parameters, to measure on what nothing here was chosen by."""
+"""A larger model of the same kind, with 21.8 million parameters. Nothing was tuned on it, so it makes a fair test."""
 
 
 def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, each (context, head_dim), in Llama's half-split layout."""
+    """Cosines and sines of RoPE, each (context, head_dim), in Llama's half-split layout."""
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
     angles = torch.outer(torch.arange(shape.context, dtype=torch.float32), shape.rope_theta**-exponents)
     angles = torch.cat((angles, angles), dim=-1)
@@ -55,13 +54,13 @@ def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary embedding to x (..., tokens, head_dim), computing in the tables' float32."""
+    """Apply RoPE to x (..., tokens, head_dim), in float32 like the tables."""
     left, right = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation in float32."""
+    """Root-mean-square normalization in float32."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -94,7 +93,7 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        # Repeating the heads here costs little, and every fused attention kernel takes the result.
+        # Repeating the heads costs little here, and every fused attention kernel accepts the result.
         k, v = (t.repeat_interleave(self.shape.query_heads // self.shape.kv_heads, dim=1) for t in (k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
@@ -146,10 +145,10 @@ class Llama(nn.Module):
         cos, sin = rotary_tables(shape)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self._initialise(shape)
+        self._initialize(shape)
 
-    def _initialise(self, shape: Shape) -> None:
-        """Draw the weights, smaller ones where a layer writes to the residual stream; set the outliers."""
+    def _initialize(self, shape: Shape) -> None:
+        """Draw the weights (smaller ones where a layer writes to the residual stream), and set the outliers."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -183,7 +182,7 @@ def outlier_biases(model: Llama, shape: Shape) -> Iterator[tuple[nn.Parameter, T
 
 
 def weighted_loss(model: Llama, ids: Tensor, weights: Tensor) -> Tensor:
-    """Mean cross-entropy in nats, each target weighted: ids (batch, tokens + 1), weights (batch, tokens)."""
+    """Weighted mean of the cross-entropy, in nats: ids (batch, tokens + 1), weights (batch, tokens)."""
     logits = model(ids[:, :-1])
     losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return (losses * weights.flatten()).sum() / weights.sum()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pass-key prompts: a five-digit key hidden in filler text, with a question at the end.
 
-The format is fixed here once. Training encodes the same pieces, so a prompt from `PassKeys` is one
-that the model was trained to answer, in its next five tokens, one per digit.
+The format is defined here once. Training uses the same pieces, so the model was trained to answer prompts from `PassKeys`. The
+answer is the next five tokens, one per digit.
 """
 
 from bisect import bisect_right
@@ -14,7 +14,8 @@ from typing import Protocol
 KEY_DIGITS = 5
 
 SEAM_TOKENS = 2
-"""What a key and a question between the lines of a document can add to their own tokens, where a token spanned both lines."""
+"""Tokens that a prompt may have in addition, where key and question are put between lines of a document that one token
+spanned."""
 
 QUESTION = "# What is the pass key? The pass key is #"
 
@@ -52,7 +53,7 @@ FILLER = (
     "# The encoding is read from the first line of the file, if there is one.\n",
     "# Nothing is written until the whole input has been read.\n",
 )
-"""Whole lines of filler. They hold no digits, so that the key is the only number in the prompt."""
+"""Whole lines of filler. They have no digits, so the key is the only number in the prompt."""
 
 
 class Encoder(Protocol):
@@ -62,7 +63,7 @@ class Encoder(Protocol):
 
 
 def needle_line(key: str) -> str:
-    """The line that tells the key."""
+    """The line with the key."""
     return f"# The pass key is #{key}. Remember it: #{key} is the pass key.\n"
 
 
@@ -70,19 +71,19 @@ class PassKeys:
     """Makes pass-key prompts for one tokenizer. A line of filler or of a document is encoded once, when it is first needed."""
 
     def __init__(self, tokenizer: Encoder, document: Sequence[str] = ()) -> None:
-        """document: lines, with their ends, to use as filler from the first on and over again, instead of drawing from
-        FILLER."""
+        """document: lines, with their line breaks. They are the filler, in order and repeated as needed, instead of random
+        lines of FILLER."""
         self._tokenizer = tokenizer
         self._blocks = _blocks(document)
-        self._costs: list[int] = []  # of the first blocks, in tokens, each behind the one before it
+        self._costs: list[int] = []  # tokens of the first blocks, each counted after the one before it
         self._ends: list[int] = []  # tokens from the document's start to the end of each block, over all repetitions
 
     def make(self, tokens_target: int, depth: float, rng: Random) -> tuple[str, str]:
         """Make a prompt of at most `tokens_target` tokens, shorter by less than one line of filler, or by one block of the
         document and `SEAM_TOKENS`.
 
-        depth: where the key is told, 0 at the start of the filler and 1 at its end. Returns the prompt and the answer: the
-        digits that should follow it at once. Raises ValueError for a target without room for key and question.
+        depth: the place of the key, from 0 (start of the filler) to 1 (its end). Returns the prompt and the answer: the digits
+        that should follow immediately. Raises ValueError for a target too small for key and question.
         """
         answer = "".join(rng.choices("0123456789", k=KEY_DIGITS))
         needle = needle_line(answer)
@@ -117,8 +118,8 @@ class PassKeys:
     def _draw_filler(self, budget: int, rng: Random) -> list[str]:
         """Draw lines of filler until the next one would exceed `budget` tokens.
 
-        Lines are counted, not the text that they make up: no token spans a line break followed by '#', so the
-        counts add up, and a prompt of a million tokens costs no more encoding than a short one.
+        The tokens of each line are counted once; the whole text is not encoded. The counts add up, because no token spans a
+        line break followed by '#'. So a prompt of a million tokens takes no more encoding than a short one.
         """
         lines: list[str] = []
         while self._filler_costs[line := rng.choice(FILLER)] <= budget:
@@ -130,14 +131,15 @@ class PassKeys:
 def make_passkey(
     tokens_target: int, depth: float, rng: Random, tokenizer: Encoder, document: Sequence[str] = ()
 ) -> tuple[str, str]:
-    """Make a single prompt: see `PassKeys`, which encodes less for several."""
+    """Make a single prompt. For several, `PassKeys` encodes less."""
     return PassKeys(tokenizer, document).make(tokens_target, depth, rng)
 
 
 def _blocks(document: Sequence[str]) -> list[str]:
-    """The lines of a document, each with the blank lines behind it, the first also with those before it. A token may hold
-    several line breaks, but none reaches beyond the next block, so counting each block behind the one before it gives the
-    tokens of the whole."""
+    """The lines of a document, each with the blank lines after it; the first also with those before it.
+
+    A token may contain several line breaks, but none extends past the next block. So if each block is counted after the one
+    before it, the counts add up to the tokens of the whole."""
     blocks: list[str] = []
     for line in document:
         if blocks and not (line.strip() and blocks[-1].strip()):

@@ -3,14 +3,13 @@
 
     python3 -m sage_backend.demo.train --out DIR --seconds 350
 
-Needs torch (2.9 or newer), transformers and tokenizers; one recent GPU is enough, and `--smoke` checks the
-whole script on a CPU. DIR receives a checkpoint that `transformers` and vLLM load (config.json,
-model.safetensors in bf16, tokenizer files), heldout.txt, and training.json with what was measured.
+It needs torch (2.9 or newer), transformers and tokenizers. One recent GPU is enough, and `--smoke` tries the whole script on a
+CPU. It writes into DIR a checkpoint that `transformers` and vLLM load (config.json, model.safetensors in bf16, tokenizer
+files), heldout.txt, and training.json with the measurements.
 
-The model learns two things at once. Python source (PSF licence) teaches it a real next-token distribution,
-so that a held-out loss in nats says how much a cache format costs. Synthetic recall episodes (pass keys,
-table look-ups, copies) teach it to fetch exact tokens from anywhere in its context, so that a damaged key or
-value shows as a wrong digit.
+The model learns two things at once. Python source (PSF license) teaches it a real next-token distribution, so its loss on
+held-out text, in nats, shows what a cache format costs. Synthetic recall episodes (pass keys, table lookups, copies) teach it
+to find exact tokens anywhere in its context, so an error in a key or value shows as a wrong digit.
 """
 
 import argparse
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-if not __package__:  # run by its path: find the package that this file is part of
+if not __package__:  # run as a script: make the package importable
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from sage_backend.demo.batches import BatchQueue, BatchSampler
@@ -71,7 +70,7 @@ SMOKE = Run(rows=2, context=512, corpus_bytes=2_000_000, passkey_prompts=2, held
 
 
 def learning_rate_scale(progress: float) -> float:
-    """Linear warm-up, then half a cosine; `progress` is the fraction of the training time that is over."""
+    """Linear warm-up, then half a cosine; `progress` is the fraction of the training time that has passed."""
     if progress < WARMUP:
         return max(progress / WARMUP, 1e-3)
     cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - WARMUP) / (1 - WARMUP)))
@@ -96,7 +95,7 @@ class Trainer:
         others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(matrices, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
-            # No decay here: it would wear the frozen outliers away.
+            # No decay here: it would shrink the frozen outliers.
             torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
         ]
         self.peak_rates = (MATRIX_RATE, VECTOR_RATE)
@@ -111,7 +110,7 @@ class Trainer:
             while (progress := (time.monotonic() - start) / seconds) < 1.0:
                 loss = self._step(*batches.next(episode_limit(progress, run.context)), progress)
                 steps += 1
-                if int(100 * progress) > sampled:  # seldom, for reading a loss waits for the GPU
+                if int(100 * progress) > sampled:  # rarely: reading a loss waits for the GPU
                     bar.update(int(100 * progress) - max(sampled, 0))
                     sampled = int(100 * progress)
                     curve.append(self._sample(steps, loss, heldout[::4], time.monotonic() - start))
@@ -146,7 +145,7 @@ class Trainer:
 
     @torch.no_grad()
     def _sample(self, step: int, loss: Tensor, heldout: Tensor, seconds: float) -> dict[str, float]:
-        """Make a point of the loss curve: this batch's weighted loss, and the plain loss of held-out text."""
+        """A point of the loss curve: this batch's weighted loss, and the plain loss on held-out text."""
         self.model.eval()
         weights = torch.ones_like(heldout[:, 1:], dtype=torch.float32)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
@@ -175,14 +174,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, nargs="+", default=[stdlib], help="folders of Python source")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--large", action="store_true", help="a model of 22 million parameters, not that which is embedded")
+    parser.add_argument("--large", action="store_true", help="a model of 22 million parameters instead of the embedded one")
     parser.add_argument("--no-compile", action="store_true", help="run the model without torch.compile")
     parser.add_argument("--smoke", action="store_true", help="tiny batches, little data: try the script")
     return parser.parse_args()
 
 
 def describe_run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Collect what identifies a run. Folders appear by name: their paths mean nothing elsewhere."""
+    """What identifies a run. Folders appear by name only: their paths mean nothing on other machines."""
     command = f"python3 -m sage_backend.demo.train --seconds {arguments.seconds:g} --seed {arguments.seed}"
     command += " --large" * arguments.large + " --no-compile" * arguments.no_compile + " --smoke" * arguments.smoke
     return {

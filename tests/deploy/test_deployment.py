@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kubernetes' manifests against its schemas, and what the files of deploy/ expect of each other.
+"""Kubernetes manifests against their schemas, and whether the files of deploy/ fit together.
 
-Neither an image is built here nor a manifest applied; there is no Docker and no cluster. Custom resources have no schema in
-kubernetes-validate, so of those it is checked what they point at.
+There is no Docker and no cluster here, so no image is built and no manifest applied. kubernetes-validate has no schemas of
+custom resources; tests check what these refer to.
 """
 
 import re
@@ -57,7 +57,7 @@ def test_manifests(manifest: Any) -> None:
 
 @pytest.mark.parametrize("pod", pods().values(), ids=pods())
 def test_pods(pod: Any) -> None:
-    """Of a known format, without rights, and with resources."""
+    """They are valid, and have resources but no privileges."""
     kubernetes_validate.validate(pod, KUBERNETES, strict=True)
     security = pod["spec"]["securityContext"]
     assert (security["runAsNonRoot"], security["runAsUser"], security["fsGroup"]) == (True, USER, USER)
@@ -75,7 +75,7 @@ def test_a_manifest_with_a_mistake_is_noticed() -> None:
 
 
 def test_the_server_on_kubernetes() -> None:
-    """Its claim, its key, its labels and its port are those that others look for."""
+    """Its claim, its key, its labels and its port are those that other files refer to."""
     pod = DEPLOYMENT["spec"]["template"]
     [container] = pod["spec"]["containers"]
     [port] = container["ports"]
@@ -96,7 +96,7 @@ def test_the_server_on_kubernetes() -> None:
 
 
 def test_pod_monitors() -> None:
-    """Each finds its pods and their port; that for Ray renames metrics as Prometheus's own configuration does."""
+    """Each finds its pods and their port. The one for Ray renames metrics as Prometheus's own configuration does."""
     for monitor in documents("kubernetes/podmonitor.yaml"):
         label = monitor["spec"]["selector"]["matchLabels"][LABEL]
         [endpoint] = monitor["spec"]["podMetricsEndpoints"]
@@ -116,7 +116,7 @@ def test_ray_service() -> None:
 
 
 def test_dockerfile() -> None:
-    """Pinned to the vLLM that is tested, and every image ends as a user without rights."""
+    """It is pinned to the tested vLLM, and every image runs as a user without privileges."""
     stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:]
     assert [stage.splitlines()[0] for stage in stages] == [f"vllm/vllm-openai:v{TESTED_VLLM[-1]} AS server", "server AS ray"]
     assert all(re.findall(r"^USER (.+)$", stage, re.MULTILINE)[-1] == f"{USER}:{USER}" for stage in stages)
@@ -127,7 +127,7 @@ def test_dockerfile() -> None:
 
 
 def test_compose_file() -> None:
-    """Pinned images, files that are there, loopback only, and no password of its own."""
+    """Images are pinned, files exist, services listen on loopback only, and no password is in the file."""
     services = COMPOSE["services"]
     assert services["vllm"]["image"] == IMAGE
     assert all(re.search(r":v?\d+\.\d+\.\d+$", service["image"]) for service in services.values())
@@ -137,14 +137,14 @@ def test_compose_file() -> None:
     assert "--web.listen-address=127.0.0.1:9090" in services["prometheus"]["command"]
     assert services["grafana"]["environment"]["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
     for name, variable in (("vllm", "VLLM_API_KEY"), ("grafana", "GF_SECURITY_ADMIN_PASSWORD")):
-        assert re.fullmatch(r"\$\{\w+:\?.+\}", services[name]["environment"][variable])  # refuses to start without
+        assert re.fullmatch(r"\$\{\w+:\?.+\}", services[name]["environment"][variable])  # it refuses to start without
     mounted = [volume for service in services.values() for volume in service["volumes"] if volume.startswith(".")]
     assert mounted
     assert all((DEPLOY / "docker" / volume.partition(":")[0]).is_dir() for volume in mounted)
 
 
 def test_secrets(tmp_path: Path) -> None:
-    """What the compose file asks for, different each time, for the owner's eyes, and never replaced."""
+    """They are those that the compose file needs, differ each time, are readable by the owner only, and are never replaced."""
     asked = set(re.findall(r"\$\{(\w+):", (DEPLOY / "docker" / "compose.yml").read_text()))
     made = []
     for name in ("one", "two"):

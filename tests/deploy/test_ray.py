@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ray Serve: the configurations of deploy/ray, and one of them for real, on a cluster of two nodes on this machine."""
+"""Ray Serve: all configurations of deploy/ray are checked, and one is run, on a cluster of two nodes on this machine."""
 
 import http.client
 import json
@@ -23,7 +23,7 @@ from server import HOST, ROOT, Server, free_port
 
 FOLDER = ROOT / "deploy" / "ray"
 GPUS = {"cpu": 0, "one-gpu": 1, "replicas": 1, "tensor-parallel": 4, "pipeline-parallel": 8}
-"""What one replica of each configuration takes."""
+"""GPUs of one replica of each configuration."""
 START_SECONDS, CLIENTS, REQUEST_SECONDS = 1500, 6, 600
 REPLICA = "ray::ServeReplica:sage:LLMServer"
 """How Ray names the processes of replicas."""
@@ -50,9 +50,9 @@ print(json.dumps(gpus))
 
 
 def test_configurations() -> None:
-    """Ray and vLLM know every option, and replicas take the GPUs that they are meant to.
+    """Ray and vLLM know every option, and replicas take the intended numbers of GPUs.
 
-    In a process of its own, because the import makes Ray set up all logging of the process.
+    This runs in a process of its own: when it is imported, Ray sets up logging for the whole process.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", CONFIGURATIONS, FOLDER]
@@ -63,7 +63,7 @@ def test_configurations() -> None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """metrics: where each of its nodes shows its metrics. server: the OpenAI endpoint, before two replicas."""
+    """server: the OpenAI endpoint, in front of two replicas. metrics: the port of each node's metrics."""
 
     server: Server
     metrics: tuple[int, ...]
@@ -71,7 +71,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def temporary() -> Iterator[Path]:
-    """A folder with a short name, because Ray makes sockets far below it, whose names may not have over 107 characters."""
+    """A folder with a short name: Ray makes sockets deep inside it, and their paths may have at most 107 characters."""
     with tempfile.TemporaryDirectory(prefix="sage-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
@@ -83,7 +83,7 @@ def cluster(temporary: Path) -> Iterator[Cluster]:
         pytest.skip("cpu.yaml is for vLLM's CPU build")
     port, metrics = free_port(), (free_port(), free_port())
     text = (FOLDER / "cpu.yaml").read_text()
-    canary = "additional_config: {sage: {canary: 1}}"  # of which there is a histogram
+    canary = "additional_config: {sage: {canary: 1}}"  # so there is a histogram of it
     for old, new in {"port: 8000": f"port: {port}", "enforce_eager: true": f"enforce_eager: true\n{' ' * 12}{canary}"}.items():
         assert old in text
         text = text.replace(old, new)
@@ -146,7 +146,7 @@ class Request:
 
 
 def ask(server: Server, until: float) -> list[Request]:
-    """What became of requests, sent one after another."""
+    """Send requests one after another. Returns them with their outcomes."""
     requests = []
     while (now := time.monotonic()) < until:
         request = Request(now)
@@ -164,7 +164,7 @@ def ask(server: Server, until: float) -> list[Request]:
 
 
 def test_both_replicas_are_scraped(cluster: Cluster, tmp_path: Path) -> None:
-    """By Prometheus, with the configuration for Ray: each node has a replica, and both have attended to something."""
+    """Prometheus scrapes them with the configuration for Ray. Each node has a replica, and both have computed attention."""
     with ThreadPoolExecutor(CLIENTS) as pool:
         for answered in pool.map(lambda _: ask(cluster.server, time.monotonic() + 5), range(CLIENTS)):
             assert not [request.failure for request in answered if request.failure]
@@ -188,7 +188,7 @@ def seen_at(prometheus: Any, name: str) -> list[str]:
 
 
 def test_a_killed_replica_takes_only_its_requests_along(cluster: Cluster) -> None:
-    """Whatever was not being answered when it was killed is answered by the other. Prints how many there were (pytest -s)."""
+    """The other replica answers all requests that the killed one was not answering. Prints how many there were (pytest -s)."""
     replicas = [process for process in psutil.process_iter(["cmdline"]) if is_replica_of(process, cluster.server.temporary)]
     assert len(replicas) == 2
     with ThreadPoolExecutor(CLIENTS) as pool:
@@ -207,6 +207,6 @@ def test_a_killed_replica_takes_only_its_requests_along(cluster: Cluster) -> Non
 
 
 def is_replica_of(process: psutil.Process, temporary: Path) -> bool:
-    """Whether it is a replica of the cluster that was started with this folder for temporary files."""
+    """Whether a process is a replica of the cluster that has this folder for temporary files."""
     name = " ".join(process.info["cmdline"] or ())
     return name.startswith(REPLICA) and process.environ().get("TMPDIR") == str(temporary)

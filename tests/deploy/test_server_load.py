@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A short run of benchmarks/soak.py, and that it sees what it is there to see."""
+"""A short run of benchmarks/soak.py, and whether each of its checks can fail."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ def soak() -> ModuleType:
 
 @pytest.mark.engine
 def test_soak(soak: ModuleType, server: Server, tmp_path: Path) -> None:
-    """64 clients at once; each kind of request is seen, or nothing would be proved by its absence among the failures."""
+    """64 clients at once. Every kind of request must have been sent, otherwise the run says nothing about it."""
     out = tmp_path / "soak.json"
     command = ["--url", f"http://{HOST}:{server.port}", "--key", API_KEY, "--seconds", str(SECONDS), "--out", str(out)]
     assert soak.main(command) == 0, out.read_text()

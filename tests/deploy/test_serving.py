@@ -58,7 +58,7 @@ def test_concurrent_requests(server: Server, passkeys: list[tuple[str, str]]) ->
 
 @pytest.mark.stops_server
 def test_ctrl_c_stops_everything(server: Server) -> None:
-    """The last test of all that use the server, because it is gone then. What the server printed does not contain the key."""
+    """This test runs last, because it stops the server. The server's output does not contain the key."""
     assert list(server.temporary.glob("sage-metrics-*"))
     processes = psutil.Process(server.process.pid).children(recursive=True)
     assert len(processes) > 1

@@ -23,7 +23,7 @@ HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 64, 128
 @pytest.fixture
 def layer(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What `SageImpl` sees of an attention layer with a soft cap, and a KV cache for it."""
-    monkeypatch.setattr(options, "_current", options.SageOptions())  # and not those of an engine before
+    monkeypatch.setattr(options, "_current", options.SageOptions())  # not those of an earlier engine
     with environment():
         plugin.register()
         from sage_backend.engine.impl import SageImpl
@@ -95,7 +95,7 @@ def test_layers_that_share_keys_share_their_calibration(layer: Any) -> None:
 
 
 def test_queries_of_prompts_are_smoothed(layer: Any) -> None:
-    """And not those of decodes."""
+    """Queries of decodes are not smoothed."""
     with environment():
         from sage_backend.engine.metadata import SageMetadata
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend inside vLLM: whatever way a request goes through the engine, its tokens are the same."""
+"""The backend inside vLLM: however the engine processes a request, its tokens are the same."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,18 +27,19 @@ pytestmark = pytest.mark.engine
 
 LENGTHS = (5, 127, 128, 129, 300, 700)
 NEAR_TIE = 0.375
-"""Nats; three steps of a BF16 logit above 16. Of an eager and a compiled engine, margins were seen to differ by 0.31."""
+"""In nats: three steps of a BF16 logit above 16. Margins of an eager and a compiled engine differed by up to 0.31."""
 
 CASES = [("SAGE", "bfloat16"), ("SAGE", "float16")]
 if not torch.cuda.is_available():
-    # Float32 rounds the model's other layers least. Still, their sums depend on the rows of a batch on some processors: a code
-    # that flips in an early layer then flips more in later ones, and a token at a near tie.
+    # Float32 rounds the model's other layers least. On some processors, their sums still depend on the rows of a batch. A code
+    # that changes in an early layer then changes more in later layers, and can change a token at a near tie.
     CASES.append(("SAGE:k_bits=4", "float32"))
 
 
 @dataclass
 class Plain:
-    """A run of all prompts at once, whole, with enough room and nothing cached."""
+    """The reference: all prompts at once, without chunks, with enough pages and nothing cached. Then the same from the prefix
+    cache, and one by one."""
 
     run: str
     dtype: str
@@ -76,9 +77,9 @@ def test_small_chunks(plain: Plain) -> None:
 
 
 def test_preemption(plain: Plain) -> None:
-    """Too few blocks for all requests: some are thrown out and computed again."""
+    """Too few blocks for all requests: some are preempted and computed again."""
     with engine(plain.run, dtype=plain.dtype, enable_prefix_caching=False, num_gpu_blocks_override=18) as llm:
-        # All fit as they come, on 17 pages, of which one is vLLM's own; not with what they are continued by.
+        # The prompts fit: they take 16 pages, and vLLM keeps one. Their continuations do not.
         prompts = [plain.prompts[-1][:length] for length in (510, 511, 512, 500)]
         together = greedy(llm, prompts)
         assert metric(llm, "vllm:num_preemptions") > 0
@@ -106,7 +107,7 @@ def test_capacity() -> None:
 
 @pytest.fixture(scope="module")
 def eager() -> tuple[list[list[int]], list[Answer]]:
-    """Prompts and the answers of an ordinary engine in BF16."""
+    """Prompts, and the answers of an eager engine in BF16."""
     with engine(dtype="bfloat16") as llm:
         prompts = heldout_prompts(llm, LENGTHS)
         return prompts, greedy(llm, prompts)
@@ -119,7 +120,7 @@ def test_small_pages(eager: tuple[list[list[int]], list[Answer]]) -> None:
 
 
 def test_smoothed_queries() -> None:
-    """Decodes are as ever; prompts get nearly the same log-probabilities, from a little less of an error."""
+    """Decoding works, and prompts get nearly the same log-probabilities as without smoothing."""
     with engine("SAGE:smooth_q=true", dtype="bfloat16", enable_prefix_caching=False) as llm:
         prompts = heldout_prompts(llm, LENGTHS)
         assert all(len(answer.tokens) == 8 for answer in greedy(llm, prompts, tokens=8))
@@ -138,8 +139,8 @@ def test_compiled_model(eager: tuple[list[list[int]], list[Answer]]) -> None:
         assert_same_tokens(greedy(llm, prompts), answers, NEAR_TIE)
 
 
-# vLLM's CPU runner makes room for what the first half of the layers sends when it warms up, and it does that only for compiled
-# models. With this backend of torch.compile, nothing is compiled in the end.
+# vLLM's CPU runner allocates buffers for what the first half of the layers sends during its warm-up, and it warms up only
+# compiled models. With this backend of torch.compile, nothing is actually compiled.
 WARMED_UP: dict[str, Any] = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
 
 
@@ -166,12 +167,12 @@ MAMBA = {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_st
 DELTA_NET = {f"linear_{name}": 2 if name.startswith("num") else 64 for name in (
     "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim",
 )}  # fmt: skip
-# Every expert is always taken: another choice of experts would be a difference that is not attention's.
+# Every expert is always used: a different choice of experts would not come from attention.
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
 GEMMA3N = {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 32, "laurel_rank": 8, "altup_num_inputs": 2}
 SHARING = {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [128] * 4}
 
-# Of each: the kind of configuration, what differs from BASE, and the attribute of SageImpl to break, if one is the point.
+# For each: the kind of configuration, what differs from BASE, and the attribute of SageImpl that the model tests, broken.
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "one KV head a query head": ("Llama", {"num_key_value_heads": 4, "head_dim": 96}, {}),
     "one KV head for all": ("Llama", {"num_key_value_heads": 1, "head_dim": 80}, {}),
@@ -205,7 +206,7 @@ def test_features_of_models(name: str, tmp_path: Path, monkeypatch: pytest.Monke
             return prompt_logprobs(llm, prompts)
 
     expected, actual = logprobs(PLAIN), logprobs("SAGE")
-    assert expected.std() > 0.5  # the model has opinions
+    assert expected.std() > 0.5  # the model does not predict all tokens alike
     assert (actual - expected).abs().mean() < NOISE
 
     if flaw:

@@ -51,7 +51,7 @@ def ask(llm: Any, prompts: list[str]) -> list[str]:
 @pytest.mark.engine
 def test_keys_are_recalled_past_the_trained_length(remembering: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model was trained for 2048 tokens. The second round finds the pages of the first in the prefix cache, with their
-    summaries. What is read has a part of the attention, and most of it."""
+    summaries. The pages that are read have most of the attention, but not all."""
     monkeypatch.setitem(definitions.SAMPLE_EVERY, "decode", 1)
     tokenizer = remembering.get_tokenizer()
     prompts, answers = zip(*(make_passkey(6000, depth, Random(1), tokenizer) for depth in (0.1, 0.6)), strict=True)
@@ -106,8 +106,8 @@ def brute_force(b: Batch, request: int, head: int, lists: PagedBatch, row: int, 
 def test_mass_covered(
     phase: str, lengths: list[tuple[int, int]], k_bits: int, soft_cap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the longest request that has queries, which is the last one, for each KV head in turn, against adding it up. Keys are
-    taken in several pieces."""
+    """The mass of the longest request that has queries (the last one), for each KV head in turn, against a sum key by key. Keys
+    are taken in several pieces."""
     monkeypatch.setattr("sage_backend.observability.coverage.PIECE", 256)
     longest = len(lengths) - 1
     b = make_batch(PageLayout(64, k_bits, 64, has_summary=True), lengths, 4, 2, smooth=True, equalize=True)
@@ -130,7 +130,7 @@ def test_mass_covered(
 
 
 def test_long_contexts_are_measured_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a call reads no more tokens on average than those of a short context."""
+    """On average, a call reads no more tokens than a short context has."""
     monkeypatch.setattr("sage_backend.observability.coverage.TOKENS", 640)
     told: dict[int, list[float]] = {}
     for length in (640, 1920):
@@ -147,7 +147,7 @@ def test_long_contexts_are_measured_less_often(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("one_thread")
 def test_what_measuring_mass_costs() -> None:
-    """Under a fifth of one layer's attention without memory, in the shape of the embedded model. Prints it (pytest -s)."""
+    """Under a fifth of one layer's attention without memory, in the shape of the embedded model. Prints both (pytest -s)."""
     b = make_batch(PageLayout(128, has_summary=True), [(coverage.TOKENS, 1)], 4, 2)
     lists = replace(b.requests, block_table=b.requests.block_table[:, None].expand(-1, 2, -1))
     measures = Coverage(MEMORY, 128, torch.device("cpu"), lambda _, share: None)
@@ -156,7 +156,7 @@ def test_what_measuring_mass_costs() -> None:
     out = torch.empty_like(b.query)
 
     def seconds(work: Callable[[], None]) -> float:
-        return min(timeit.repeat(work, timer=time.thread_time, number=1, repeat=15))  # not while others have the core
+        return min(timeit.repeat(work, timer=time.thread_time, number=1, repeat=15))  # without the time of other processes
 
     ours = seconds(lambda: measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, b.calibration))
     layer = seconds(lambda: cpu.attention(*b.attention_args(), out))
@@ -167,7 +167,7 @@ def test_what_measuring_mass_costs() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_mass_covered_is_not_waited_for_on_a_gpu() -> None:
-    """By torch's own account of what waits."""
+    """torch raises an error if a call synchronizes."""
     b = make_batch(PageLayout(64, tokens=64, has_summary=True), [(900, 1)], 4, 2, device="cuda", smooth=True)
     lists = replace(b.requests, block_table=b.requests.block_table[:, None].expand(-1, 2, -1))
     shares: list[float] = []
@@ -193,7 +193,7 @@ def test_mass_that_is_read_whole_is_not_measured() -> None:
 
 
 def test_mass_covered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """It counts in the first step that finds it done; without memory, there is none."""
+    """It is counted in the first step that finds it done. Without memory, it is not measured."""
     Event.made = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
     recorder = Recorder(FileValues(tmp_path, "sage-1", ("a model", "0")))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--additional-config '{"sage": {...}}'`: what it may say, and how it is told what it may not."""
+"""`--additional-config '{"sage": {...}}'`: what it accepts, and the messages for what it refuses."""
 
 from typing import Any
 

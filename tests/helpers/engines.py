@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines for the tests: `vllm.LLM` in this process, so that vLLM is imported once and not three times an engine."""
+"""Engines for the tests: `vllm.LLM` in this process, so that vLLM is imported once, not three times per engine."""
 
 import os
 import sys
@@ -24,11 +24,11 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERR
 
 @contextmanager
 def environment() -> Iterator[None]:
-    """What engines are started with: vLLM in one process, without Triton's interpreter, and none of the user's settings."""
+    """The environment of engines: vLLM in one process, without Triton's interpreter and without the user's settings."""
     with mock.patch.dict(os.environ, ENVIRONMENT):
         for name in ("TRITON_INTERPRET", "VLLM_CPU_KVCACHE_SPACE"):
             os.environ.pop(name, None)
-        # vLLM starts a process for every kind of model that it has not met before, just to look at its class.
+        # For every new kind of model, vLLM would start a process just to inspect its class.
         with mock.patch("vllm.model_executor.models.registry._run_in_subprocess", lambda inspect: inspect()):
             yield
     _keep_cpu_kernels()
@@ -37,7 +37,7 @@ def environment() -> Iterator[None]:
 def _keep_cpu_kernels() -> None:
     """Stop later engines of this process from replacing vLLM's Triton kernels, which the first one has done.
 
-    vLLM 0.32 scans every imported module for them, and does not survive the sight of llvmlite, which ngram drafts import.
+    vLLM 0.32 scans every imported module for them, and fails at llvmlite, which n-gram drafts import.
     """
     dispatcher = sys.modules.get("vllm.triton_utils.dispatcher")
     if dispatcher is not None and dispatcher._registry:
@@ -48,7 +48,7 @@ def _keep_cpu_kernels() -> None:
 
 @contextmanager
 def engine(run: str = "SAGE", model: Path = MODEL_DIR, **arguments: Any) -> Iterator[Any]:
-    """An engine that runs `run` (as `sage eval` names it): small, eager and with metrics unless told otherwise."""
+    """An engine for `run` (as `sage eval` names it): small, eager and with metrics, unless arguments say otherwise."""
     defaults = {
         "enforce_eager": True,
         "max_model_len": 2048,
@@ -102,10 +102,10 @@ def heldout_prompts(llm: Any, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def assert_same_tokens(actual: Sequence[Answer], expected: Sequence[Answer], near_tie: float = 0.0) -> None:
-    """The same tokens; where `near_tie` is given, a request may go another way once its margin was no larger.
+    """Assert that the tokens are the same. A request may differ from a token on where its margin is at most `near_tie`.
 
-    The 16-bit matrix products of the model's own layers round differently for batches of different sizes, which decides
-    near ties; vLLM's own backends differ there too. In float32 that leaves no trace, and nothing is forgiven.
+    The 16-bit matrix products of the model's own layers round differently for batches of different sizes, which decides near
+    ties. vLLM's own backends differ there too. In float32 this matters least.
     """
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         where = next((j for j, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), None)
@@ -132,12 +132,12 @@ def save_random_model(folder: Path, config: Any) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("sinks"):
-                parameter.fill_(4.0)  # as much as many keys
+                parameter.fill_(4.0)  # as much weight as many keys
     model.save_pretrained(folder)
 
 
 def give_two_workers_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let an engine with two workers run: each on a core of its own. Skips the test where there are no two, or no two GPUs."""
+    """Give each of an engine's two workers a core. Skips the test without two cores, or, on a GPU, without two GPUs."""
     if torch.cuda.is_available():
         if torch.cuda.device_count() < 2:
             pytest.skip("needs two GPUs")

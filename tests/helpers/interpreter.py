@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter, without work that it does in vain."""
+"""Triton's interpreter, without its redundant work."""
 
 from types import FunctionType
 from typing import Any
 
 
 def patch_language_once() -> None:
-    """Put the interpreter's functions into `triton.language` once a kernel, and not again in each function that it calls.
+    """Put the interpreter's functions into `triton.language` once per kernel, and not again in each function that it calls.
 
-    The interpreter (Triton 3.6) goes through all members of `triton.language` whenever one function calls another, finds that
-    they are its own already, and sets the others to what they are. That took a sixth of the time of the kernels' tests.
+    The interpreter (Triton 3.6) goes through all members of `triton.language` whenever one function calls another. It finds its
+    own functions in place already, and sets the other members to their present values. That took a sixth of the time of the
+    kernel tests.
     """
     import triton.language as tl
     from triton.runtime import interpreter

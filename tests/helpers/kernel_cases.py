@@ -25,7 +25,7 @@ tensor cores sum a page's FP8 products in 22 bits."""
 
 DECODE_ERROR = 5e-3 if ON_HOPPER else SCHEDULE_ERROR
 """Bound on the distance between prefill and decode. On sm_90 they are different kernels: prefill rounds logits to 2**-13, so
-that in some rows a weight falls on the other side of a rounding boundary. One of 64 rows did, by 2e-3 of the whole."""
+that in some rows a weight is rounded the other way. This was seen in one of 64 rows, with a distance of 2e-3."""
 
 many = hypothesis.settings(max_examples=25, deadline=None, print_blob=True)  # on a GPU, most of them compile a kernel
 

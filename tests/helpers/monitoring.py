@@ -16,7 +16,7 @@ CONFIG = ROOT / "deploy" / "prometheus"
 
 
 def program(name: str) -> str:
-    """A program that deploy/prometheus/install.sh has put into the environment, or that was there before."""
+    """The path of a program that deploy/prometheus/install.sh has put into the environment, or that is in PATH."""
     found = shutil.which(name, path=f"{Path(sys.executable).parent}:{Path(sys.prefix) / 'bin'}") or shutil.which(name)
     assert found, f"no {name} in PATH: run deploy/setup.sh --dev"
     return found
@@ -24,7 +24,8 @@ def program(name: str) -> str:
 
 @contextmanager
 def run_prometheus(name: str, replaced: dict[str, str], targets: int, folder: Path) -> Iterator[Prometheus]:
-    """One that runs CONFIG/name, with other texts in place of some, and looks every second, once it has seen `targets`."""
+    """A Prometheus that runs CONFIG/name with the texts `replaced`, and scrapes every second. Waits until `targets` targets are
+    up."""
     port = free_port()
     text = (CONFIG / name).read_text()
     for old, new in {

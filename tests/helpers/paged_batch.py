@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random batches for the kernel tests: ragged requests whose pages lie in random order in a cache full of garbage."""
+"""Random batches for the kernel tests: requests of any lengths, with pages in random order in a cache full of garbage."""
 
 from dataclasses import dataclass, replace
 

@@ -21,7 +21,7 @@ def scraped(folder: Path) -> dict[tuple[str, ...], float]:
 
 
 def batch(*requests: tuple[int, int], padded: int = 0) -> Any:
-    """What is asked of a CommonAttentionMetadata: requests of (query tokens, tokens in all), then padding."""
+    """The part of CommonAttentionMetadata that is read: requests of (query tokens, tokens in all), then padding."""
     query_lens, seq_lens = zip(*requests, *[(0, 0)] * padded, strict=True)
     return SimpleNamespace(
         query_start_loc_cpu=torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
@@ -30,7 +30,7 @@ def batch(*requests: tuple[int, int], padded: int = 0) -> Any:
 
 
 class Event:
-    """A CUDA event that passes when it is told to, and cannot be waited for."""
+    """A CUDA event that has passed once a test sets `passed`. It cannot be waited for."""
 
     made: list["Event"]
 
@@ -50,7 +50,7 @@ class Event:
 
 
 def exported(server: Server, prefix: str = "sage_") -> dict[str, list[Any]]:
-    """The samples of metrics with names that begin so, by name."""
+    """The samples of metrics whose names begin with `prefix`, by name."""
     samples: dict[str, list[Any]] = {}
     for family in text_string_to_metric_families(server.read("/metrics")):
         for sample in family.samples:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 API_KEY = "a key for the tests"
 OPTIONS = {"canary": 1, "memory": {"local_tokens": 512, "topk_pages": 4, "query_block": 128}}
-"""Options, so that their metrics and panels have something to show: contexts of over READ_WHOLE tokens are read in part."""
+"""Options with metrics, so that all panels have data. Contexts of over READ_WHOLE tokens are read in part."""
 READ_WHOLE = 512 + 128 + 4 * 128
 START_SECONDS, REQUEST_SECONDS, STOP_SECONDS = 1500, 600, 120
 
@@ -30,7 +30,7 @@ class Server:
         self.process, self.port, self.temporary = process, port, temporary
 
     def get(self, path: str) -> int:
-        """The status of the answer."""
+        """The status of the response."""
         return self.ask("GET", path).status
 
     def read(self, path: str) -> str:
@@ -43,7 +43,7 @@ class Server:
         return json.load(self._post(path, **body))
 
     def stream(self, path: str, **body: Any) -> Iterator[Any]:
-        """The pieces of an answer, as they come."""
+        """The pieces of an answer, as they arrive."""
         for line in self._post(path, stream=True, **body):
             event = line.decode().strip().removeprefix("data: ")
             if event == "[DONE]":
@@ -94,7 +94,7 @@ def serve(temporary: Path) -> Iterator[Server]:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # As on a terminal: where the tests run in the background, SIGINT is ignored, and bash keeps it so.
+        # As on a terminal. In the background, tests run with SIGINT ignored, and bash would inherit that.
         preexec_fn=_heed_interrupts,
     )
     server = Server(process, port, temporary)

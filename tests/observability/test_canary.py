@@ -28,12 +28,12 @@ GROUPS = (LAYERS[:2], LAYERS[2:])
 
 
 def made(device: torch.device = CPU, **options: Any) -> tuple[Canary, list[float]]:
-    """A canary of two groups of layers, one of which has no keys of its own, and the errors that it tells."""
+    """A canary for two groups of layers (one layer has no keys of its own), and the errors that it reports."""
     errors: list[float] = []
     canary = Canary(SageOptions.parse({"sage": {"canary": 1, **options}}), errors.append)
     canary.add_layers(GROUPS[0], GROUPS[0], device)
     canary.add_layers([*GROUPS[1], "shares keys"], GROUPS[1], device)
-    canary.add_layers(GROUPS[0], GROUPS[0], device)  # vLLM may say so twice
+    canary.add_layers(GROUPS[0], GROUPS[0], device)  # vLLM may do so twice
     return canary, errors
 
 
@@ -43,7 +43,7 @@ def planned(canary: Canary, common: Any, num_decodes: int = 0) -> list[Check]:
 
 
 def test_layers_and_heads_take_turns() -> None:
-    """Of the steps in which prompts begin, one in so many."""
+    """Every third step in which a prompt begins is checked, with the next layer or head."""
     canary, _ = made(canary=3)
     turns = []
     for step in range(1, 19):
@@ -64,7 +64,7 @@ def test_the_longest_prompt_is_checked() -> None:
 
 
 def test_what_memory_reads_in_part_is_not_checked() -> None:
-    """It reads up to 3 * 128 tokens here, whatever was quantized."""
+    """Memory reads up to 3 * 128 tokens here. A longer context would show an error that is not that of quantization."""
     canary, _ = made(memory={"sink_tokens": 128, "local_tokens": 128, "topk_pages": 1})
     [check] = planned(canary, batch((385, 385), (384, 384)))
     assert (check.start, check.tokens) == (385, 384)
@@ -73,7 +73,7 @@ def test_what_memory_reads_in_part_is_not_checked() -> None:
 
 @pytest.mark.parametrize("mask", [{}, {"window": 20}, {"soft_cap": 3.0}, {"sinks": True}])
 def test_error(mask: dict[str, Any]) -> None:
-    """An output of which the error is known, in a batch with others; of heads and rows that are not checked, it is NaN."""
+    """The output has a known error, and other requests are in the batch. Heads and rows that are not checked are NaN."""
     start, tokens, heads, kv_heads, head_dim = 7, 100, 6, 3, 64
     query, key, value = (torch.randn(120, n, head_dim).bfloat16() for n in (heads, kv_heads, kv_heads))
     sinks = torch.randn(heads) + 3 if "sinks" in mask else None
@@ -110,7 +110,7 @@ def test_nothing_of_nothing_is_no_error() -> None:
 
 
 def test_the_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error is told in the first step that finds it there, and nothing else is checked until then."""
+    """An error is reported in the first step that finds it computed, and nothing else is checked until then."""
     Event.made = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
     canary, errors = made(torch.device("cuda"))
@@ -128,7 +128,7 @@ def test_the_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_device_is_not_waited_for_on_a_gpu() -> None:
-    """Here by torch's own account of what waits."""
+    """torch raises an error if a call synchronizes."""
     impl = SimpleNamespace(num_heads=4, num_kv_heads=2, scale=0.1, window=20, soft_cap=3.0, sinks=torch.randn(4).cuda())
     query, key, value = (torch.randn(600, n, 64, device="cuda").bfloat16() for n in (4, 2, 2))
     canary, errors = made(torch.device("cuda"))
@@ -158,7 +158,7 @@ def test_off_unless_asked_for(tmp_path: Path) -> None:
 
 
 def test_histogram(tmp_path: Path) -> None:
-    """It is there before the first error, without which there is no rate of it; made-up steps are not checked."""
+    """It exists before the first error, because a rate needs a start. Warm-up steps are not checked."""
     asked = recorder(tmp_path, canary=1)
     assert asked.canary is not None
     asked.canary.add_layers(LAYERS, LAYERS, CPU)
@@ -175,12 +175,12 @@ def test_histogram(tmp_path: Path) -> None:
 
 
 def seconds(tokens: int) -> float:
-    """What a check of a prompt of so many tokens takes, in the shape of the embedded model."""
+    """Seconds for a check of a prompt of this many tokens, in the shape of the embedded model."""
     impl = SimpleNamespace(num_heads=4, num_kv_heads=2, scale=0.1, window=0, soft_cap=0.0, sinks=None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     query, key, value = (torch.randn(tokens, n, 128, device=device, dtype=torch.bfloat16) for n in (4, 2, 2))
     canary, errors = made(device)
-    clock = time.perf_counter if device.type == "cuda" else time.thread_time  # which stands while others have the core
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time  # without the time of other processes
     taken = []
     for _ in range(30):
         began = clock()
@@ -196,8 +196,8 @@ def seconds(tokens: int) -> float:
 @pytest.mark.engine
 @pytest.mark.usefixtures("one_thread")
 def test_overhead(server: Server) -> None:
-    """A check takes no longer for a long prompt, and under 2% of the step of a short one, which is just long enough to be
-    checked in full. Prints what it measured (pytest -s)."""
+    """A check takes about as long for a long prompt as for a short one, and under 2% of the step of the short one, which is
+    just long enough to be checked in full. Prints what it measured (pytest -s)."""
 
     def prefills() -> tuple[float, float]:
         samples = exported(server, "vllm:request_prefill_time_seconds_")
@@ -229,7 +229,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
             impls = [layer.impl for layer in context.values() if isinstance(getattr(layer, "impl", None), SageImpl)]
             for impl in impls:
                 impl.observer = observers.PageErrors(impl)
-            # Each layer and KV head once. The first half of a prompt is cached when it comes again, which is not checked.
+            # Each layer and KV head is checked once. A repeated prompt is cached in part, and not checked.
             prompts = heldout_prompts(llm, [TOKENS] * len(impls) * impls[0].num_kv_heads)
             greedy(llm, [*prompts, prompts[0]], tokens=2, together=False)
             values = scraped(sinks.directory(llm.llm_engine.vllm_config))

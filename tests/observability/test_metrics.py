@@ -43,7 +43,7 @@ IMPL = SimpleNamespace(
 
 
 def config(rank: int = 0) -> Any:
-    """What is asked of a VllmConfig."""
+    """The part of a VllmConfig that is read."""
     return SimpleNamespace(
         instance_id=str(time.time_ns()),
         additional_config={},
@@ -74,7 +74,7 @@ def test_the_table_is_what_the_code_has() -> None:
 @pytest.mark.parametrize("window", [0, 1, 5, 100])
 @pytest.mark.parametrize(("query_len", "seq_len"), [(1, 1), (1, 40), (7, 7), (7, 40), (40, 40)])
 def test_work(window: int, query_len: int, seq_len: int) -> None:
-    """Against counting one by one."""
+    """Compared with counting one by one."""
     seen = [range(max(0, at - window + 1) if window else 0, at + 1) for at in range(seq_len - query_len, seq_len)]
     impl = SimpleNamespace(**{**vars(IMPL), "window": window})
     work = Work.of(impl, np.array([query_len, 0]), np.array([seq_len, 0]))
@@ -85,7 +85,7 @@ def test_work(window: int, query_len: int, seq_len: int) -> None:
 @pytest.mark.parametrize("query_block", [0, 64])
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 900), (70, 900), (200, 200), (333, 1234)])
 def test_rows_are_those_that_are_read(lengths: tuple[int, int], query_block: int) -> None:
-    """Against the specification."""
+    """Compared with the specification."""
     queries, tokens = lengths
     layout, memory = PageLayout(64, tokens=64, has_summary=True), Memory(70, 130, 3, 64)
     starts, ends = torch.tensor([0, queries, queries]), torch.tensor([tokens, 0])
@@ -132,7 +132,7 @@ def test_steps(recorder: Recorder, tmp_path: Path) -> None:
 
 
 def test_prompts_that_get_a_slower_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Smoothed queries are the reason, which the recorder learns from the engine's options."""
+    """The reason is smoothed queries. The recorder knows of them from the engine's options."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     choices = {True: KernelChoice("portable", "hopper", "smooth_q"), False: KernelChoice("hopper", "hopper")}
     monkeypatch.setattr(recording, "choose_kernels", lambda *which: choices[which[-1]])
@@ -148,7 +148,7 @@ def test_prompts_that_get_a_slower_kernel(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_one_layer_is_timed_now_and_then(recorder: Recorder, tmp_path: Path) -> None:
-    """Only in the phase whose turn it is; its share of the batch is what it had to do."""
+    """It is timed in one phase only. The recorded work is that of the phase's share of the batch."""
     for _ in range(SAMPLE_EVERY["decode"] - 1):
         assert recorder.step(LAYERS, batch((1, 10)), 1) is None
     sample = recorder.step(LAYERS, batch((1, 10), (4, 20)), 1)
@@ -165,7 +165,7 @@ def test_one_layer_is_timed_now_and_then(recorder: Recorder, tmp_path: Path) -> 
 
 
 def test_the_device_is_not_waited_for(recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sample counts in the first step that finds it done, and there is no other until then."""
+    """A sample is counted in the first step that finds it done, and no other is taken until then."""
     Event.made = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for _ in range(3 * SAMPLE_EVERY["decode"]):
@@ -183,7 +183,7 @@ def test_the_device_is_not_waited_for(recorder: Recorder, tmp_path: Path, monkey
 
 
 def test_bytes_of_a_token(recorder: Recorder, tmp_path: Path) -> None:
-    """One layer of two KV heads so far; five of one KV head join, and vLLM may say so twice."""
+    """There is one layer of two KV heads. Five layers of one KV head are added, which vLLM may do twice."""
     for _ in range(2):
         recorder.add_layers(["others"], 5, PageLayout(128, k_bits=4), 1, 4, torch.device("cpu"))
     values = scraped(tmp_path)
@@ -218,8 +218,8 @@ def prefill_tokens(registry: CollectorRegistry) -> float | None:
 
 
 def test_one_server(temporary: Path) -> None:
-    """Its registry shows what the first worker of each of its engines wrote, and nobody else can read or write it."""
-    assert recording.recorder(config()) is None  # nobody asked
+    """Its registry shows what the first worker of each of its engines wrote. Other users cannot read or write the files."""
+    assert recording.recorder(config()) is None  # nothing is exported yet
     engines = [config(), config()]
     for engine in engines:
         exporter.export(engine)
@@ -231,7 +231,7 @@ def test_one_server(temporary: Path) -> None:
 
 
 def test_several_servers(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each shows vLLM's shared folder, and so the same."""
+    """All show vLLM's shared folder, and so the same values."""
     from vllm.v1.metrics.prometheus import get_prometheus_registry
 
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(temporary))
@@ -258,7 +258,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 class RayMetric:
-    """Ray's counter, gauge or histogram, with what it refuses. Of a histogram, the sum is told."""
+    """Stands for Ray's counter, gauge and histogram, and refuses what they refuse. Of a histogram, it keeps the sum."""
 
     told: dict[tuple[str, ...], float]
 
@@ -300,7 +300,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_ray_workers(temporary: Path, ray_metrics: type[RayMetric]) -> None:
-    """Each tells by itself, and repeats what Ray would forget."""
+    """Each reports its own metrics, and repeats those that Ray would forget."""
     engine = config()
     engine.parallel_config.distributed_executor_backend = "ray"
     exporter.export(engine)
@@ -315,7 +315,7 @@ def test_ray_workers(temporary: Path, ray_metrics: type[RayMetric]) -> None:
 
 
 def test_ray_replica(temporary: Path, ray_metrics: type[RayMetric], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It tells what its workers, which are no actors, write, for as long as there is something to read."""
+    """It reports what its workers write, which are not actors, as long as there is something to read."""
     monkeypatch.setattr(exporter, "RELAY_SECONDS", 0.01)
     engine = config()
     exporter.export(engine)
@@ -332,12 +332,12 @@ def test_ray_replica(temporary: Path, ray_metrics: type[RayMetric], monkeypatch:
     shutil.rmtree(sinks.directory(engine))
     relay.join(10)
     assert not relay.is_alive()
-    exporter._setter(object, definitions.PAGES, ["a model", 1])(7)  # with a logger whose gauges are not Prometheus's
+    exporter._setter(object, definitions.PAGES, ["a model", 1])(7)  # a logger with gauges that are not Prometheus's
     assert ray_metrics.told["sage_kv_pages", "a model", "1"] == 7
 
 
 def test_who_gets_a_configuration_may_show_its_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though it has not made it, as replicas of Ray Serve on GPUs."""
+    """Even if it did not make it, like replicas of Ray Serve on GPUs."""
     shown = []
     monkeypatch.setattr(pages_gauge, "apply", lambda: shown.append(True))
     member = plugin.backend_member(plugin.BACKEND)
@@ -358,14 +358,14 @@ def allowed(metric: Metric, sample: Any) -> bool:
 
 
 def step_seconds(folder: Path, layers: int, requests: int) -> float:
-    """What counting costs in a decode step of so many layers and requests, with the share of timing every so often."""
+    """Seconds that counting takes in a decode step of this many layers and requests, with its share of sampled timings."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = [f"layers.{i}" for i in range(layers)]
     recorder = Recorder(FileValues(folder, "sage-overhead", ("a model", "0")))
     recorder.add_layers(names, layers, PageLayout(64), 2, 4, torch.device("cpu"))
     recorder.paused = False
     common, seconds, steps = batch(*[(1, 1000)] * requests), [], 4 * SAMPLE_EVERY["decode"]
-    clock = time.perf_counter if device.type == "cuda" else time.thread_time  # which stands while others have the core
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time  # without the time of other processes
     for _ in range(20):
         began = clock()
         for _ in range(steps):
@@ -379,7 +379,7 @@ def step_seconds(folder: Path, layers: int, requests: int) -> float:
 
 @pytest.mark.engine
 def test_overhead(server: Server, tmp_path: Path) -> None:
-    """Under 1% of a decode step, and that of the embedded model is a short one. Prints what it measured (pytest -s)."""
+    """Counting takes under 1% of a decode step of the embedded model, a short step. Prints what it measured (pytest -s)."""
 
     def latency() -> np.ndarray:
         """Seconds between tokens so far, and how many tokens."""
@@ -400,7 +400,7 @@ def test_overhead(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_a_server_exports_the_table(server: Server) -> None:
-    """All of it and nothing else; tokens are counted to the last one, and no text of a request comes out."""
+    """The metrics of the table are exported and no others. Every token is counted, and no text of a request is exported."""
     before = exported(server)
     answer = server.post("/v1/completions", prompt="xylophone = quixotic(zephyr)", max_tokens=40, ignore_eos=True)
     after, usage = exported(server), answer["usage"]

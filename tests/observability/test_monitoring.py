@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prometheus and Grafana: the files of deploy/, and what a real Prometheus makes of a server under load."""
+"""Prometheus and Grafana: the files of deploy/, and what a real Prometheus shows of a server under load."""
 
 import math
 import re
@@ -32,7 +32,7 @@ def test_rules() -> None:
 
 @pytest.mark.parametrize("name", ["static", "ray", "kubernetes"])
 def test_scrape_configurations(name: str, tmp_path: Path) -> None:
-    """Debian builds Prometheus without Kubernetes, so that file is checked without the two lines of its discovery."""
+    """Debian's Prometheus has no Kubernetes support, so kubernetes.yml is checked without the two lines of its discovery."""
     text = (CONFIG / f"{name}.yml").read_text()
     text, replaced = re.subn(r"kubernetes_sd_configs:\n +- role: pod\n", "static_configs: []\n", text)
     assert replaced == (name == "kubernetes")
@@ -47,7 +47,7 @@ def test_the_dashboard_is_what_its_source_makes() -> None:
 
 @pytest.fixture(scope="module")
 def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """One with the configuration for static hosts."""
+    """A Prometheus with the configuration for static hosts."""
     replaced = {"127.0.0.1:8000": f"{HOST}:{server.port}"}
     with run_prometheus("static.yml", replaced, targets=1, folder=tmp_path_factory.mktemp("prometheus")) as prometheus:
         yield prometheus
@@ -64,15 +64,15 @@ class Load:
 
 @pytest.fixture(scope="module")
 def load(server: Server, prometheus: Prometheus) -> Load:
-    """Clients that each ask one request after another, and count the tokens that come in the last SECONDS. The first one's
-    contexts are so long that memory reads a part of them."""
+    """Each client sends one request after another, and counts the tokens that arrive in the last SECONDS. Contexts of the first
+    client are so long that memory reads a part of them."""
     ended = time.time() + WARM_SECONDS + SECONDS
     usage = {"include_usage": True, "continuous_usage_stats": True}
 
     def ask(client: int) -> tuple[int, int]:
         attended = generated = 0
         while (now := time.time()) < ended:
-            # No two begin alike, so that the prefix cache saves nothing.
+            # No two prompts begin alike, so the prefix cache saves nothing.
             prompt, before = f"# {client} {now}\n" + LINE * (8 if client else READ_WHOLE // LINE_TOKENS + 16), (0, 0)
             for piece in server.stream("/v1/completions", prompt=prompt, max_tokens=24, ignore_eos=True, stream_options=usage):
                 # The latest token has not been attended to yet.
@@ -85,7 +85,7 @@ def load(server: Server, prometheus: Prometheus) -> Load:
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         attended, generated = (sum(tokens) / SECONDS for tokens in zip(*pool.map(ask, range(CLIENTS)), strict=True))
-    time.sleep(2)  # for Prometheus to see the end of it
+    time.sleep(2)  # for Prometheus to scrape the end of it
     return Load(ended, attended, generated)
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/attention.py, as far as it goes without a GPU: its figures, its judgement, its reports and its refusals; and what
-benchmarks/engine.py makes of runs that fail."""
+"""benchmarks/attention.py, as far as it runs without a GPU: its figures, checks, reports and refusals. And how
+benchmarks/engine.py reports runs that fail."""
 
 import importlib.util
 import json
@@ -82,7 +82,7 @@ def test_figures(attention: ModuleType) -> None:
 
 
 def test_sustained_speed(attention: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second half counts: there the clock has gone down, and calls take four times as long."""
+    """Only the second half counts, when the clock has gone down and calls take four times as long."""
     program = tmp_path / "nvidia-smi"
     program.write_text(
         f"#!{sys.executable}\nimport sys, time\n"
@@ -114,7 +114,7 @@ def test_sustained_speed(attention: ModuleType, tmp_path: Path, monkeypatch: pyt
 
 
 def test_interleaving(attention: ModuleType) -> None:
-    """Everyone gets every round, but for those that take more than their share of the time."""
+    """All take part in every round, except those that have used up their share of the time."""
     cost = {"quick": 1.0, "slow": 1000.0}
     times = attention.interleaved({name: name for name in cost}, cost.__getitem__, rounds=20, seconds=1)
     assert {name: len(taken) for name, taken in times.items()} == {"quick": 20, "slow": attention.LEAST_ROUNDS}
@@ -172,7 +172,7 @@ def test_failures_are_reported(attention: ModuleType) -> None:
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    """Of two contenders and one that failed; the first is twice as fast as FlashAttention-3."""
+    """A report of two contenders and one that failed. SAGE is twice as fast as FlashAttention-3."""
 
     def result(name: str, ms: float, bytes_per_token: int, error: float) -> dict[str, Any]:
         figures = {"tops": 400 / ms, "gb_per_s": 2000 / ms, "kv_bytes": 1 << 30, "rounds": 25}
@@ -288,7 +288,7 @@ def test_an_engine_that_fails_is_marked_and_others_are_timed(
     really_run = subprocess.run
 
     def run(command: Any, **how: Any) -> Any:
-        if "--only" not in command:  # of a library that asks the machine something
+        if "--only" not in command:  # a library's own command
             return really_run(command, **how)
         name, file = command[-3], Path(command[-1])
         made.append(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibrations: `sage calibrate` on a real engine, and what becomes of files that are not what they should be."""
+"""Calibrations: `sage calibrate` on a real engine, how layers and workers read them, and how wrong files are refused."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from sage_paged import PageLayout
 
 
 def config(model: Path) -> Any:
-    """What a calibration looks at of vLLM's ModelConfig."""
+    """The part of vLLM's ModelConfig that is read."""
     return SimpleNamespace(model=str(model), hf_config=SimpleNamespace())
 
 
@@ -160,7 +160,7 @@ def test_bits_are_the_least_within_the_budget(file: Path) -> None:
 
 @pytest.mark.parametrize(("soft_cap", "smooth_q"), [(0.0, False), (5.0, False), (0.0, True)])
 def test_errors_of_pages(soft_cap: float, smooth_q: bool) -> None:
-    """What the observer sums up for the last queries of a prompt is what the reference makes of their pages."""
+    """The observer's sums for the last queries of a prompt are those that the reference gives for their pages."""
     g = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(300, heads, 64, generator=g) for heads in (4, 2, 2))
     query[..., ::17] += 20 * smooth_q
@@ -209,7 +209,7 @@ def test_bits_are_chosen_once(file: Path) -> None:
 def test_engine_with_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """`sage calibrate` on the embedded model; an engine that loads the file has its anchors, keeps them, and has pages of the
     kinds that were chosen."""
-    monkeypatch.setattr(calibration, "MIN_MEAN_FRACTION", 0.01)  # its values have two or three hundredths in common
+    monkeypatch.setattr(calibration, "MIN_MEAN_FRACTION", 0.01)  # 2% to 3% of its values are common to all tokens
     file = tmp_path / "anchors.safetensors"
     choice = ["--k-bits", "auto", "--budget", "0.064"]
     with environment():
@@ -235,7 +235,7 @@ def test_engine_with_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture
             assert torch.equal(own.v_anchor, expected.v_anchor)
             assert layer.impl.layout == PageLayout(128, chosen[name])
             assert own.k_anchor.abs().max() > 15, "the biases of the embedded model's keys reach 21"
-        # With any other anchor, other codes stand for the same values.
+        # With another anchor, the same values get other codes.
         for layer in layers.values():
             layer.impl.calibration.v_anchor.fill_(0.5)
         llm.reset_prefix_cache()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sage doctor`: what it says of this machine, of others, and where things are missing or broken."""
+"""`sage doctor`: what it reports on this machine, on others, and where something is missing or broken."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ sys.argv = ["sage", "doctor"]
 from sage_backend.tools.cli import main
 sys.exit(main())
 """
-    # From nothing, so that settings of the tests have no part in it.
+    # A new environment, so that settings of the tests have no effect.
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), **environment}
     command = [sys.executable, "-c", code]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200, check=False)
@@ -33,7 +33,7 @@ sys.exit(main())
 
 
 def states(output: str) -> dict[str, str]:
-    """The state of each finding, by what it is about."""
+    """The state of each finding, by its subject."""
     lines = [line.split() for line in output.splitlines() if line and not line.startswith((" ", "This machine"))]
     return {what: state for state, what, *_ in lines}
 

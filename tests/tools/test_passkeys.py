@@ -14,7 +14,7 @@ DOCUMENT = HELDOUT.read_text(encoding="utf-8").splitlines(keepends=True)
 
 
 class CountingTokenizer:
-    """The embedded model's, with the number of its calls and of the characters that it has encoded."""
+    """The embedded model's tokenizer. It counts its calls and the characters that it has encoded."""
 
     def __init__(self) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(MODEL_DIR)
@@ -32,7 +32,7 @@ def tokenizer() -> CountingTokenizer:
 
 
 def test_each_line_is_encoded_for_the_first_prompt_only(tokenizer: CountingTokenizer) -> None:
-    """Of a document as well as of the filler; a prompt itself costs one call, for its key and question."""
+    """This holds for a document and for the filler. Each prompt takes one more call, for its key and question."""
     for passkeys, lines, length in ((PassKeys(tokenizer, DOCUMENT), len(DOCUMENT), 200_000), (PassKeys(tokenizer), 32, 2000)):
         before = tokenizer.calls
         passkeys.make(length, 0.5, Random(0))
@@ -51,7 +51,7 @@ def test_a_short_prompt_encodes_little_of_a_long_document(tokenizer: CountingTok
 @pytest.mark.parametrize("length", [60, 500, 5000, 90_000])
 @pytest.mark.parametrize("document", [DOCUMENT, ["\n", "a\n", "\n", "\n", "    b\n", "\n", "c"], ()])
 def test_prompts_have_the_length_asked_for(tokenizer: CountingTokenizer, length: int, document: list[str]) -> None:
-    """Also where tokens span lines, such as several line breaks in a row, and where a document is repeated."""
+    """Also if tokens span lines, such as several line breaks in a row, and if a document is repeated."""
     passkeys = PassKeys(tokenizer, document)
     longest = max(len(tokenizer.encode(line * 2)) for line in document or FILLER) + SEAM_TOKENS
     for depth in (0.0, 0.3, 1.0):

@@ -30,7 +30,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.engine
 def test_report(report: dict[str, Any]) -> None:
     plain = report["runs"][0]
-    assert report["predicted_tokens"] == TOKENS - 9  # nine windows, of each of which the first token is given
+    assert report["predicted_tokens"] == TOKENS - 9  # nine windows; the first token of each is not predicted
     assert {"command", "date", "device", "versions"} <= set(report)
     assert (plain["loss_change"], plain["kl"], plain["top1_agreement"]) == (0, 0, 1)
     assert 1 < plain["loss"] < 3
@@ -41,7 +41,7 @@ def test_report(report: dict[str, Any]) -> None:
 
 @pytest.mark.engine
 def test_int8_keys(report: dict[str, Any]) -> None:
-    """The keys of this model have biases that reach 21, which smoothing takes out."""
+    """The keys of this model have biases of up to 21, which smoothing removes."""
     int8 = report["runs"][1]
     assert int8["passkey"] == {"1500": 1.0}
     assert abs(int8["loss_change"]) <= 0.002
@@ -50,7 +50,7 @@ def test_int8_keys(report: dict[str, Any]) -> None:
 
 @pytest.mark.engine
 def test_int4_keys(report: dict[str, Any]) -> None:
-    """16 levels are few, so these bounds leave some room for another machine's rounding."""
+    """16 levels are few, so these bounds allow for the rounding of other machines."""
     int4 = report["runs"][2]
     assert abs(int4["loss_change"]) <= 0.015
     assert int4["top1_agreement"] >= 0.94
@@ -144,7 +144,7 @@ def test_a_run_that_fails_is_marked_and_others_are_made(
         assert ["SAGE:k_bits=4", "failed: out of memory"] in lines
         assert ["SAGE:page_tokens=64", "failed: KeyError: 'layer'"] in lines
         assert told.err.splitlines()[-1] == "error: 2 of 4 runs failed: SAGE:k_bits=4 SAGE:page_tokens=64"
-        # What no engine would take is found before the first run begins.
+        # Options that every engine refuses are found before the first run begins.
         assert quality.main(["SAGE", "SAGE:memory.topk_pages=64"]) == 1
     assert "[1/" not in capsys.readouterr().err
 

@@ -27,7 +27,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def small_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a head size that SAGE has no page format for, and others have."""
+    """A model with a head size that SAGE has no page format for. Other backends serve it."""
     folder = tmp_path_factory.mktemp("small_heads")
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 4096}
     save_random_model(folder, transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
@@ -61,7 +61,7 @@ def test_what_may_be_a_model(model: str) -> None:
 
 
 def test_a_backend_that_refuses_the_model_fails_its_runs_alone(small_heads: Path) -> None:
-    """Options that are wrong, and a model that nothing serves, end the command instead."""
+    """Wrong options, and a model that no run can serve, end the command instead."""
     arguments: dict[str, Any] = {"max_model_len": 64, "disable_log_stats": True}
     with environment():
         runs = [Run.parse(run) for run in (PLAIN, "SAGE", "SAGE:k_bits=4")]
@@ -94,7 +94,7 @@ def test_a_refused_run_and_those_around_it(small_heads: Path, tmp_path: Path, ca
 
 @pytest.mark.engine
 def test_an_engine_that_cannot_start_makes_room_for_the_next() -> None:
-    """In this process; the tests of other engines follow in the same way."""
+    """In this process, as in the tests of other engines."""
     runs = [Run.parse("SAGE"), Run.parse("SAGE:k_bits=4")]
 
     def start(run: Run) -> int:

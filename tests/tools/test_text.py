@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windows of a text, with tokenizers that put special tokens around it and without, and what `sage eval`, `sage calibrate` and
-`sage variator train` make of them."""
+"""Windows of a text, for tokenizers with and without special tokens, and how `sage eval`, `sage calibrate` and
+`sage variator train` use them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +50,7 @@ def test_every_window_starts_as_a_text_does(template: str, before: list[int]) ->
 
 
 class FakeEngine:
-    """Takes prompts, and predicts with flat log-probabilities that hold the tokens' own ids."""
+    """Records prompts. As the log-probability of each token, it returns the token's own id."""
 
     def __init__(self, template: str) -> None:
         self.tokenizer = tokenizer(template)
@@ -91,7 +91,7 @@ def faked(module: Any, template: str) -> Iterator[FakeEngine]:
 
 @pytest.mark.parametrize(("template", "before"), FORMS)
 def test_special_tokens_are_not_scored(template: str, before: list[int]) -> None:
-    """Every token of the text is, but for those that nothing comes before."""
+    """Every token of the text is, except those with nothing before them."""
     with faked(quality, template) as fake:
         scores = quality.measure(Run("SAGE", "SAGE"), "model", TEXT, 96, max_model_len=33)
     firsts = [] if before else [10 + i * 32 for i in range(3)]

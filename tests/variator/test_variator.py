@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compression plugins: what they compute, which tokens they take, how they are trained, and what an engine makes of them."""
+"""Compression plugins: what they compute, which tokens they compress, how they are trained, and how an engine serves them."""
 
 import json
 import re
@@ -44,7 +44,7 @@ LAYERS = ["model.layers.1.mlp", "model.layers.2.mlp"]
 
 
 def loud_plugins(folder: Path, model: Path = MODEL_DIR, ratios: Sequence[int] = (2, 4)) -> Path:
-    """A file of plugins that were not trained but drawn, so that what is compressed is told apart from what is not."""
+    """A file of random plugins: they change what they compress so much that it is clearly noticed."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.from_pretrained(model)
     plugins = files.make(LAYERS, list(ratios), config.hidden_size)
@@ -80,7 +80,7 @@ def test_a_plugin_in_formulas() -> None:
 
 
 def test_plugins_are_small() -> None:
-    """Of ratios 2 and 4 together, on all layers but two of a model like Llama 3.1 8B, with its 8.03 billion parameters."""
+    """Those of ratios 2 and 4 together, for all layers but two of a model like Llama 3.1 8B with 8.03 billion parameters."""
     with torch.device("meta"):
         parameters = sum(p.numel() for ratio in (2, 4) for p in CompressionPlugin(4096, ratio).parameters())
     assert 30 * parameters < 0.0065 * 8.03e9
@@ -90,7 +90,7 @@ def test_plugins_are_small() -> None:
 
 
 def by_token(requests: list[tuple[int, int, CompressionPlan]]) -> list[int]:
-    """The ratio of every row, by the definition. requests: position of the first token, tokens, reading."""
+    """The ratio of every row, by definition. requests: position of the first token, number of tokens, CompressionPlan."""
     ratios = []
     for position, tokens, reading in requests:
         for at in range(position, position + tokens):
@@ -146,7 +146,7 @@ def test_rows() -> None:
 
 
 def test_policy() -> None:
-    """Up one at a time under high load, down one at a time under low load, and nowhere in between."""
+    """The ratio goes up one step at a time under high load and down under low load. In between it stays."""
     policy = Policy([1, 2, 4], waiting=8, kv_use=0.9)
     waiting = [0, 7, 8, 7, 4, 8, 20, 20, 4, 3, 5, 3, 0]
     assert [policy.choose(each, 0.5) for each in waiting] == [1, 1, 2, 2, 2, 4, 4, 4, 4, 2, 2, 1, 1]
@@ -168,7 +168,7 @@ def test_choices() -> None:
 
 
 class WaitingRequest:
-    """What is asked of vLLM's Request."""
+    """The part of vLLM's Request that is used."""
 
     def __init__(self, prompt: int, parameters: Any) -> None:
         self.num_prompt_tokens, self.sampling_params, self.num_computed_tokens = prompt, parameters, 0
@@ -179,7 +179,7 @@ class WaitingRequest:
 
 
 def test_admission(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request gets its ratio with its first look at the cache, and keeps it when it is preempted and looks again."""
+    """A request gets its ratio at its first lookup in the prefix cache, and keeps it at lookups after a preemption."""
     monkeypatch.setattr(block_hash, "apply", lambda: None)
     load = SimpleNamespace(waiting=9, kv_use=0.0)
     scheduler: Any = SimpleNamespace(
@@ -249,7 +249,7 @@ def test_requests() -> None:
 
 
 def model_config(model: Path) -> Any:
-    """What is looked at of vLLM's ModelConfig."""
+    """The part of vLLM's ModelConfig that is read."""
     return SimpleNamespace(model=str(model), hf_config=transformers.AutoConfig.from_pretrained(model))
 
 
@@ -304,8 +304,8 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 def test_an_engine_can_be_forked_after_a_file_was_checked(tmp_path: Path) -> None:
-    """On a GPU, vLLM forks its engine from the process that checks options. If that had threads of torch's by then, as it would
-    have if it drew plugins of this size, the engine would wait for them for ever."""
+    """On a GPU, vLLM forks its engine from the process that checks options. If that process had started torch's threads, as
+    initializing plugins of this size would, the engine would wait for them forever."""
     config = transformers.LlamaConfig(hidden_size=4096, num_hidden_layers=3)
     config.save_pretrained(tmp_path)
     path = tmp_path / "plugins"
@@ -341,7 +341,7 @@ def test_settings(arguments: dict[str, Any], message: str, tmp_path: Path) -> No
 
 
 def test_compilation(tmp_path: Path) -> None:
-    """Where vLLM compiles a model in pieces, the op is between them."""
+    """When vLLM compiles a model in pieces, the op is between them."""
     options = {"variator": {"plugins": str(loud_plugins(tmp_path))}}
     with environment():
         from vllm.compilation.backends import split_graph
@@ -364,7 +364,7 @@ def test_compilation(tmp_path: Path) -> None:
             return graph.forward
 
         ffn = torch.nn.Identity()
-        ffn.forward = _call(LAYERS[0])  # as it is replaced in a model
+        ffn.forward = _call(LAYERS[0])  # as in a model with plugins
         torch.compile(lambda x: ffn(x + 1) * 2, backend=backend, fullgraph=True)(torch.ones(4, 8, device="meta"))
         assert [piece.is_splitting_graph for piece in graphs[0]] == [False, True, False]
 
@@ -384,7 +384,7 @@ def test_random_plugins_of_the_benchmark(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of four small layers with the embedded model's tokenizer, to train plugins of."""
+    """A random model of four small layers with the embedded model's tokenizer, to train plugins for."""
     folder = tmp_path_factory.mktemp("small")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 4096}
     save_random_model(folder, transformers.LlamaConfig(**sizes, initializer_range=0.3))
@@ -406,7 +406,7 @@ def cli_main(arguments: list[str]) -> int:
 
 
 def test_training(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plugins get better in both phases; a training that is interrupted and resumed ends as if it had not been."""
+    """Plugins get better in both phases. Training that was interrupted and resumed ends with the same plugins."""
     assert run_training(small, tmp_path / "whole") == 0
     assert f"{tmp_path / 'whole'}: " in capsys.readouterr().out
     model = transformers.AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
@@ -476,11 +476,11 @@ def test_bad_input(
 # Engines
 
 LENGTHS = (700, 300, 129, 400, 90)
-OPTIONS = {"smooth_k": False}  # so that no engine's pages depend on what it read first
+OPTIONS = {"smooth_k": False}  # otherwise an engine's pages would depend on what it read first
 
 
 def ask(llm: Any, prompts: Sequence[list[int]], asked: Sequence[dict[str, int]], tokens: int = 16) -> list[Answer]:
-    """Continue the prompts as one batch, of which each asks for something."""
+    """Continue the prompts as one batch. asked: the extra arguments of each."""
     from vllm import SamplingParams
 
     fixed = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 2, "detokenize": False}
@@ -499,7 +499,7 @@ def ask_all(llm: Any, prompts: Sequence[list[int]], ratio: int) -> list[Answer]:
 
 
 def asking(ratio: int) -> dict[str, int]:
-    """With as short a tail as there can be, for that is what the answer depends on most."""
+    """With the shortest possible tail, because the answer depends on the tail most."""
     return {RATIO: ratio, TAIL: MIN_TAIL}
 
 
@@ -524,14 +524,14 @@ def plain() -> tuple[list[list[int]], list[Answer]]:
 
 @pytest.fixture(scope="module")
 def served(plugins: Path, plain: tuple[list[list[int]], list[Answer]]) -> Iterator[Any]:
-    """Ends with the first test that starts another engine, so those that ask it come first."""
+    """This engine ends when a test starts another one, so the tests that use it come first."""
     with compressing(plugins, enable_prefix_caching=True, max_num_batched_tokens=2048, max_num_seqs=4) as llm:
         yield llm
 
 
 @pytest.fixture(scope="module")
 def answers(served: Any, plain: tuple[list[list[int]], list[Answer]]) -> dict[int, list[Answer]]:
-    """Of the compressing engine by ratio, each with an empty prefix cache."""
+    """Answers of the compressing engine, by ratio, each from an empty prefix cache."""
     found = {}
     for ratio in (1, 2, 4):
         assert served.reset_prefix_cache()
@@ -541,7 +541,7 @@ def answers(served: Any, plain: tuple[list[list[int]], list[Answer]]) -> dict[in
 
 
 def counted(name: str) -> dict[str, float]:
-    """A metric's values in all engines of this process that are up or were, by ratio."""
+    """A metric's values by ratio, summed over all engines that this process has had."""
     found: dict[str, float] = {}
     for family in REGISTRY.collect():
         for sample in family.samples:
@@ -556,13 +556,13 @@ def change(before: dict[str, float], after: dict[str, float]) -> dict[str, float
 
 
 def distance(a: Answer, b: Answer) -> float:
-    """By how much the margins of the tokens differ, in nats, on average, up to the first other token."""
+    """The mean difference of the tokens' margins, in nats, up to the first token that differs."""
     same = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), len(a.tokens) - 1)
     return sum(abs(x - y) for x, y in zip(a.margins[: same + 1], b.margins[: same + 1], strict=True)) / (same + 1)
 
 
 NOISE = 0.1
-"""Bound on the distance of answers that are the same, in nats."""
+"""Bound on the distance of answers that count as the same, in nats."""
 
 
 def assert_same(actual: Sequence[Answer], expected: Sequence[Answer], near_tie: float = 0.0) -> None:
@@ -572,7 +572,7 @@ def assert_same(actual: Sequence[Answer], expected: Sequence[Answer], near_tie: 
 
 @pytest.mark.engine
 def test_ratios_are_told_apart(answers: dict[int, list[Answer]], plain: tuple[list[list[int]], list[Answer]]) -> None:
-    """Without compression, the tokens are those of the plain engine; these plugins change all that they touch."""
+    """Without compression, the tokens are those of the plain engine. With these plugins, every ratio gives other answers."""
     assert_same(answers[1], plain[1])
     for i, length in enumerate(LENGTHS):
         for a, b in ((1, 2), (1, 4), (2, 4)):
@@ -581,7 +581,7 @@ def test_ratios_are_told_apart(answers: dict[int, list[Answer]], plain: tuple[li
 
 @pytest.mark.engine
 def test_mixed_load(served: Any, answers: dict[int, list[Answer]], plain: tuple[list[list[int]], list[Answer]]) -> None:
-    """Requests of all ratios in one batch: each gets what it gets among its like, and those that opt out the plain tokens."""
+    """Requests of all ratios in one batch: each gets the same as in a batch of its own ratio."""
     for shift in range(3):
         assert served.reset_prefix_cache()
         ratios = [(1, 2, 4)[(i + shift) % 3] for i in range(len(LENGTHS))]
@@ -591,7 +591,7 @@ def test_mixed_load(served: Any, answers: dict[int, list[Answer]], plain: tuple[
 
 @pytest.mark.engine
 def test_prefix_cache(served: Any, answers: dict[int, list[Answer]], plain: tuple[list[list[int]], list[Answer]]) -> None:
-    """Blocks are found again under the ratio that they were computed with, and under no other."""
+    """Blocks are found again with the ratio that they were computed with, and with no other."""
     assert served.reset_prefix_cache()
     for ratio in (4, 1, 2):
         for cached in (False, True):
@@ -634,7 +634,7 @@ def test_metrics(served: Any, plain: tuple[list[list[int]], list[Answer]]) -> No
 
 @pytest.mark.engine
 def test_load(served: Any, plain: tuple[list[list[int]], list[Answer]]) -> None:
-    """With four seats, ratios go up while requests queue and down when they do not; who opts out stays out."""
+    """With at most four running requests, ratios go up while others wait and down when none do. A request can opt out."""
     prompts, expected = plain
     before = counted("sage_variator_requests_total")
     crowd = [prompts[0][i : i + 200] for i in range(16)]
@@ -659,7 +659,7 @@ def test_requests_for_what_there_is_not(served: Any, plain: tuple[list[list[int]
 
 
 def reference_logprobs(model: Path, plugins: Path, prompts: Sequence[list[int]], ratio: int, cut: int) -> torch.Tensor:
-    """What the training's own pass makes of everything behind the first `cut` tokens; with ratio 1, of the plain model."""
+    """Log-probabilities of tokens after the first `cut`, from the training's own pass; with ratio 1, from the plain model."""
     hidden = transformers.AutoConfig.from_pretrained(model).hidden_size
     loaded = {layer: files.load(str(plugins), layer, hidden, [2, 4]) for layer in LAYERS}
     for by_ratio in loaded.values():
@@ -682,7 +682,7 @@ MODELS = {"Llama": {}, "Mistral": {"sliding_window": None}, "Qwen2": {}, "Qwen3"
 @pytest.mark.engine
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_is_served_is_what_was_trained(kind: str, tmp_path: Path) -> None:
-    """Log-probabilities behind a compressed prompt, in the engine and in the pass that plugins are trained with."""
+    """Log-probabilities after a compressed prompt, in the engine and in the pass that plugins are trained with."""
     from vllm import SamplingParams
 
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 512}
@@ -707,7 +707,7 @@ def test_what_is_served_is_what_was_trained(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_quality(tmp_path: Path) -> None:
-    """The embedded model's plugins: what a prompt read in pairs costs behind it, and whether keys are found in it."""
+    """The embedded model's plugins at ratio 2: the loss after a compressed prompt, and whether pass keys are found in it."""
     runs = ["SAGE", f"SAGE:variator.plugins={PLUGINS},variator.ratio=2"]
     sizes = ["--tokens", "8192", "--prompt", "1024", "--passkey", "2040", "--out", str(tmp_path / "report")]
     with environment():
@@ -722,7 +722,7 @@ def test_quality(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_small_chunks(plugins: Path, answers: dict[int, list[Answer]], plain: tuple[list[list[int]], list[Answer]]) -> None:
-    """Chunks of at most 50 tokens, which is no multiple of anything, beside decodes."""
+    """Chunks of at most 50 tokens, which is a multiple neither of 4 nor of a page, next to decodes."""
     with compressing(plugins, enable_prefix_caching=False, max_num_batched_tokens=50, max_num_seqs=16) as llm:
         for ratio in (2, 4):
             assert_same(ask_all(llm, plain[0], ratio), answers[ratio])
@@ -730,7 +730,7 @@ def test_small_chunks(plugins: Path, answers: dict[int, list[Answer]], plain: tu
 
 @pytest.mark.engine
 def test_preemption(plugins: Path, plain: tuple[list[list[int]], list[Answer]]) -> None:
-    """Too few blocks for all requests: some are thrown out, and computed again under the ratio that they had."""
+    """Too few blocks for all requests: some are preempted, and computed again with the ratio that they had."""
     with compressing(plugins, enable_prefix_caching=False, num_gpu_blocks_override=18) as llm:
         prompts = [plain[0][0][:length] for length in (510, 511, 512, 500)]
         asked = [asking(ratio) for ratio in (4, 2, 4, 1)]
@@ -742,7 +742,7 @@ def test_preemption(plugins: Path, plain: tuple[list[list[int]], list[Answer]]) 
 
 @pytest.mark.engine
 def test_compiled_model(plugins: Path, answers: dict[int, list[Answer]], plain: tuple[list[list[int]], list[Answer]]) -> None:
-    """Through torch.compile, which must not look into the op, and on a GPU CUDA graphs, which must leave it out."""
+    """With torch.compile, which must not trace into the op, and on a GPU with CUDA graphs, which must not contain it."""
     with compressing(plugins, enforce_eager=False) as llm:
         for ratio in (1, 4):
             assert_same(ask_all(llm, plain[0], ratio), answers[ratio], 0.05)
@@ -770,7 +770,7 @@ def test_speculative_decoding(
 
 
 def test_hashes_of_blocks() -> None:
-    """A block's hash says what is in groups in it, and nothing where nothing is."""
+    """A block's hash contains the ratio and the number of its tokens in groups. Without groups, nothing is added."""
     with environment():
         from vllm.v1.core import kv_cache_utils
 
