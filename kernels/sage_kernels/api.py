@@ -332,10 +332,17 @@ def _check_summary(layout: PageLayout) -> None:
 def _check_calibration(calibration: LayerCalibration, shape: tuple[int, int]) -> None:
     if calibration is NOT_CALIBRATED:
         return
-    for name in ("k_anchor", "equalizer", "v_anchor"):
+    heads, head_dim = shape
+    for name, dtype, wanted in (
+        ("k_anchor", torch.float32, shape),
+        ("equalizer", torch.float32, shape),
+        ("order", torch.int32, (heads, head_dim // 2)),
+        ("v_anchor", torch.float32, shape),
+    ):
         x = getattr(calibration, name)
-        if x is not None and (x.dtype is not torch.float32 or tuple(x.shape) != shape or not x.is_contiguous()):
-            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be float32 {list(shape)}, contiguous")
+        if x is not None and (x.dtype is not dtype or tuple(x.shape) != wanted or not x.is_contiguous()):
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be {kind} {list(wanted)}, contiguous")
 
 
 def _check_batch(query: torch.Tensor, pages: torch.Tensor, layout: PageLayout, batch: PagedBatch) -> int:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What attention functions take besides tensors: a step's requests, a layer's variant of attention, and its calibration."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,26 +84,38 @@ class LayerCalibration:
     """What is done to a layer's keys and values before they are quantized, and undone in attention. Attention is the same with
     and without; its quantization error is not.
 
-    A page stores (key - k_anchor) / equalizer and value - v_anchor, quantized. Queries are multiplied by the equalizer. Pages
-    must be read with the calibration that they were stored with.
+    A page stores (key - k_anchor) / equalizer, in `order`, and value - v_anchor, quantized. Queries are multiplied by the
+    equalizer, and take the same order. Pages must be read with the calibration that they were stored with.
 
     k_anchor: float32 [kv_heads, head_dim], subtracted from keys (smoothing: SageAttention, section 4.2); None for none.
     equalizer: float32 [kv_heads, head_dim], positive, the same for both channels of a RoPE pair. It moves magnitude from key
         channels to query channels, as SmoothQuant (Xiao et al., ICML 2023) does from activations to weights; None for none.
+    order: int32 [kv_heads, head_dim // 2], a permutation of the RoPE pairs of each head, for INT4 keys: position i of the
+        lower and of the upper half of a stored key holds channels order[i] and order[i] + head_dim // 2. The first
+        `sage_paged.GROUP_BYTES` pairs have 8 bits. None for the model's own order. INT8 keys do not use it.
     v_anchor: float32 [kv_heads, head_dim], subtracted from values (SageAttention2); None for none.
     """
 
     k_anchor: torch.Tensor | None = None
     equalizer: torch.Tensor | None = None
+    order: torch.Tensor | None = None
     v_anchor: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "LayerCalibration":
         """The same calibration with all tensors on `device`."""
-        return LayerCalibration(*(None if x is None else x.to(device) for x in (self.k_anchor, self.equalizer, self.v_anchor)))
+        return self._of_each(lambda x: x.to(device))
+
+    def for_keys(self, k_bits: int) -> "LayerCalibration":
+        """The part that keys of k_bits are stored with: only INT4 keys have an order."""
+        return self if k_bits == 4 else replace(self, order=None)
 
     def heads(self, kv: slice) -> "LayerCalibration":
         """The calibration of some KV heads alone."""
-        return LayerCalibration(*(None if x is None else x[kv] for x in (self.k_anchor, self.equalizer, self.v_anchor)))
+        return self._of_each(lambda x: x[kv])
+
+    def _of_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LayerCalibration":
+        tensors = self.k_anchor, self.equalizer, self.order, self.v_anchor
+        return LayerCalibration(*(None if x is None else change(x) for x in tensors))
 
 
 NOT_CALIBRATED = LayerCalibration()
@@ -126,11 +139,15 @@ class Modifiers:
     calibration: LayerCalibration = NOT_CALIBRATED
     q_block: int = 0
 
-    def bias_anchor(self, batch: PagedBatch) -> torch.Tensor | None:
-        """The anchor of keys if attention to `batch` needs it. Without it, all logits of a row lack the same number, which
-        softmax ignores; a soft cap, sinks and a RopeShift do not."""
+    def calibration_for(self, batch: PagedBatch, k_bits: int) -> LayerCalibration:
+        """The part of the calibration that attention to `batch`, in pages with keys of k_bits, needs.
+
+        Without the anchor of keys, all logits of a row lack the same number, which softmax ignores; a soft cap, sinks and a
+        RopeShift do not.
+        """
         needs_whole_logits = self.soft_cap > 0 or self.sinks is not None or batch.rope_shift is not None
-        return self.calibration.k_anchor if needs_whole_logits else None
+        own = self.calibration.for_keys(k_bits)
+        return own if needs_whole_logits else replace(own, k_anchor=None)
 
     def to(self, device: torch.device | str) -> "Modifiers":
         """The same modifiers with all tensors on `device`."""

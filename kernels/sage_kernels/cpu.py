@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from sage_kernels.batch import Modifiers, PagedBatch, RopeShift
+from sage_kernels.batch import LayerCalibration, Modifiers, PagedBatch, RopeShift
 from sage_kernels.reference import (
     LOG2E,
     QueryTerms,
     load,
+    prepare_queries,
     qk_product,
     quantize_p,
     query_terms,
@@ -43,24 +44,23 @@ class _Piece:
 
 
 @dataclass(frozen=True)
-class _QueryFactors:
-    """What queries are multiplied with, besides keys. k_anchor: where whole logits are needed (`Modifiers.bias_anchor`)."""
+class _Queries:
+    """How queries become terms of Q K^T. calibration: from `Modifiers.calibration_for`."""
 
-    modifiers: Modifiers
-    k_anchor: torch.Tensor | None
+    layout: PageLayout
+    calibration: LayerCalibration
+    q_block: int
     scale: float
 
     def terms(self, q: torch.Tensor) -> QueryTerms:
-        """Queries [kv_heads, group, queries, head_dim], equalized and quantized."""
-        equalizer = self.modifiers.calibration.equalizer
-        equalized = q if equalizer is None else q.float() * equalizer[:, None, None]
-        return query_terms(equalized, self.scale, self.modifiers.q_block)
+        """Queries [kv_heads, group, queries, head_dim], prepared and quantized."""
+        return query_terms(prepare_queries(q, self.calibration, self.layout), self.scale, self.q_block)
 
     def bias(self, q: torch.Tensor) -> torch.Tensor:
         """What base-2 logits lack by the anchor, [kv_heads, group, queries, 1]."""
-        if self.k_anchor is None:
+        if self.calibration.k_anchor is None:
             return torch.zeros(*q.shape[:-1], 1)
-        return (q.float() @ self.k_anchor[:, None, :, None]) * self.scale
+        return (q.float() @ self.calibration.k_anchor[:, None, :, None]) * self.scale
 
 
 def attention(
@@ -109,15 +109,16 @@ def _attend(
 ) -> torch.Tensor:
     """Attention of a piece, float32 of q's shape. q: [kv_heads, group, queries, head_dim]."""
     kv_heads, group = q.shape[:2]
-    factors = _QueryFactors(modifiers, modifiers.bias_anchor(batch), scale * LOG2E)
-    bias = factors.bias(q)
+    calibration = modifiers.calibration_for(batch, layout.k_bits)
+    queries = _Queries(layout, calibration, modifiers.q_block, scale * LOG2E)
+    bias = queries.bias(q)
     begin = piece.used_pages.start * layout.tokens
     table = batch.block_table[piece.request, ..., piece.used_pages]
     k, k_scale, v, v_exponent = (x[:, : piece.end_position - begin] for x in load(pages, table, layout))
 
-    logits = _qk_product(factors.terms(q), k, k_scale)
+    logits = _qk_product(queries.terms(q), k, k_scale)
     if batch.rope_shift is not None:
-        _shift_pages(logits, q, bias, k, k_scale, piece, batch.rope_shift, layout, factors)
+        _shift_pages(logits, q, bias, k, k_scale, piece, batch.rope_shift, layout, queries)
     if modifiers.soft_cap:
         cap = modifiers.soft_cap * LOG2E
         logits = cap * torch.tanh((logits + bias) / cap)
@@ -130,8 +131,8 @@ def _attend(
     p, m_ref = quantize_p(logits, layout.tokens)
     l_i = torch.matmul(p.flatten(1, 2), (-v_exponent).exp2()[..., None]).unflatten(1, p.shape[1:3])
     result = torch.matmul(p.flatten(1, 2), v).unflatten(1, p.shape[1:3])
-    if modifiers.calibration.v_anchor is not None:
-        result += l_i * modifiers.calibration.v_anchor[:, None, None]
+    if calibration.v_anchor is not None:
+        result += l_i * calibration.v_anchor[:, None, None]
     if modifiers.sinks is not None:
         sinks = modifiers.sinks.float().mul(LOG2E).view(kv_heads, group, 1, 1)
         l_i = l_i + torch.exp2((sinks if modifiers.soft_cap else sinks - bias) - m_ref)
@@ -154,7 +155,7 @@ def _shift_pages(
     piece: _Piece,
     rope_shift: RopeShift,
     layout: PageLayout,
-    factors: _QueryFactors,
+    queries: _Queries,
 ) -> None:
     """Replace the logits of pages that are read at shifted positions (`RopeShift`)."""
     for page, shift in enumerate(rope_shift.pages[piece.request, :, piece.used_pages].T):
@@ -162,4 +163,4 @@ def _shift_pages(
             continue
         rotated = rotate_back(q.float(), rope_shift.table[shift.long()][:, None, None])
         own = slice(page * layout.tokens, (page + 1) * layout.tokens)
-        logits[..., own] = _qk_product(factors.terms(rotated), k[:, own], k_scale[:, own]) + (factors.bias(rotated) - bias)
+        logits[..., own] = _qk_product(queries.terms(rotated), k[:, own], k_scale[:, own]) + (queries.bias(rotated) - bias)

@@ -7,7 +7,8 @@ A page holds the keys and values of `tokens` consecutive tokens of one KV head, 
     ----------   ----------------------   -------   ---------------------------------------------------------
     k            [tokens, k_row_bytes]    int8      key codes, one row a token
     v            [head_dim, tokens]       e4m3      value codes, transposed: one row a channel, tokens in `v_position` order
-    k_groups     [tokens, 2, k_groups]    int8      INT4 keys only: steps and bases that make INT8 codes of nibbles
+    k_groups     [tokens, 2, k_groups]    int8      INT4 keys only: steps and zero points that make INT8 codes of nibbles
+    k_low        [tokens, GROUP_BYTES]    int8      INT4 keys only: the low nibbles of the first group, whose codes have 8 bits
     k_scale      [tokens]                 float32   key = INT8 code * k_scale
     v_exponent   [tokens]                 float32   INT8 keys only, right behind k_scale: value = code * 2**v_exponent
     summary      [2, head_dim]            float16   of each channel, the mean key and half the range of keys, in pages for
@@ -20,10 +21,12 @@ thread gets Q K^T for tokens 2j, 2j + 1, 2j + 8 and 2j + 9, and has to hand in P
 stored this way they do, and P never has to travel between threads.
 
 INT4 keys are INT8 codes kept in 4 bits: byte `i` of a row has channel `i` in its low nibble and channel `i + head_dim // 2` in
-its high one, numbers from 0 to 15, and the INT8 code is base + step * nibble. The channels of GROUP_BYTES bytes that stand side
-by side share a step and a base. A rotary embedding turns channels `i` and `i + head_dim // 2` into each other, so that they are
-of one size. What attends to keys needs to know INT8 codes only. Beside them, an exponent of V has no room of its own: it is a
-whole number, and the last 8 bits of k_scale are that plus 127, which changes k_scale by less than 2**-15 of itself.
+its high one, numbers from 0 to 15, and the INT8 code is zero point + step * nibble. The channels of GROUP_BYTES adjacent bytes
+share a step and a zero point. RoPE rotates channels `i` and `i + head_dim // 2` into each other, so they have similar ranges.
+The codes of the first group are whole: its step is 16, its zero point -128, and the low nibbles in `k_low`, packed like those
+of `k`, are added. A calibration puts the RoPE pairs that matter most there. Attention sees INT8 codes only. INT4 pages have no
+section for V's exponent: it is a whole number, and the last 8 bits of k_scale are that plus 127, which changes k_scale by less
+than 2**-15 of itself.
 """
 
 import math
@@ -37,7 +40,7 @@ PAGE_TOKENS = (64, 128)
 K_BITS = (4, 8)
 
 GROUP_BYTES = 8
-"""Bytes of INT4 keys, two channels each, that share a step and a base."""
+"""Bytes of INT4 keys, two channels each, that share a step and a zero point."""
 
 
 def section_offset(section, head_dim, k_bits, tokens):  # without annotations, which Triton would look up
@@ -45,7 +48,10 @@ def section_offset(section, head_dim, k_bits, tokens):  # without annotations, w
     too: here stands all that they know of where sections are, and Triton compiles anew what depends on it when it changes."""
     row = head_dim * k_bits // 8
     groups = 2 * (row // GROUP_BYTES) if k_bits == 4 else 0
-    of_token = {"k": row, "v": head_dim, "k_groups": groups, "k_scale": 4, "v_exponent": 4 if k_bits == 8 else 0, "end": 0}
+    low, exponent = (GROUP_BYTES, 0) if k_bits == 4 else (0, 4)
+    of_token = {
+        "k": row, "v": head_dim, "k_groups": groups, "k_low": low, "k_scale": 4, "v_exponent": exponent, "end": 0
+    }  # fmt: skip
     offset = 0
     for name, size in of_token.items():
         if name == section:
@@ -72,13 +78,15 @@ class PageViews:
     """Typed views of a cache; leading dimensions are [blocks, kv_heads].
 
     k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens], tokens in `v_position` order; k_groups: int8
-    [..., tokens, step or base, k_groups]; k_scale, v_exponent: float32 [..., tokens]; summary: float16 [..., 2, head_dim]. None
+    [..., tokens, step or zero point, k_groups]; k_low: int8 [..., tokens, GROUP_BYTES]; k_scale, v_exponent: float32 [...,
+    tokens]; summary: float16 [..., 2, head_dim]. None
     where the layout has none.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     k_groups: torch.Tensor | None
+    k_low: torch.Tensor | None
     k_scale: torch.Tensor
     v_exponent: torch.Tensor | None
     summary: torch.Tensor | None
@@ -172,6 +180,7 @@ class PageLayout:
             k=section(self.offset("k"), (self.tokens, self.k_row_bytes), torch.int8),
             v=section(self.offset("v"), (self.head_dim, self.tokens), torch.float8_e4m3fn),
             k_groups=section(self.offset("k_groups"), groups, torch.int8) if narrow else None,
+            k_low=section(self.offset("k_low"), (self.tokens, GROUP_BYTES), torch.int8) if narrow else None,
             k_scale=section(self.offset("k_scale"), *scale),
             v_exponent=None if narrow else section(self.offset("v_exponent"), *scale),
             summary=section(self.summary_offset, (2, self.head_dim), torch.float16) if self.has_summary else None,

@@ -97,13 +97,15 @@ class SageImpl(AttentionImpl[SageMetadata]):
         """
         chosen, shape = options.current(), (self.num_kv_heads, self.head_size)
         if self.calibration is NOT_CALIBRATED:
+            pairs = torch.arange(self.head_size // 2, dtype=torch.int32, device=device_)
             self.calibration = LayerCalibration(
                 torch.zeros(shape, device=device_) if chosen.smooth_k else None,
                 torch.ones(shape, device=device_) if chosen.equalize else None,
+                pairs.repeat(shape[0], 1) if chosen.equalize and self.layout.k_bits == 4 else None,
                 found.v_anchor.to(device_) if chosen.smooth_v and found.v_anchor is not None else None,
             )
         own = self.calibration
-        for target, source in ((own.k_anchor, found.k_anchor), (own.equalizer, found.equalizer)):
+        for target, source in ((own.k_anchor, found.k_anchor), (own.equalizer, found.equalizer), (own.order, found.order)):
             if target is not None and source is not None:
                 target.copy_(source)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sage_backend.features.calibration_file import OF_EQUALIZER, OF_VALUES, worker_calibration
+from sage_backend.features.calibration_file import OF_EQUALIZER, OF_ORDER, OF_VALUES, worker_calibration
 from sage_backend.features.layers import own_impls
 from sage_backend.features.observers import Statistics
 
@@ -54,9 +54,11 @@ def tensors_of(of_workers: list[dict[str, torch.Tensor]], heads: int) -> dict[st
         by_head = torch.cat([worker[layer] for worker in of_workers if layer in worker])
         # With fewer heads than workers, several have the same head, each with query heads of its own.
         shared = by_head.unflatten(0, (-1, max(1, len(by_head) // heads)))
-        mean, value, square, least, largest, _ = (each.clone() for each in shared[:, 0].unbind(1))
+        mean, value, square, _, least, largest, _ = (each.clone() for each in shared[:, 0].unbind(1))
+        key, query_square = torch.maximum(largest - mean, mean - least), shared[:, :, 3].mean(1)
         found[layer] = mean
-        found[layer + OF_EQUALIZER] = _equalizer(torch.maximum(largest - mean, mean - least), shared[:, :, 5].amax(1))
+        found[layer + OF_EQUALIZER] = _equalizer(key, shared[:, :, 6].amax(1))
+        found[layer + OF_ORDER] = _order(key, query_square)
         if value.square().sum() > MIN_MEAN_FRACTION * square.sum():
             found[layer + OF_VALUES] = value
     return found
@@ -69,3 +71,10 @@ def _equalizer(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     used = (key > 0) & (query > 0)
     factor = torch.where(used, (key / query.clamp(min=torch.finfo(torch.float32).tiny)).sqrt(), 1.0)
     return factor.repeat(1, 2)
+
+
+def _order(key: torch.Tensor, query_square: torch.Tensor) -> torch.Tensor:
+    """RoPE pairs by how much the codes of their keys matter, int32 [kv_heads, head_dim // 2], the most first. That is the
+    largest magnitude of their keys times the root mean square of their queries. key, query_square: [kv_heads, head_dim]."""
+    key, query = key.unflatten(-1, (2, -1)).amax(-2), query_square.unflatten(-1, (2, -1)).mean(-2).sqrt()
+    return (key * query).sort(dim=-1, descending=True, stable=True).indices.int()

@@ -2,8 +2,9 @@
 """The file of a calibration: `sage calibrate` writes it, a server loads it.
 
 It is a safetensors file. For each attention layer, by vLLM's name of it, it has the anchor of keys, float32 [kv_heads,
-head_dim]; by that name and `OF_EQUALIZER`, the equalizer; by that name and `OF_VALUES`, the anchor of values, if the layer has
-one. Its metadata identify the model and have the bits of each layer's keys, if they were chosen.
+head_dim]. By that name and `OF_EQUALIZER` it has the equalizer; and `OF_ORDER`, the order of RoPE pairs, int32 [kv_heads,
+head_dim // 2]; and `OF_VALUES`, the anchor of values, if the layer has one. Its metadata identify the model and have the bits
+of each layer's keys, if they were chosen.
 """
 
 import json
@@ -17,7 +18,7 @@ from sage_kernels import LayerCalibration
 from sage_paged import K_BITS
 
 _FILE = ModelFileFormat("calibration", "sage calibrate", "sage-calibration-2")
-OF_EQUALIZER, OF_VALUES = ".equalizer", ".values"
+OF_EQUALIZER, OF_ORDER, OF_VALUES = ".equalizer", ".order", ".values"
 
 
 def save(path: Path, tensors: dict[str, torch.Tensor], model_config: Any, k_bits: dict[str, int] | None = None) -> None:
@@ -56,7 +57,7 @@ def calibration(path: str, layer: str, heads: int, rank: int, ranks: int) -> Lay
 
     Raises ValueError like `check`, and if the file has another number of KV heads.
     """
-    _, found = _FILE.read(path, [layer, layer + OF_EQUALIZER, layer + OF_VALUES])
+    _, found = _FILE.read(path, [layer + kind for kind in ("", OF_EQUALIZER, OF_ORDER, OF_VALUES)])
     for each in found.values():
         if heads != max(1, len(each) // ranks):
             raise ValueError(
@@ -75,4 +76,4 @@ def worker_calibration(tensors: dict[str, torch.Tensor], layer: str, heads: int,
         first = rank * len(tensors[name]) // ranks  # with fewer heads than workers, several have the same
         return tensors[name][first : first + heads]
 
-    return LayerCalibration(slice_of(layer), slice_of(layer + OF_EQUALIZER), slice_of(layer + OF_VALUES))
+    return LayerCalibration(*(slice_of(layer + kind) for kind in ("", OF_EQUALIZER, OF_ORDER, OF_VALUES)))

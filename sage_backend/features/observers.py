@@ -38,7 +38,8 @@ class Statistics:
         self.count = 0
         self.key = self.value = torch.empty(0)
         self.sums: torch.Tensor | None = None
-        """Of keys, values and squares of values, float64 [kv_heads, 3, head_dim]."""
+        """Of keys, values, squares of values, and squares of queries (the mean over query heads), float64 [kv_heads, 4,
+        head_dim]."""
         self.ranges: torch.Tensor | None = None
         """The least key, the largest key and the largest magnitude of queries, float32 [kv_heads, 3, head_dim]."""
 
@@ -48,15 +49,17 @@ class Statistics:
         if len(self.key) == 0:
             return
         key, value = self.key.double(), self.value.double()
-        sums = torch.stack([key.sum(0), value.sum(0), value.square().sum(0)], 1)
+        sums = torch.stack([key.sum(0), value.sum(0), value.square().sum(0), torch.zeros_like(key[0])], 1)
         self.sums = sums if self.sums is None else self.sums + sums
         self.count += len(key)
         self._widen(key.amin(0).float(), key.amax(0).float(), torch.zeros_like(key[0], dtype=torch.float32))
 
     def attended(self, query: torch.Tensor, out: torch.Tensor) -> None:
-        if self.ranges is None or len(query) != len(self.key):
+        if self.sums is None or self.ranges is None or len(query) != len(self.key):
             return
-        largest = query.float().abs().amax(0).unflatten(0, (self.key.shape[1], -1)).amax(1)
+        by_head = query.float().unflatten(1, (self.key.shape[1], -1))
+        self.sums[:, 3] += by_head.double().square().sum(0).mean(1)
+        largest = by_head.abs().amax(0).amax(1)
         self._widen(self.ranges[:, 0], self.ranges[:, 1], largest)
         plain = Modifiers(self.impl.window, self.impl.soft_cap, self.impl.sinks)
         for first in range(0, len(query), _ERROR_QUERIES):  # as many logits as fit into memory
@@ -72,8 +75,8 @@ class Statistics:
         self.ranges = torch.stack([least, largest, query], 1)
 
     def result(self) -> torch.Tensor | None:
-        """float32 [kv_heads, 6, head_dim] on the CPU: the means of keys, of values and of squares of values, the least and the
-        largest key, and the largest magnitude of queries. None if the layer has stored nothing."""
+        """float32 [kv_heads, 7, head_dim] on the CPU: the means of keys, of values, of squares of values and of squares of
+        queries, the least and the largest key, and the largest magnitude of queries. None if the layer has stored nothing."""
         if self.sums is None or self.ranges is None:
             return None
         return torch.cat([(self.sums / self.count).float(), self.ranges], 1).cpu()

@@ -50,7 +50,7 @@ def mass_covered(
     logits = []
     for some in blocks.split(PIECE // layout.tokens):
         codes, k_scale = reference.key_codes(pages[some, head], layout)
-        logits.append(reference.restore_keys(codes * k_scale[..., None], restored) @ query.T * scale)
+        logits.append(reference.restore_keys(codes * k_scale[..., None], restored, layout) @ query.T * scale)
     found = torch.cat(logits)  # [n, tokens, heads]
     if soft_cap:
         found = soft_cap * torch.tanh(found / soft_cap)

@@ -51,7 +51,8 @@ def test_a_layer_is_neutral_until_it_is_calibrated(layer: Any) -> None:
     assert not own.k_anchor.any()
     assert torch.equal(own.equalizer, torch.ones_like(own.equalizer))
     assert own.v_anchor is None
-    found = LayerCalibration(*(torch.rand(KV_HEADS, HEAD_DIM) + 1 for _ in range(3)))
+    k_anchor, equalizer, v_anchor = (torch.rand(KV_HEADS, HEAD_DIM) + 1 for _ in range(3))
+    found = LayerCalibration(k_anchor, equalizer, None, v_anchor)
     with torch.inference_mode():
         layer.impl.calibrate(found, torch.device("cpu"))
     assert layer.impl.calibration is own
@@ -71,7 +72,7 @@ def test_layers_that_share_keys_share_their_calibration(layer: Any) -> None:
         sharing = SageImpl(HEADS, HEAD_DIM, 0.125, KV_HEADS, logits_soft_cap=5.0, kv_sharing_target_layer_name="target")
     key = torch.randn(20, KV_HEADS, HEAD_DIM) + 3
     equalizer = torch.rand(KV_HEADS, HEAD_DIM) + 1
-    layer.impl.calibrate(LayerCalibration(key.mean(0), equalizer, torch.randn(KV_HEADS, HEAD_DIM) + 3), key.device)
+    layer.impl.calibrate(LayerCalibration(key.mean(0), equalizer, None, torch.randn(KV_HEADS, HEAD_DIM) + 3), key.device)
     own = layer.impl.calibration
     store(layer, key)
     table, lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[0]], [20], [0, 20]))

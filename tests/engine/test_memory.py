@@ -83,7 +83,7 @@ def brute_force(b: Batch, request: int, head: int, lists: PagedBatch, row: int, 
     length, last = int(b.requests.seq_lens[request]), int(b.requests.query_start_loc[request + 1]) - 1
     read = lists.block_table[row, head, : -(-int(lists.seq_lens[row]) // tokens)].tolist()
     codes, scales, _, _ = reference.load(b.pages, b.requests.block_table[request, : -(-length // tokens)], b.layout)
-    keys = reference.restore_keys(codes * scales[..., None], b.calibration)[head]
+    keys = reference.restore_keys(codes * scales[..., None], b.calibration, b.layout)[head]
     shares = []
     for query in b.query[last, head * group : (head + 1) * group].double():
         logits = [float(query @ keys[at].double()) * b.scale for at in range(length)]

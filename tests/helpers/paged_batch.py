@@ -59,7 +59,7 @@ def make_batch(
 
     requests: (tokens, query tokens) of each; the batch's max_query_len is the largest number of query tokens. channel_bias,
     value_bias, query_bias: constants added to some channels of keys, values and queries. smooth, smooth_v: whether keys and
-    values are stored less an anchor; equalize: whether keys are equalized, by random factors.
+    values are stored less an anchor; equalize: whether keys are equalized and ordered, at random.
     """
     g = torch.Generator().manual_seed(seed)
     tokens = layout.tokens
@@ -86,6 +86,7 @@ def make_batch(
     # Bytes of an earlier owner, NaN codes and NaN scales among them.
     garbage = torch.randint(0, 256, (blocks, kv_heads, layout.page_bytes), generator=g, dtype=torch.uint8)
     equalizer = torch.randn(kv_heads, layout.head_dim // 2, generator=g).exp().repeat(1, 2)
+    order = torch.rand(kv_heads, layout.head_dim // 2, generator=g).argsort(-1).int()
     batch = Batch(
         layout,
         key.to(dtype),
@@ -94,7 +95,10 @@ def make_batch(
         garbage.clone(),
         garbage,
         LayerCalibration(
-            key[:8].mean(0) if smooth else None, equalizer if equalize else None, value.mean(0) if smooth_v else None
+            key[:8].mean(0) if smooth else None,
+            equalizer if equalize else None,
+            order if equalize else None,
+            value.mean(0) if smooth_v else None,
         ),
         query.to(dtype),
         PagedBatch(

@@ -42,7 +42,8 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     pages = layout.empty(2, 2)
     key, query = torch.zeros(1, 2, head_dim, dtype=torch.bfloat16), torch.zeros(1, 8, head_dim, dtype=torch.bfloat16)
     anchor, equalizer = torch.zeros(2, head_dim), torch.ones(2, head_dim)
-    keys, values = LayerCalibration(anchor, equalizer), LayerCalibration(anchor, equalizer, anchor)
+    order = torch.zeros(2, head_dim // 2, dtype=torch.int32)
+    keys, values = (LayerCalibration(anchor, equalizer, order, of_values) for of_values in (None, anchor))
 
     slots = torch.zeros(1, dtype=torch.int64)
     for name, calibration in {"": LayerCalibration(), "keys": keys, "values": values}.items():

@@ -203,11 +203,13 @@ def test_requests_of_a_batch() -> None:
 
 def test_modifiers_of_some_heads() -> None:
     sinks, k_anchor, equalizer = torch.arange(6.0), torch.arange(12.0).view(3, 4), torch.arange(12.0).view(3, 4) + 1
-    part = Modifiers(5, 2.0, sinks, LayerCalibration(k_anchor, equalizer), 7).heads(slice(1, 3), group=2)
+    order = torch.arange(6, dtype=torch.int32).view(3, 2)
+    part = Modifiers(5, 2.0, sinks, LayerCalibration(k_anchor, equalizer, order), 7).heads(slice(1, 3), group=2)
     assert (part.window, part.soft_cap, part.q_block, part.calibration.v_anchor) == (5, 2.0, 7, None)
     assert torch.equal(part.sinks, sinks[2:6])
     assert torch.equal(part.calibration.k_anchor, k_anchor[1:3])
     assert torch.equal(part.calibration.equalizer, equalizer[1:3])
+    assert torch.equal(part.calibration.order, order[1:3])
 
 
 # --- Refusals -----------------------------------------------------------------------------------------------------------------
@@ -290,6 +292,7 @@ def test_tokens_that_do_not_fit_are_refused(changes: dict[str, Any], message: st
         ({"sinks": torch.zeros(2)}, "sinks has 2 entries; it must have one per query head, 4"),
         (calibrated(k_anchor=torch.zeros(4, 64)), "k_anchor is torch.float32 [4, 64]; it must be float32 [2, 64]"),
         (calibrated(v_anchor=torch.zeros(2, 64).bfloat16()), "v_anchor is torch.bfloat16 [2, 64]; it must be float32 [2, 64]"),
+        (calibrated(order=torch.zeros(2, 64).int()), "order is torch.int32 [2, 64]; it must be int32 [2, 32], contiguous"),
         (calibrated(equalizer=torch.ones(64, 2).T), "equalizer is torch.float32 [2, 64]; it must be float32 [2, 64], cont"),
     ],
     ids=lambda x: x[:30] if isinstance(x, str) else "",

@@ -16,13 +16,14 @@ LAYOUTS = [PageLayout(*combination) for combination in itertools.product(HEAD_DI
 def test_sections_cover_the_page_without_overlap(layout: PageLayout) -> None:
     pages = layout.empty(3, 2)
     views = layout.views(pages)
-    sections = [s for s in (views.k, views.v, views.k_groups, views.k_scale, views.v_exponent) if s is not None]
-    assert len(sections) == 4
+    every = (views.k, views.v, views.k_groups, views.k_low, views.k_scale, views.v_exponent)
+    sections = [s for s in every if s is not None]
+    assert len(sections) == (4 if layout.k_bits == 8 else 5)
     unused = layout.page_bytes - sum(s[0, 0].numel() * s.element_size() for s in sections)
     assert unused == (2 * layout.tokens if (layout.head_dim, layout.k_bits) == (80, 4) else 0)
     for mark, section in enumerate(sections, start=1):
         section.view(torch.uint8).copy_(torch.full_like(section.view(torch.uint8), mark))
-    counts = [int((pages == mark).sum()) for mark in range(5)]
+    counts = [int((pages == mark).sum()) for mark in range(len(sections) + 1)]
     assert counts == [6 * unused, *(s.numel() * s.element_size() for s in sections)]
     assert layout.bytes_per_token * layout.tokens == layout.page_bytes
     assert layout.page_bytes % 16 == 0, "kernels load 16 bytes at a time"
@@ -58,12 +59,13 @@ def test_round_trip(layout: PageLayout) -> None:
         span = of_groups.amax((-3, -1)) - of_groups.amin((-3, -1))
         step = (span / code / 15 + 1 / 15).ceil() * code
         assert (error.square().mean((-3, -1)).sqrt() <= 0.5 * step + 0.51 * code).all()
+        assert (error[..., 0, :].abs() <= 0.505 * code[..., None]).all(), "8 bits, and k_scale is off by up to 2**-15"
         assert (error / step[..., None, :, None]).square().mean().sqrt() < 0.3
     # e4m3 keeps 3 fraction bits: half a step is 1/16 of a number, and 2**-10 of the scale for its subnormals.
     assert ((v - value).abs() <= torch.maximum(value.abs() / 16, v_exponent.exp2()[:, slots, None] * 2**-10)).all()
 
     untouched = torch.ones(5 * layout.tokens, dtype=torch.bool).index_fill_(0, slots, False)
-    for name in ("k", "k_groups", "k_scale", "v_exponent"):
+    for name in ("k", "k_groups", "k_low", "k_scale", "v_exponent"):
         if getattr(layout.views(pages), name) is None:
             continue
         old, new = (getattr(layout.views(x), name).contiguous().view(torch.uint8) for x in (before, pages))
@@ -96,17 +98,25 @@ def test_int4_keys_stand_for_int8_codes() -> None:
     codes = torch.randint(-127, 128, (500, 2, 96), dtype=torch.int8)
     codes[:200] //= 20  # groups that 16 levels suffice for
     codes[0], codes[1], codes[2] = 127, -127, 0
-    packed, groups = reference.pack_int4(codes)
-    assert (packed.shape, groups.shape) == ((500, 2, 48), (500, 2, 2, 6))
-    step, base = groups.int().unbind(-2)
+    packed, groups, low = reference.pack_int4(codes)
+    assert (packed.shape, groups.shape, low.shape) == ((500, 2, 48), (500, 2, 2, 6), (500, 2, 8))
+    step, zero = groups.int().unbind(-2)
     assert (step >= 1).all()
-    assert (base + 15 * step <= 127).all()
-    wide = reference.unpack_int4(packed, groups)
+    assert (zero[..., 1:] + 15 * step[..., 1:] <= 127).all()
+    wide = reference.unpack_int4(packed, groups, low)
     assert torch.equal(wide[:200], codes[:200])
-    # Byte i has channels i and i + 48, with the step and the base of i // 8.
-    nibbles = torch.stack([packed.view(torch.uint8) & 0xF, packed.view(torch.uint8) >> 4], -2).int()
+    first = torch.cat([torch.arange(8), torch.arange(8) + 48])
+    assert torch.equal(wide[..., first], codes[..., first]), "the first group has 8 bits"
+    assert not torch.equal(wide, codes)
+
+    # Byte i has channels i and i + 48, with the step and the zero point of i // 8; the first group has low nibbles besides.
+    def unpack(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x.view(torch.uint8) & 0xF, x.view(torch.uint8) >> 4], -2).int()
+
     of_byte = torch.arange(48) // GROUP_BYTES
-    assert torch.equal(wide.int().unflatten(-1, (2, 48)), base[..., None, of_byte] + step[..., None, of_byte] * nibbles)
+    expected = zero[..., None, of_byte] + step[..., None, of_byte] * unpack(packed)
+    expected[..., :GROUP_BYTES] += unpack(low)
+    assert torch.equal(wide.int().unflatten(-1, (2, 48)), expected)
 
 
 @pytest.mark.parametrize(("argument", "value"), [("head_dim", 72), ("k_bits", 5), ("tokens", 32)])

@@ -84,9 +84,14 @@ def test_int4_prompts_in_parts(scratch: int, parts: int, per_head: bool, window:
             return self.launch
 
         def launch(self, query, out, k, v, pages, table, lengths, starts, *rest: Any, **constants: Any) -> None:
-            sinks, k_anchor, equalizer, v_anchor, _, scale, soft_cap, *_ = rest
+            sinks, k_anchor, equalizer, order, v_anchor, _, scale, soft_cap, *_ = rest
             layout = PageLayout(constants["HEAD_DIM"], 8, constants["PAGE"])
-            modifiers = Modifiers(constants["WINDOW"], soft_cap, sinks, LayerCalibration(k_anchor, equalizer, v_anchor))
+            # Queries come in the model's order. The kernel puts them into that of the keys, which these pages have.
+            channels = torch.cat([order, order + 64], -1).long().repeat_interleave(4, 0)
+            query = query.gather(-1, channels.expand_as(query))
+            k_anchor, equalizer = (x.gather(-1, channels[::4]) for x in (k_anchor, equalizer))
+            calibration = LayerCalibration(k_anchor, equalizer, None, v_anchor)
+            modifiers = Modifiers(constants["WINDOW"], soft_cap, sinks, calibration)
             cpu.attention(query, pages, layout, PagedBatch(table, lengths, starts), scale, out, modifiers)
             launched.append(lengths)
 

@@ -28,6 +28,7 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "anchors.safetensors"
     heads = torch.arange(8.0)[:, None].expand(8, 64)
     anchors = {"layer": heads.contiguous(), "layer.equalizer": heads + 20, "layer.values": heads + 10, "bare": heads.clone()}
+    anchors["layer.order"] = heads[:, :32].int() + 30
     calibration_file.save(path, anchors, config(MODEL_DIR))
     return path
 
@@ -35,21 +36,21 @@ def file(tmp_path: Path) -> Path:
 def test_round_trip(file: Path) -> None:
     calibration_file.check(str(file), config(MODEL_DIR))
     found = calibration_file.calibration(str(file), "layer", 8, 0, 1)
-    for tensor, first in ((found.k_anchor, 0), (found.equalizer, 20), (found.v_anchor, 10)):
+    for tensor, first in ((found.k_anchor, 0), (found.equalizer, 20), (found.order, 30), (found.v_anchor, 10)):
         assert tensor is not None
         assert tensor[:, 0].tolist() == list(range(first, first + 8))
     bare = calibration_file.calibration(str(file), "bare", 8, 0, 1)
     assert bare.k_anchor is not None
     assert (bare.equalizer, bare.v_anchor) == (None, None)
     assert calibration_file.calibration(str(file), "another layer", 8, 0, 1) == LayerCalibration()
-    assert set(calibration_file.tensors(str(file))) == {"layer", "layer.equalizer", "layer.values", "bare"}
+    assert set(calibration_file.tensors(str(file))) == {"layer", "layer.equalizer", "layer.order", "layer.values", "bare"}
     assert list(file.parent.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(("ranks", "heads"), [(2, 4), (8, 1), (16, 1)])
 def test_workers_take_their_heads(file: Path, ranks: int, heads: int) -> None:
     shares = [calibration_file.calibration(str(file), "layer", heads, rank, ranks) for rank in range(ranks)]
-    for kind, first in (("k_anchor", 0), ("equalizer", 20), ("v_anchor", 10)):
+    for kind, first in (("k_anchor", 0), ("equalizer", 20), ("order", 30), ("v_anchor", 10)):
         found = [int(head) - first for share in shares for head in getattr(share, kind)[:, 0]]
         assert found == sorted([*range(8)] * max(1, ranks // 8))
 
@@ -83,13 +84,16 @@ def test_statistics_of_workers_make_a_calibration(workers: int) -> None:
                 observer.attended(queries, torch.empty_like(queries))
             found_by[-1][layer] = observer.result()
     found = calibration.tensors_of(found_by, 4)
-    assert set(found) == {"plain", "plain.equalizer", "biased", "biased.equalizer", "biased.values"}
+    kinds = {"", ".equalizer", ".order"}
+    assert set(found) == {f"{layer}{kind}" for layer in ("plain", "biased") for kind in kinds} | {"biased.values"}
     mean = key[:-1].mean(0)
     assert torch.allclose(found["plain"], mean, atol=1e-6)
     assert torch.allclose(found["biased.values"], biased[:-1].mean(0), atol=1e-6)
     of_key = (key[:-1] - mean).abs().amax(0).unflatten(-1, (2, 32)).amax(1)
     of_query = query[:-1].abs().amax(0).unflatten(0, (4, 4)).amax(1).unflatten(-1, (2, 32)).amax(1)
     assert torch.allclose(found["plain.equalizer"], (of_key / of_query).sqrt().repeat(1, 2), rtol=1e-4)
+    worth = of_key * query[:-1].square().mean(0).unflatten(0, (4, 4)).mean(1).unflatten(-1, (2, 32)).mean(1).sqrt()
+    assert torch.equal(found["plain.order"], worth.sort(-1, descending=True).indices.int())
     factors = found["plain.equalizer"]
     assert factors[0, 5] > 2 * factors[0, 6]
     assert factors[1, 8] < factors[1, 9] / 2
@@ -164,7 +168,8 @@ def test_errors_of_pages(soft_cap: float, smooth_q: bool) -> None:
     g = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(300, heads, 64, generator=g) for heads in (4, 2, 2))
     query[..., ::17] += 20 * smooth_q
-    own = LayerCalibration(*(torch.rand(2, 64, generator=g) + 0.5 for _ in range(3)))
+    k_anchor, equalizer, v_anchor = (torch.rand(2, 64, generator=g) + 0.5 for _ in range(3))
+    own = LayerCalibration(k_anchor, equalizer, torch.arange(31, -1, -1).int().repeat(2, 1), v_anchor)
     q_block = 32 if smooth_q else 0
     shape = {"head_size": 64, "scale": 0.125, "window": 0, "soft_cap": soft_cap, "sinks": None}
     impl = SimpleNamespace(**shape, layout=PageLayout(64), calibration=own, q_block=lambda device, layout: q_block)

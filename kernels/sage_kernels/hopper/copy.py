@@ -16,18 +16,19 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sage_kernels.portable.primitives import section_offset
-from sage_paged import PageLayout, v_token
+from sage_paged import GROUP_BYTES, PageLayout, v_token
 
 _v_token = gluon.jit(v_token)
 
 
 class PageDescriptors(NamedTuple):
-    """TMA descriptors of a cache, by section of a page: keys, values, INT4 groups (steps and zero points), scales. Keys and
-    values arrive as tensor cores read them, groups and scales as they lie in memory (`plain`)."""
+    """TMA descriptors of a cache, by section of a page: keys, values, INT4 groups (steps and zero points), the low nibbles of
+    the first group, scales. Keys and values arrive as tensor cores read them, the others as they lie in memory (`plain`)."""
 
     k: TensorDescriptor
     v: TensorDescriptor
     groups: TensorDescriptor
+    low: TensorDescriptor
     scales: TensorDescriptor
 
 
@@ -62,6 +63,12 @@ def copy_values(v_pages, row, buffer, full, HEAD_DIM: gl.constexpr, K_BITS: gl.c
 def copy_groups(group_rows, row, buffer, full, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr):
     GROUP_ROW: gl.constexpr = section_offset("k_groups", HEAD_DIM, 4, PAGE) // PAGE
     tma.async_copy_global_to_shared(group_rows, [row + GROUP_ROW, 0], full, buffer)
+
+
+@gluon.jit
+def copy_low(low_rows, row, buffer, full, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr):
+    LOW_ROW: gl.constexpr = section_offset("k_low", HEAD_DIM, 4, PAGE) // PAGE
+    tma.async_copy_global_to_shared(low_rows, [row + LOW_ROW, 0], full, buffer)
 
 
 @gluon.jit
@@ -110,6 +117,7 @@ def _descriptors(data: int, blocks: int, block_stride: int, head_stride: int, la
         k=descriptor(torch.int8, gl.int8, [page, layout.k_row_bytes]),
         v=descriptor(torch.float8_e4m3fn, gl.float8e4nv, [layout.head_dim, page]),
         groups=descriptor(torch.int8, gl.int8, [max(1, 2 * layout.k_groups), page], tiled=False),
+        low=descriptor(torch.int8, gl.int8, [GROUP_BYTES, page], tiled=False),
         scales=descriptor(torch.float32, gl.float32, [2 if layout.k_bits == 8 else 1, page], tiled=False),
     )
 

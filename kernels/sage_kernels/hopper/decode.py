@@ -26,6 +26,7 @@ from sage_kernels.hopper.copy import (
     clear_v_behind,
     copy_groups,
     copy_keys,
+    copy_low,
     copy_scales,
     copy_values,
     descriptors,
@@ -46,18 +47,19 @@ from sage_kernels.portable.primitives import (
     to_int,
     v_exponent_in_scale,
 )
-from sage_kernels.portable.query_tile import tensor_or
+from sage_kernels.portable.query_tile import calibration_constants, calibration_tensors, tensor_or
 from sage_kernels.portable.scheduler import LANES, WorkItem, count_parts, find_span, next_segment, partial_slot
 from sage_paged import PageLayout
 
 
 class PageSource(NamedTuple):
-    """What the copies of a decode read. k, v, groups, scales: TMA descriptors (`PageDescriptors`); block_rows, head_rows:
+    """What the copies of a decode read. k, v, groups, low, scales: TMA descriptors (`PageDescriptors`); block_rows, head_rows:
     `page_rows`; block_table and its strides: see `PagedBatch`."""
 
     k: gl.tensor
     v: gl.tensor
     groups: gl.tensor
+    low: gl.tensor
     scales: gl.tensor
     block_rows: gl.tensor
     head_rows: gl.tensor
@@ -67,12 +69,13 @@ class PageSource(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Shared memory of STAGES pages as copied, and the barriers `full`, on which a page's copies arrive. groups: for INT4
+    """Shared memory of STAGES pages as copied, and the barriers `full`, on which a page's copies arrive. groups, low: for INT4
     keys."""
 
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
     groups: gl.shared_memory_descriptor
+    low: gl.shared_memory_descriptor
     scales: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
 
@@ -117,11 +120,12 @@ def _copy_page(source, buffers, slot, row, HEAD_DIM: gl.constexpr, K_BITS: gl.co
     copy_values(source.v, row, buffers.v.index(slot), full, HEAD_DIM, K_BITS, PAGE)
     if K_BITS == 4:
         copy_groups(source.groups, row, buffers.groups.index(slot), full, HEAD_DIM, PAGE)
+        copy_low(source.low, row, buffers.low.index(slot), full, HEAD_DIM, PAGE)
     copy_scales(source.scales, row, buffers.scales.index(slot), full, HEAD_DIM, K_BITS, PAGE)
 
 
 @gluon.jit
-def _widen(k_buffer, group_buffer, low_buffer, high_buffer, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr):
+def _widen(k_buffer, group_buffer, first_buffer, low_buffer, high_buffer, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr):
     """INT4 keys of a page as INT8 codes, one thread per token. The halves of the head go to buffers of their own, as their
     nibbles are apart."""
     HALF: gl.constexpr = HEAD_DIM // 2
@@ -134,10 +138,14 @@ def _widen(k_buffer, group_buffer, low_buffer, high_buffer, HEAD_DIM: gl.constex
     zero = groups.slice(GROUPS, GROUPS, dim=1).load(OF_GROUPS)[:, :, None]
     nibbles = gl.convert_layout(k_buffer.load(TOKENS).reshape([PAGE, GROUPS, GROUP_BYTES]), BYTES)
     nibbles, step, zero = gl.broadcast(nibbles, step)[0], gl.broadcast(step, nibbles)[0], gl.broadcast(zero, nibbles)[0]
+    # The low nibbles of the first group, 0 in others.
+    first = plain(first_buffer, [PAGE, GROUP_BYTES], gl.int8).load(gl.SliceLayout(1, BYTES))[:, None, :]
+    is_first = gl.arange(0, GROUPS, gl.SliceLayout(0, gl.SliceLayout(2, BYTES)))[None, :, None] == 0
+    first = gl.where(is_first, gl.broadcast(first, nibbles)[0], 0).to(gl.int8)
     # Four bytes at a time: with 128 added to the zero point, no byte of zero + step * nibble carries into the next.
     low, high = gl.inline_asm_elementwise(
         """{
-        .reg .b32 low, high, step, zero;
+        .reg .b32 low, high, step, zero, first;
         and.b32 low, $2, 0x0F0F0F0F;
         shr.u32 high, $2, 4;
         and.b32 high, high, 0x0F0F0F0F;
@@ -145,10 +153,15 @@ def _widen(k_buffer, group_buffer, low_buffer, high_buffer, HEAD_DIM: gl.constex
         xor.b32 zero, $4, 0x80808080;
         mad.lo.u32 low, low, step, zero;
         mad.lo.u32 high, high, step, zero;
+        and.b32 first, $5, 0x0F0F0F0F;
+        add.u32 low, low, first;
+        shr.u32 first, $5, 4;
+        and.b32 first, first, 0x0F0F0F0F;
+        add.u32 high, high, first;
         xor.b32 $0, low, 0x80808080;
         xor.b32 $1, high, 0x80808080;
         }""",
-        "=r,=r,r,r,r", [nibbles, step, zero], dtype=(gl.int8, gl.int8), is_pure=True, pack=4,
+        "=r,=r,r,r,r,r", [nibbles, step, zero, first], dtype=(gl.int8, gl.int8), is_pure=True, pack=4,
     )  # fmt: skip
     low_buffer.store(gl.convert_layout(low.reshape([PAGE, HALF]), TOKENS))
     high_buffer.store(gl.convert_layout(high.reshape([PAGE, HALF]), TOKENS))
@@ -156,42 +169,39 @@ def _widen(k_buffer, group_buffer, low_buffer, high_buffer, HEAD_DIM: gl.constex
 
 
 @gluon.jit
-def _load_query(query, offsets, valid, first, Q_LAYOUT: gl.constexpr, CHANNELS: gl.constexpr):
-    """CHANNELS channels from `first` on of query rows, float32 [rows, CHANNELS], 0 where not valid."""
-    channels = first + gl.arange(0, CHANNELS, gl.SliceLayout(0, Q_LAYOUT))
+def _load_query(query, offsets, valid, channels):
+    """These channels of query rows, float32 [rows, channels], 0 where not valid."""
     return gl.load(query + offsets[:, None] + channels[None, :], mask=valid[:, None], other=0.0).to(gl.float32)
 
 
 @gluon.jit
-def _times_anchor(q, k_anchor, Q_LAYOUT: gl.constexpr, CHANNELS: gl.constexpr):
-    return gl.sum(q * gl.load(k_anchor + gl.arange(0, CHANNELS, gl.SliceLayout(0, Q_LAYOUT)))[None, :], 1)
-
-
-@gluon.jit
 def _load_query_tile(
-    query, k_anchor, equalizer, operands, q_start, q_len, seq_len, kv_head, first_page, scale, q_token_stride, q_head_stride,
-    GROUP: gl.constexpr, K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr,
-    PAGE: gl.constexpr, BLOCK_M: gl.constexpr, PART: gl.constexpr, ROWS: gl.constexpr,
+    query, k_anchor, equalizer, order, operands, q_start, q_len, seq_len, kv_head, first_page, scale,
+    q_token_stride, q_head_stride,
+    GROUP: gl.constexpr, K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, ORDER: gl.constexpr, HEAD_DIM: gl.constexpr,
+    K_BITS: gl.constexpr, PAGE: gl.constexpr, BLOCK_M: gl.constexpr, PART: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """Quantize a request's query rows into shared memory. Returns QueryTile, its rows in the layout ROWS."""
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PART, PART // 8], [4, 1], [1, 0])
     rows = gl.arange(0, BLOCK_M, gl.SliceLayout(1, Q_LAYOUT))
     offsets = (q_start + rows // GROUP).to(gl.int64) * q_token_stride + (kv_head * GROUP + rows % GROUP) * q_head_stride
     valid = rows // GROUP < q_len
-    q = _load_query(query, offsets, valid, 0, Q_LAYOUT, PART)
+    channels = gl.arange(0, PART, gl.SliceLayout(0, Q_LAYOUT))
+    if ORDER:
+        channels = gl.load(order + kv_head * PART + channels)
+    q = _load_query(query, offsets, valid, channels)
     q_high = q
     if K_BITS == 4:  # the second half of the head, with the same scale
-        q_high = _load_query(query, offsets, valid, PART, Q_LAYOUT, PART)
+        q_high = _load_query(query + PART, offsets, valid, channels)
+    head_channels = kv_head * HEAD_DIM + channels
     if K_ANCHOR:
-        head_anchor = k_anchor + kv_head * HEAD_DIM
-        product = _times_anchor(q, head_anchor, Q_LAYOUT, PART)
+        product = gl.sum(q * gl.load(k_anchor + head_channels)[None, :], 1)
         if K_BITS == 4:
-            product += _times_anchor(q_high, head_anchor + PART, Q_LAYOUT, PART)
+            product += gl.sum(q_high * gl.load(k_anchor + head_channels + PART)[None, :], 1)
     if EQUALIZE:
-        head_equalizer = equalizer + kv_head * HEAD_DIM + gl.arange(0, PART, gl.SliceLayout(0, Q_LAYOUT))
-        q *= gl.load(head_equalizer)[None, :]
+        q *= gl.load(equalizer + head_channels)[None, :]
         if K_BITS == 4:
-            q_high *= gl.load(head_equalizer + PART)[None, :]
+            q_high *= gl.load(equalizer + head_channels + PART)[None, :]
     amax = gl.max(gl.abs(q), 1)
     if K_BITS == 4:
         amax = gl.maximum(amax, gl.max(gl.abs(q_high), 1))
@@ -248,7 +258,10 @@ def _attend_page(
     if K_BITS == 8:
         k = buffers.k.index(slot)
     else:
-        _widen(buffers.k.index(slot), buffers.groups.index(slot), operands.k_low, operands.k_high, HEAD_DIM, PAGE)
+        _widen(
+            buffers.k.index(slot), buffers.groups.index(slot), buffers.low.index(slot), operands.k_low, operands.k_high,
+            HEAD_DIM, PAGE,
+        )  # fmt: skip
         k = operands.k_low
     codes = warpgroup_mma(k, operands.q_low.permute((1, 0)), codes, use_acc=False, is_async=True)
     if K_BITS == 4:
@@ -294,12 +307,12 @@ def _attend_page(
 
 @gluon.jit(do_not_specialize=["num_reqs", "kv_heads", "slot_rows", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _decode_kernel(
-    query, out, partial, partial_m, partial_l, split, k_pages, v_pages, group_rows, scale_rows, block_table, seq_lens,
-    query_start_loc, sinks, k_anchor, equalizer, v_anchor, scale, soft_cap, num_reqs, kv_heads, slot_rows,
+    query, out, partial, partial_m, partial_l, split, k_pages, v_pages, group_rows, low_rows, scale_rows, block_table, seq_lens,
+    query_start_loc, sinks, k_anchor, equalizer, order, v_anchor, scale, soft_cap, num_reqs, kv_heads, slot_rows,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_rows, head_rows,
     GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, K_ANCHOR: gl.constexpr,
-    EQUALIZE: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    EQUALIZE: gl.constexpr, ORDER: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr,
+    PAGE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid and results as those of the portable kernel."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
@@ -318,9 +331,10 @@ def _decode_kernel(
     v_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, HEAD_DIM, PAGE], v_pages.layout)
     scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, SCALES, PAGE], scale_rows.layout)
     q_buffer = gl.allocate_shared_memory(gl.int8, [BLOCK_M, PART], Q_BUFFER)
-    group_buffers, q_high_buffer, low_buffer, high_buffer = k_buffers, q_buffer, k_buffers, k_buffers
+    group_buffers, first_buffers, low_buffer, high_buffer, q_high_buffer = k_buffers, k_buffers, k_buffers, k_buffers, q_buffer
     if K_BITS == 4:
         group_buffers = gl.allocate_shared_memory(gl.int8, [STAGES, HEAD_DIM // GROUP_BYTES, PAGE], group_rows.layout)
+        first_buffers = gl.allocate_shared_memory(gl.int8, [STAGES, GROUP_BYTES, PAGE], low_rows.layout)
         q_high_buffer = gl.allocate_shared_memory(gl.int8, [BLOCK_M, PART], Q_BUFFER)
         low_buffer = gl.allocate_shared_memory(gl.int8, [PAGE, PART], WIDE_BUFFER)
         high_buffer = gl.allocate_shared_memory(gl.int8, [PAGE, PART], WIDE_BUFFER)
@@ -330,9 +344,9 @@ def _decode_kernel(
         mbarrier.init(full.index(stage), count=1)
     fence_async_shared()
     source = PageSource(
-        k_pages, v_pages, group_rows, scale_rows, block_rows, head_rows, block_table, table_stride, table_head_stride
+        k_pages, v_pages, group_rows, low_rows, scale_rows, block_rows, head_rows, block_table, table_stride, table_head_stride
     )
-    buffers = Buffers(k_buffers, v_buffers, group_buffers, scale_buffers, full)
+    buffers = Buffers(k_buffers, v_buffers, group_buffers, first_buffers, scale_buffers, full)
     operands = Operands(q_buffer, q_high_buffer, low_buffer, high_buffer, p_buffer)
 
     await_previous_kernel(PDL)
@@ -358,8 +372,8 @@ def _decode_kernel(
         seq_len = gl.load(seq_lens + request)
         part = gl.minimum(seen - page, left)
         q = _load_query_tile(
-            query, k_anchor, equalizer, operands, q_start, q_len, seq_len, kv_head, first + page, scale, q_token_stride,
-            q_head_stride, GROUP, K_ANCHOR, EQUALIZE, HEAD_DIM, K_BITS, PAGE, BLOCK_M, PART, ROWS,
+            query, k_anchor, equalizer, order, operands, q_start, q_len, seq_len, kv_head, first + page, scale, q_token_stride,
+            q_head_stride, GROUP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, K_BITS, PAGE, BLOCK_M, PART, ROWS,
         )  # fmt: skip
         tokens = gl.arange(0, PAGE, COLUMN)
         nothing = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
@@ -443,19 +457,18 @@ def decode(
     """`portable.decode.decode` with the same arguments, where `supports` holds. There is no kernel for batch.rope_shift."""
     modifiers = modifiers or Modifiers()
     group, head_dim, kv_heads = query.shape[1] // pages.shape[1], query.shape[2], pages.shape[1]
-    k_anchor, calibration = modifiers.bias_anchor(batch), modifiers.calibration
+    calibration = modifiers.calibration_for(batch, layout.k_bits)
     rows = check_rows(batch.max_query_len or 1, group)
     programs = programs or count_programs(query.device, layout)
     workspace = workspace or Workspace.allocate(programs, rows, head_dim, query.device)
     workspace.check(programs, rows, head_dim)
     _decode_kernel[(programs,)](
         query, out, *workspace.tensors, *descriptors(pages, layout), batch.block_table, batch.seq_lens, batch.query_start_loc,
-        tensor_or(modifiers.sinks, query), tensor_or(k_anchor, query), tensor_or(calibration.equalizer, query),
-        tensor_or(calibration.v_anchor, query), scale, modifiers.soft_cap, batch.num_requests, kv_heads, rows,
+        tensor_or(modifiers.sinks, query), *calibration_tensors(calibration, query), scale, modifiers.soft_cap,
+        batch.num_requests, kv_heads, rows,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *batch.table_strides, *page_rows(pages, layout),
         GROUP=group, WINDOW=modifiers.window, SOFT_CAP=modifiers.soft_cap > 0, SINKS=modifiers.sinks is not None,
-        K_ANCHOR=k_anchor is not None, EQUALIZE=calibration.equalizer is not None,
-        V_ANCHOR=calibration.v_anchor is not None, HEAD_DIM=head_dim,
+        **calibration_constants(calibration), HEAD_DIM=head_dim,
         K_BITS=layout.k_bits, PAGE=layout.tokens, BLOCK_M=max(8, 1 << (rows - 1).bit_length()), STAGES=_STAGES, num_warps=4,
         **dependent_launch(query.device),
     )  # fmt: skip

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sage_kernels.batch import Modifiers, PagedBatch
+from sage_kernels.batch import LayerCalibration, Modifiers, PagedBatch
 from sage_kernels.device import multiprocessors
 from sage_kernels.hopper.copy import (
     clear_v_behind,
@@ -55,7 +55,7 @@ from sage_kernels.hopper.scheduler import (
     release_tile,
 )
 from sage_kernels.portable.primitives import LOG2E, TABLE_STRIDES, TABLES, inverse_or_zero, softmax_reference
-from sage_kernels.portable.query_tile import tensor_or
+from sage_kernels.portable.query_tile import calibration_constants, calibration_tensors, tensor_or
 from sage_kernels.portable.widen import widen
 from sage_paged import PageLayout
 
@@ -124,14 +124,15 @@ class Barriers(NamedTuple):
 
 
 class Tensors(NamedTuple):
-    """query, out: [tokens, heads, HEAD_DIM] with the strides behind them; sinks, k_anchor, equalizer, v_anchor:
-    see `Modifiers` and `LayerCalibration`."""
+    """query, out: [tokens, heads, HEAD_DIM] with the strides behind them; sinks, k_anchor, equalizer, order,
+    v_anchor: see `Modifiers` and `LayerCalibration`."""
 
     query: gl.tensor
     out: gl.tensor
     sinks: gl.tensor
     k_anchor: gl.tensor
     equalizer: gl.tensor
+    order: gl.tensor
     v_anchor: gl.tensor
     q_token_stride: gl.tensor
     q_head_stride: gl.tensor
@@ -434,12 +435,25 @@ def _q_layout(head_dim):
 
 
 @gluon.jit
-def _load_query(tensors, tile, WARPGROUP: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr):
-    """A warpgroup's query rows of a tile, [ROWS, HEAD_DIM], 0 where they are not valid."""
+def _channels(tensors, tile, HEAD_DIM: gl.constexpr, ORDER: gl.constexpr):
+    """The channel of the model's head at each position of stored keys, int32 [HEAD_DIM]."""
+    HALF: gl.constexpr = HEAD_DIM // 2
+    channels = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, _q_layout(HEAD_DIM)))
+    if ORDER:
+        channels = gl.load(tensors.order + tile.kv_head * HALF + channels % HALF) + channels // HALF * HALF
+    return channels
+
+
+@gluon.jit
+def _load_query(
+    tensors, tile, WARPGROUP: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_Q: gl.constexpr,
+    ORDER: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup's query rows of a tile in the order of keys, [ROWS, HEAD_DIM], 0 where they are not valid."""
     LAYOUT: gl.constexpr = _q_layout(HEAD_DIM)
     tokens, heads, valid = _query_rows(tile, GROUP, BLOCK_Q, WARPGROUP, gl.SliceLayout(1, LAYOUT))
     offsets = tokens * tensors.q_token_stride + heads * tensors.q_head_stride
-    channels = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LAYOUT))
+    channels = _channels(tensors, tile, HEAD_DIM, ORDER)
     return gl.load(tensors.query + offsets[:, None] + channels[None, :], mask=valid[:, None], other=0.0)
 
 
@@ -470,7 +484,8 @@ def _codes(q, inverse):
 def _attend_tile(
     q, tensors, tile, tile_index, n, buffers, barriers, q_codes, scale, soft_cap,
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
-    K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
+    K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, ORDER: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """Quantize a warpgroup's query rows q of a tile, and attend to all its pages. q_codes: where the codes of q go. n: pages of
     this program's tiles before. Returns acc, l_i and m_ref after the last page, and q_bias."""
@@ -483,7 +498,7 @@ def _attend_tile(
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
 
     q = q.to(gl.float32)
-    channels = tile.kv_head * HEAD_DIM + gl.arange(0, HEAD_DIM, gl.SliceLayout(0, _q_layout(HEAD_DIM)))
+    channels = tile.kv_head * HEAD_DIM + _channels(tensors, tile, HEAD_DIM, ORDER)
     if K_ANCHOR:
         product = gl.sum(q * gl.load(tensors.k_anchor + channels)[None, :], 1)
     if EQUALIZE:
@@ -585,18 +600,18 @@ def _write_out(
 def _attend_partition(
     tensors, buffers, barriers, queue, q_buffers, scale, soft_cap,
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
-    K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
+    K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, ORDER: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr,
+    PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that attends, number WARPGROUP of two."""
     tile_index = 0
     n = 0  # pages so far
     tile = get_tile(queue, 0, 4)
     while tile.pages > 0:
-        q = _load_query(tensors, tile, WARPGROUP, GROUP, HEAD_DIM, BLOCK_Q)
+        q = _load_query(tensors, tile, WARPGROUP, GROUP, HEAD_DIM, BLOCK_Q, ORDER)
         acc, l_i, m_ref, q_bias = _attend_tile(
             q, tensors, tile, tile_index, n, buffers, barriers, q_buffers.index(WARPGROUP), scale, soft_cap,
-            WARPGROUP, GROUP, WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, HEAD_DIM, PAGE, BLOCK_Q,
+            WARPGROUP, GROUP, WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, PAGE, BLOCK_Q,
         )  # fmt: skip
         _write_out(acc, l_i, m_ref, q_bias, tensors, tile, WARPGROUP, GROUP, SOFT_CAP, SINKS, V_ANCHOR, HEAD_DIM, BLOCK_Q)
         release_tile(queue, tile_index)
@@ -607,12 +622,13 @@ def _attend_partition(
 
 @gluon.jit(do_not_specialize=["num_reqs", "q_blocks", "kv_heads", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _prefill_kernel(
-    query, out, k_pages, v_pages, scale_rows, block_table, seq_lens, query_start_loc, sinks, k_anchor, equalizer, v_anchor,
-    counters, scale, soft_cap, num_reqs, q_blocks, kv_heads,
+    query, out, k_pages, v_pages, scale_rows, block_table, seq_lens, query_start_loc, sinks, k_anchor, equalizer, order,
+    v_anchor, counters, scale, soft_cap, num_reqs, q_blocks, kv_heads,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_rows,
     head_rows,
     GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, K_ANCHOR: gl.constexpr,
-    EQUALIZE: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
+    EQUALIZE: gl.constexpr, ORDER: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as run at a time. Each takes one tile (query block, KV head) after the other."""
     STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
@@ -646,18 +662,19 @@ def _prefill_kernel(
     queue = TileQueue(tile_slots, tile_full, tile_empty)
     source = PageSource(k_pages, v_pages, scale_rows, block_rows, head_rows)
     tensors = Tensors(
-        query, out, sinks, k_anchor, equalizer, v_anchor, q_token_stride, q_head_stride, out_token_stride, out_head_stride
+        query, out, sinks, k_anchor, equalizer, order, v_anchor,
+        q_token_stride, q_head_stride, out_token_stride, out_head_stride,
     )
     tables = Tables(block_table, query_start_loc, seq_lens, table_stride, table_head_stride)
     gl.warp_specialize(
         [
             (_attend_partition, (
                 tensors, buffers, barriers, queue, q_buffers, scale, soft_cap,
-                0, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, EQUALIZE, V_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
+                0, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, EQUALIZE, ORDER, V_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
             )),
             (_attend_partition, (
                 tensors, buffers, barriers, queue, q_buffers, scale, soft_cap,
-                1, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, EQUALIZE, V_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
+                1, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, EQUALIZE, ORDER, V_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
             )),
             (_copy_partition, (
                 source, buffers, barriers, queue, counters, tables, num_reqs, q_blocks, kv_heads,
@@ -700,7 +717,7 @@ def prefill(
     """
     modifiers = modifiers or Modifiers()
     if layout.k_bits == 8:
-        _launch(query, pages, layout, batch, scale, out, modifiers)
+        _launch(query, pages, layout, batch, scale, out, modifiers, modifiers.calibration_for(batch, 8))
         return
     requests, kv_heads, group = batch.num_requests, pages.shape[1], query.shape[1] // pages.shape[1]
     longest = min(batch.max_seq_len or 1 << 31, batch.block_table.shape[-1] * layout.tokens)
@@ -716,7 +733,9 @@ def prefill(
             if part.block_table.dim() == 3:
                 part = replace(part, block_table=part.block_table[:, kv])
             wide, wide_layout, part = widen(pages[:, kv], layout, part, longest, modifiers.window)
-            _launch(query[:, own], wide, wide_layout, part, scale, out[:, own], modifiers.heads(kv, group))
+            of_heads = modifiers.heads(kv, group)
+            calibration = of_heads.calibration_for(part, 4)
+            _launch(query[:, own], wide, wide_layout, part, scale, out[:, own], of_heads, calibration)
 
 
 def _launch(
@@ -727,21 +746,19 @@ def _launch(
     scale: float,
     out: torch.Tensor,
     modifiers: Modifiers,
+    calibration: LayerCalibration,
 ) -> None:
-    """`prefill` for pages of INT8 keys."""
+    """`prefill` for pages of INT8 keys. calibration: in place of modifiers.calibration."""
     tokens, heads, head_dim = query.shape
     kv_heads, group = pages.shape[1], heads // pages.shape[1]
     q_blocks = tokens // (BLOCK_M // group) + batch.num_requests
-    k_anchor, calibration = modifiers.bias_anchor(batch), modifiers.calibration
     source = descriptors(pages, layout)
     programs = min(q_blocks * kv_heads, multiprocessors(query.device))
     _prefill_kernel[(programs,)](
         query, out, source.k, source.v, source.scales, batch.block_table, batch.seq_lens, batch.query_start_loc,
-        tensor_or(modifiers.sinks, query), tensor_or(k_anchor, query), tensor_or(calibration.equalizer, query),
-        tensor_or(calibration.v_anchor, query), counters(query.device), scale, modifiers.soft_cap,
-        batch.num_requests, q_blocks, kv_heads,
+        tensor_or(modifiers.sinks, query), *calibration_tensors(calibration, query), counters(query.device), scale,
+        modifiers.soft_cap, batch.num_requests, q_blocks, kv_heads,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *batch.table_strides, *page_rows(pages, layout),
         GROUP=group, WINDOW=modifiers.window, SOFT_CAP=modifiers.soft_cap > 0, SINKS=modifiers.sinks is not None,
-        K_ANCHOR=k_anchor is not None, EQUALIZE=calibration.equalizer is not None,
-        V_ANCHOR=calibration.v_anchor is not None, HEAD_DIM=head_dim, PAGE=layout.tokens, BLOCK_Q=BLOCK_M // group, num_warps=4,
+        **calibration_constants(calibration), HEAD_DIM=head_dim, PAGE=layout.tokens, BLOCK_Q=BLOCK_M // group, num_warps=4,
     )  # fmt: skip

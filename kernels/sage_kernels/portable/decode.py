@@ -15,7 +15,16 @@ import triton.language as tl
 from sage_kernels.batch import Modifiers, PagedBatch
 from sage_kernels.device import dependent_launch, fp8_path, multiprocessors, pipeline_stages
 from sage_kernels.portable.primitives import LOG2E, TABLE_STRIDES, TABLES, add_v_anchor, await_previous_kernel
-from sage_kernels.portable.query_tile import PageRange, QueryRows, attend_pages, cache_views, shift_tensors, tensor_or
+from sage_kernels.portable.query_tile import (
+    PageRange,
+    QueryRows,
+    attend_pages,
+    cache_views,
+    calibration_constants,
+    calibration_tensors,
+    shift_tensors,
+    tensor_or,
+)
 from sage_kernels.portable.scheduler import LANES, count_parts, find_span, next_segment, partial_slot
 from sage_paged import PageLayout
 
@@ -35,11 +44,12 @@ MAX_ROWS = 64
 @triton.jit(do_not_specialize=["num_reqs", "kv_heads", "slot_rows", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _decode_kernel(
     query, out, partial, partial_m, partial_l, split, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc,
-    sinks, k_anchor, equalizer, v_anchor, scale, soft_cap, shifts, shift_table, num_reqs, kv_heads, slot_rows,
+    sinks, k_anchor, equalizer, order, v_anchor, scale, soft_cap, shifts, shift_table, num_reqs, kv_heads, slot_rows,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_stride,
     head_stride,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, K_ANCHOR: tl.constexpr,
-    EQUALIZE: tl.constexpr, V_ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
+    EQUALIZE: tl.constexpr, ORDER: tl.constexpr, V_ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs). partial: float32 [slots, slot_rows, HEAD_DIM], normalized partial results; partial_m, partial_l:
@@ -70,10 +80,11 @@ def _decode_kernel(
 
         table_offset = request.to(tl.int64) * table_stride + kv_head * table_head_stride
         state, q_bias = attend_pages(
-            query, cache_i8, cache_v, cache_f32, k_anchor + kv_head * HEAD_DIM, equalizer + kv_head * HEAD_DIM, shift_table,
+            query, cache_i8, cache_v, cache_f32, k_anchor + kv_head * HEAD_DIM, equalizer + kv_head * HEAD_DIM,
+            order + kv_head * (HEAD_DIM // 2), shift_table,
             block_table + table_offset, shifts + table_offset, PageRange(first_page, full_pages, end_page, seq_len), rows,
             kv_head.to(tl.int64) * head_stride, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
-            WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, HEAD_DIM, K_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, SHIFT, 0,
+            WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, K_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, SHIFT, 0,
         )  # fmt: skip
         l_i, m_ref = state.l_i, state.m_ref
         # Every part adds the anchor of V itself: the merge takes a weighted mean of parts, where a sink has a share too.
@@ -224,7 +235,7 @@ def decode(
     """
     modifiers = modifiers or Modifiers()
     group, head_dim, kv_heads = query.shape[1] // pages.shape[1], query.shape[2], pages.shape[1]
-    k_anchor, calibration = modifiers.bias_anchor(batch), modifiers.calibration
+    calibration = modifiers.calibration_for(batch, layout.k_bits)
     rows = check_rows(batch.max_query_len or 1, group)
     programs = programs or count_programs(query.device)
     workspace = workspace or Workspace.allocate(programs, rows, head_dim, query.device)
@@ -232,14 +243,12 @@ def decode(
     block_d, block_m = triton.next_power_of_2(head_dim), max(16, triton.next_power_of_2(rows))
     _decode_kernel[(programs,)](
         query, out, *workspace.tensors, *cache_views(pages), batch.block_table, batch.seq_lens, batch.query_start_loc,
-        tensor_or(modifiers.sinks, query), tensor_or(k_anchor, query), tensor_or(calibration.equalizer, query),
-        tensor_or(calibration.v_anchor, query), scale, modifiers.soft_cap, *shift_tensors(batch.rope_shift, query),
-        batch.num_requests, kv_heads, rows,
+        tensor_or(modifiers.sinks, query), *calibration_tensors(calibration, query), scale, modifiers.soft_cap,
+        *shift_tensors(batch.rope_shift, query), batch.num_requests, kv_heads, rows,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *batch.table_strides,
         pages.stride(0), pages.stride(1),
         GROUP=group, WINDOW=modifiers.window, SOFT_CAP=modifiers.soft_cap > 0, SINKS=modifiers.sinks is not None,
-        K_ANCHOR=k_anchor is not None, EQUALIZE=calibration.equalizer is not None,
-        V_ANCHOR=calibration.v_anchor is not None, HEAD_DIM=head_dim,
+        **calibration_constants(calibration), HEAD_DIM=head_dim,
         K_BITS=layout.k_bits, PAGE=layout.tokens, BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8_path(query.device),
         SHIFT=batch.rope_shift is not None, num_warps=_WARPS,
         num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens), **dependent_launch(query.device),

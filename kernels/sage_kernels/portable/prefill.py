@@ -10,7 +10,16 @@ import triton.language as tl
 from sage_kernels.batch import Modifiers, PagedBatch
 from sage_kernels.device import fp8_path, pipeline_stages, shared_memory
 from sage_kernels.portable.primitives import LOG2E, TABLE_STRIDES, TABLES, add_v_anchor, find_request
-from sage_kernels.portable.query_tile import PageRange, QueryRows, attend_pages, cache_views, shift_tensors, tensor_or
+from sage_kernels.portable.query_tile import (
+    PageRange,
+    QueryRows,
+    attend_pages,
+    cache_views,
+    calibration_constants,
+    calibration_tensors,
+    shift_tensors,
+    tensor_or,
+)
 from sage_kernels.reference import tile_rows
 from sage_paged import PageLayout
 
@@ -18,11 +27,12 @@ from sage_paged import PageLayout
 @triton.jit(do_not_specialize=["num_reqs", "q_blocks", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _prefill_kernel(
     query, out, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, sinks, k_anchor, equalizer,
-    v_anchor, shifts, shift_table, scale, soft_cap, num_reqs, q_blocks,
+    order, v_anchor, shifts, shift_table, scale, soft_cap, num_reqs, q_blocks,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_stride,
     head_stride,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, K_ANCHOR: tl.constexpr,
-    EQUALIZE: tl.constexpr, V_ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
+    EQUALIZE: tl.constexpr, ORDER: tl.constexpr, V_ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, KV heads). The last blocks have the most keys, so they start first."""
@@ -50,10 +60,11 @@ def _prefill_kernel(
 
     table_offset = request.to(tl.int64) * table_stride + kv_head * table_head_stride
     state, q_bias = attend_pages(
-        query, cache_i8, cache_v, cache_f32, k_anchor + kv_head * HEAD_DIM, equalizer + kv_head * HEAD_DIM, shift_table,
+        query, cache_i8, cache_v, cache_f32, k_anchor + kv_head * HEAD_DIM, equalizer + kv_head * HEAD_DIM,
+        order + kv_head * (HEAD_DIM // 2), shift_table,
         block_table + table_offset, shifts + table_offset, page_range, rows, kv_head.to(tl.int64) * head_stride, block_stride,
         q_token_stride, q_head_stride, scale, soft_cap,
-        WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, HEAD_DIM, K_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, SHIFT, SMOOTH_Q,
+        WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, K_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, SHIFT, SMOOTH_Q,
     )  # fmt: skip
     acc = add_v_anchor(state.acc, state.l_i, v_anchor + kv_head * HEAD_DIM, HEAD_DIM, V_ANCHOR)
     l_i, m_ref = state.l_i, state.m_ref
@@ -96,7 +107,7 @@ def prefill(
     modifiers = modifiers or Modifiers()
     tokens, heads, head_dim = query.shape
     kv_heads, group, smooth_q = pages.shape[1], heads // pages.shape[1], modifiers.q_block > 0
-    k_anchor, calibration = modifiers.bias_anchor(batch), modifiers.calibration
+    calibration = modifiers.calibration_for(batch, layout.k_bits)
     block_m, warps = tile(query.device, layout, group, smooth_q)
     if smooth_q and modifiers.q_block != block_m // group:
         raise ValueError(f"q_block is {modifiers.q_block}; on this device it must be {block_m // group} tokens, or 0")
@@ -105,14 +116,12 @@ def prefill(
     terms = 2 if smooth_q else 1
     _prefill_kernel[(q_blocks, kv_heads)](
         query, out, *cache_views(pages), batch.block_table, batch.seq_lens, batch.query_start_loc,
-        tensor_or(modifiers.sinks, query), tensor_or(k_anchor, query), tensor_or(calibration.equalizer, query),
-        tensor_or(calibration.v_anchor, query), *shift_tensors(batch.rope_shift, query), scale, modifiers.soft_cap,
-        batch.num_requests, q_blocks,
+        tensor_or(modifiers.sinks, query), *calibration_tensors(calibration, query), *shift_tensors(batch.rope_shift, query),
+        scale, modifiers.soft_cap, batch.num_requests, q_blocks,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *batch.table_strides,
         pages.stride(0), pages.stride(1),
         GROUP=group, WINDOW=modifiers.window, SOFT_CAP=modifiers.soft_cap > 0, SINKS=modifiers.sinks is not None,
-        K_ANCHOR=k_anchor is not None, EQUALIZE=calibration.equalizer is not None,
-        V_ANCHOR=calibration.v_anchor is not None, HEAD_DIM=head_dim,
+        **calibration_constants(calibration), HEAD_DIM=head_dim,
         K_BITS=layout.k_bits, PAGE=layout.tokens, BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8_path(query.device),
         SHIFT=batch.rope_shift is not None, SMOOTH_Q=group if smooth_q else 0,
         num_warps=warps, num_stages=pipeline_stages(query.device, terms * block_m, block_d, layout.tokens),

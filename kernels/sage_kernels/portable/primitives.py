@@ -205,6 +205,16 @@ def quantize_terms(q, valid, scale, SMOOTH_Q: tl.constexpr):
 
 
 @triton.jit
+def rope_pairs(order, BLOCK_D: tl.constexpr, HALF: tl.constexpr, ORDER: tl.constexpr):
+    """The RoPE pair at each position of half a head, int32 [BLOCK_D // 2]; HALF or more for padding. order: pointer to those of
+    the KV head, if ORDER (`LayerCalibration.order`)."""
+    pair = tl.arange(0, BLOCK_D // 2)
+    if ORDER:
+        pair = tl.load(order + pair, mask=pair < HALF, other=HALF)
+    return pair
+
+
+@triton.jit
 def load_k(page, tokens, channels, K_ROW: tl.constexpr, CHANNELS: tl.constexpr):
     """The K bytes of a page, transposed: int8 [channels, tokens]. page: int8 pointer to the page."""
     pointers = page + tokens[None, :] * K_ROW + channels[:, None]
@@ -230,8 +240,13 @@ def load_int4_k(page, tokens, channels, PAGE: tl.constexpr, HEAD_DIM: tl.constex
         inside = (channels < HALF)[:, None]
         step = tl.load(groups, mask=inside, other=0)
         zero = tl.load(groups + GROUPS, mask=inside, other=0)
+    # The low nibbles of the first group, 0 in others.
+    first = page + section_offset("k_low", HEAD_DIM, 4, PAGE) + tokens[None, :] * GROUP_BYTES + channels[:, None]
+    first = tl.load(first, mask=(channels < GROUP_BYTES)[:, None], other=0)
     # int8 arithmetic wraps around on the way, and the result is in range again.
-    return ((k & 0xF) * step + zero).to(tl.int8), (((k >> 4) & 0xF) * step + zero).to(tl.int8)
+    low = (k & 0xF) * step + zero + (first & 0xF)
+    high = ((k >> 4) & 0xF) * step + zero + ((first >> 4) & 0xF)
+    return low.to(tl.int8), high.to(tl.int8)
 
 
 @triton.jit

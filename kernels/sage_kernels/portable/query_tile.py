@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.batch import RopeShift
+from sage_kernels.batch import LayerCalibration, RopeShift
 from sage_kernels.device import fp8_path
 from sage_kernels.portable.primitives import (
     LOG2E,
@@ -19,6 +19,7 @@ from sage_kernels.portable.primitives import (
     SoftmaxState,
     attend_page,
     quantize_terms,
+    rope_pairs,
     rotate_back,
 )
 
@@ -71,13 +72,13 @@ def _times_anchor(q, k_anchor, channels, limit, K_ANCHOR: tl.constexpr):
 
 @triton.jit
 def quantize_query(
-    query, k_anchor, equalizer, shift, rows, token_stride, head_stride, scale,
-    K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, SHIFT: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr,
-    BLOCK_D: tl.constexpr, SMOOTH_Q: tl.constexpr,
+    query, k_anchor, equalizer, order, shift, rows, token_stride, head_stride, scale,
+    K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, ORDER: tl.constexpr, SHIFT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    K_BITS: tl.constexpr, BLOCK_D: tl.constexpr, SMOOTH_Q: tl.constexpr,
 ):  # fmt: skip
     """Load and quantize a query tile. Returns QuantizedQuery.
 
-    k_anchor, equalizer: pointers to those of the KV head, if K_ANCHOR and if EQUALIZE. shift: pointer to a row of a
+    k_anchor, equalizer, order: pointers to those of the KV head, if K_ANCHOR, EQUALIZE, ORDER. shift: pointer to a row of a
     `rope_shift_table`, if SHIFT. rows: QueryRows. SMOOTH_Q: see `primitives.quantize_terms`.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -97,15 +98,15 @@ def quantize_query(
         low_codes, q_scale, mean_low, mean_scale = quantize_terms(q, rows.valid, scale, SMOOTH_Q)
         high_codes, mean_high = low_codes, mean_low
     else:
-        half = tl.arange(0, BLOCK_D // 2)
-        low = load_query(query, rows, token_stride, head_stride, half, HALF)
-        high = load_query(query + HALF, rows, token_stride, head_stride, half, HALF)
+        pair = rope_pairs(order, BLOCK_D, HALF, ORDER)
+        low = load_query(query, rows, token_stride, head_stride, pair, HALF)
+        high = load_query(query + HALF, rows, token_stride, head_stride, pair, HALF)
         if SHIFT:
-            low, high = rotate_back(low, high, (shift + half)[None, :], (half < HALF)[None, :], HALF)
-        product = _times_anchor(low, k_anchor, half, HALF, K_ANCHOR)
-        product += _times_anchor(high, k_anchor + HALF, half, HALF, K_ANCHOR)
-        low = equalize(low, equalizer, half, HALF, EQUALIZE)
-        high = equalize(high, equalizer + HALF, half, HALF, EQUALIZE)
+            low, high = rotate_back(low, high, (shift + pair)[None, :], (pair < HALF)[None, :], HALF)
+        product = _times_anchor(low, k_anchor, pair, HALF, K_ANCHOR)
+        product += _times_anchor(high, k_anchor + HALF, pair, HALF, K_ANCHOR)
+        low = equalize(low, equalizer, pair, HALF, EQUALIZE)
+        high = equalize(high, equalizer + HALF, pair, HALF, EQUALIZE)
         # Both halves have one scale, so they are quantized as one row.
         both = tl.reshape(tl.join(low, high), [low.shape[0], BLOCK_D])
         codes, q_scale, mean_codes, mean_scale = quantize_terms(both, rows.valid, scale, SMOOTH_Q)
@@ -116,21 +117,21 @@ def quantize_query(
 
 @triton.jit
 def attend_pages(
-    query, cache_i8, cache_v, cache_f32, k_anchor, equalizer, shift_table, table, shifts, page_range, rows,
+    query, cache_i8, cache_v, cache_f32, k_anchor, equalizer, order, shift_table, table, shifts, page_range, rows,
     head_offset, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    K_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr,
-    SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, ORDER: tl.constexpr,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr,
 ):  # fmt: skip
     """A query tile against a range of its request's pages. Returns SoftmaxState and the bias of `QuantizedQuery`.
 
-    page_range: PageRange; rows: QueryRows. k_anchor, equalizer: pointers to those of the KV head. table, shifts: pointers
-    to the request's list of blocks and, if SHIFT, to its list of shifts in pages. head_offset: int64, bytes from the start of a
-    block to the page of the KV head.
+    page_range: PageRange; rows: QueryRows. k_anchor, equalizer, order: pointers to those of the KV head. table, shifts:
+    pointers to the request's list of blocks and, if SHIFT, to its list of shifts in pages. head_offset: int64, bytes from the
+    start of a block to the page of the KV head.
     """
     q = quantize_query(
-        query, k_anchor, equalizer, shift_table, rows, q_token_stride, q_head_stride, scale,
-        K_ANCHOR, EQUALIZE, False, HEAD_DIM, K_BITS, BLOCK_D, SMOOTH_Q,
+        query, k_anchor, equalizer, order, shift_table, rows, q_token_stride, q_head_stride, scale,
+        K_ANCHOR, EQUALIZE, ORDER, False, HEAD_DIM, K_BITS, BLOCK_D, SMOOTH_Q,
     )  # fmt: skip
     q_bias = q.bias
     page_bias = q_bias
@@ -146,8 +147,8 @@ def attend_pages(
             first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else tl.zeros_like(last_visible)
             if SHIFT:
                 q = quantize_query(
-                    query, k_anchor, equalizer, shift_table + tl.load(shifts + page) * HEAD_DIM, rows,
-                    q_token_stride, q_head_stride, scale, K_ANCHOR, EQUALIZE, True, HEAD_DIM, K_BITS, BLOCK_D, SMOOTH_Q,
+                    query, k_anchor, equalizer, order, shift_table + tl.load(shifts + page) * HEAD_DIM, rows,
+                    q_token_stride, q_head_stride, scale, K_ANCHOR, EQUALIZE, ORDER, True, HEAD_DIM, K_BITS, BLOCK_D, SMOOTH_Q,
                 )  # fmt: skip
                 page_bias = q.bias
                 if not SOFT_CAP:
@@ -165,6 +166,22 @@ def attend_pages(
 
 def tensor_or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
     return unused if tensor is None else tensor
+
+
+def calibration_tensors(calibration: LayerCalibration, unused: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The `k_anchor`, `equalizer`, `order` and `v_anchor` of a kernel."""
+    tensors = calibration.k_anchor, calibration.equalizer, calibration.order, calibration.v_anchor
+    return tuple(tensor_or(tensor, unused) for tensor in tensors)
+
+
+def calibration_constants(calibration: LayerCalibration) -> dict[str, bool]:
+    """Which of `calibration_tensors` a kernel uses."""
+    return {
+        "K_ANCHOR": calibration.k_anchor is not None,
+        "EQUALIZE": calibration.equalizer is not None,
+        "ORDER": calibration.order is not None,
+        "V_ANCHOR": calibration.v_anchor is not None,
+    }
 
 
 def shift_tensors(shift: RopeShift | None, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

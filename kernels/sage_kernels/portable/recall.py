@@ -20,10 +20,11 @@ from sage_kernels.portable.primitives import (
     find_request,
     load_int4_k,
     load_k,
+    rope_pairs,
     rotate_back,
     section_offset,
 )
-from sage_kernels.portable.query_tile import tensor_or
+from sage_kernels.portable.query_tile import calibration_tensors, tensor_or
 from sage_kernels.reference import REACH as _REACH
 from sage_kernels.reference import SCORE_BITS as _SCORE_BITS
 from sage_kernels.reference import max_query_blocks
@@ -42,10 +43,11 @@ _FOLD_ROWS = 64
 
 @triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
 def _summary_kernel(
-    cache_i8, cache_f32, cache_f16, block_table, seq_lens, query_start_loc, shift_table, k_anchor, equalizer, num_reqs,
+    cache_i8, cache_f32, cache_f16, block_table, seq_lens, query_start_loc, shift_table, k_anchor, equalizer, order, num_reqs,
     table_stride, block_stride, head_stride,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, SUMMARY: tl.constexpr, BLOCK_D: tl.constexpr,
-    SHIFT: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, PDL: tl.constexpr,
+    SHIFT: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, ORDER: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (pages that a step may fill, KV heads)."""
     await_previous_kernel(PDL)
@@ -62,6 +64,7 @@ def _summary_kernel(
     offset = block * block_stride + head.to(tl.int64) * head_stride
     tokens = tl.arange(0, PAGE)
     half = tl.arange(0, BLOCK_D // 2)
+    pair = rope_pairs(order + head * HALF, BLOCK_D, HALF, ORDER)
     inside = half < HALF
     scale = tl.load(cache_f32 + offset // 4 + SCALES + tokens)[None, :]
     if K_BITS == 8:
@@ -72,14 +75,14 @@ def _summary_kernel(
         low = low.to(tl.float32) * scale
         high = high.to(tl.float32) * scale
     if EQUALIZE:
-        low *= tl.load(equalizer + head * HEAD_DIM + half, mask=inside, other=1.0)[:, None]
-        high *= tl.load(equalizer + head * HEAD_DIM + HALF + half, mask=inside, other=1.0)[:, None]
+        low *= tl.load(equalizer + head * HEAD_DIM + pair, mask=inside, other=1.0)[:, None]
+        high *= tl.load(equalizer + head * HEAD_DIM + HALF + pair, mask=inside, other=1.0)[:, None]
     if SHIFT:
         if K_ANCHOR:
-            low += tl.load(k_anchor + head * HEAD_DIM + half, mask=inside, other=0.0)[:, None]
-            high += tl.load(k_anchor + head * HEAD_DIM + HALF + half, mask=inside, other=0.0)[:, None]
-        low, high = rotate_back(low, high, (shift_table + page * HEAD_DIM + half)[:, None], inside[:, None], HALF)
-    center = cache_f16 + offset // 2 + SUMMARY + half
+            low += tl.load(k_anchor + head * HEAD_DIM + pair, mask=inside, other=0.0)[:, None]
+            high += tl.load(k_anchor + head * HEAD_DIM + HALF + pair, mask=inside, other=0.0)[:, None]
+        low, high = rotate_back(low, high, (shift_table + page * HEAD_DIM + pair)[:, None], inside[:, None], HALF)
+    center = cache_f16 + offset // 2 + SUMMARY + pair
     tl.store(center, (tl.sum(low, 1) / PAGE).to(tl.float16), mask=inside)
     tl.store(center + HALF, (tl.sum(high, 1) / PAGE).to(tl.float16), mask=inside)
     tl.store(center + HEAD_DIM, ((tl.max(low, 1) - tl.min(low, 1)) / 2).to(tl.float16), mask=inside)
@@ -95,15 +98,16 @@ def store_summaries(
     calibration: LayerCalibration = NOT_CALIBRATED,
 ) -> None:
     """`reference.store_summaries` on a GPU, with the same arguments. num_tokens: at least the query tokens of the step."""
+    calibration = calibration.for_keys(layout.k_bits)
+    k_anchor, equalizer, order, _ = calibration_tensors(calibration, pages)
     _summary_kernel[(num_tokens // layout.tokens + batch.num_requests, pages.shape[1])](
         pages.view(torch.int8), pages.view(torch.float32), pages.view(torch.float16), batch.block_table, batch.seq_lens,
-        batch.query_start_loc, tensor_or(shift_table, pages), tensor_or(calibration.k_anchor, pages),
-        tensor_or(calibration.equalizer, pages), batch.num_requests, batch.block_table.stride(0),
-        pages.stride(0), pages.stride(1),
+        batch.query_start_loc, tensor_or(shift_table, pages), k_anchor, equalizer, order, batch.num_requests,
+        batch.block_table.stride(0), pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens, SUMMARY=layout.summary_offset // 2,
         BLOCK_D=triton.next_power_of_2(layout.head_dim), SHIFT=shift_table is not None,
         K_ANCHOR=calibration.k_anchor is not None, EQUALIZE=calibration.equalizer is not None,
-        num_warps=4, **dependent_launch(pages.device),
+        ORDER=calibration.order is not None, num_warps=4, **dependent_launch(pages.device),
     )  # fmt: skip
 
 

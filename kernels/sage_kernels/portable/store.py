@@ -18,6 +18,7 @@ from sage_kernels.portable.primitives import (
     fine_exponent,
     inverse_or_zero,
     next_power_of_two,
+    rope_pairs,
     section_offset,
     to_e4m3_bits,
     to_int,
@@ -25,7 +26,7 @@ from sage_kernels.portable.primitives import (
     v_position,
     v_token,
 )
-from sage_kernels.portable.query_tile import tensor_or
+from sage_kernels.portable.query_tile import calibration_constants, calibration_tensors
 from sage_kernels.reference import V_EIGHTHS
 from sage_paged import PageLayout
 
@@ -82,7 +83,7 @@ def _write_rows(
     """Write the sections of pages that have one row per token: all but the codes of V.
 
     page_i8, page_f32: pointers to the page of all tokens, or of each token. used: bool [tokens], which to write. k: the two
-    halves of INT8 codes, or packed INT4 codes, steps and zero points.
+    halves of INT8 codes, or packed INT4 codes, steps, zero points and low nibbles.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
@@ -97,8 +98,10 @@ def _write_rows(
         tl.store(scales, k_scale, mask=used)
         tl.store(scales + PAGE, v_exponent, mask=used)
     else:
-        packed, step, zero = k
+        packed, step, zero, first_low = k
         tl.store(target, packed, mask=half_mask)
+        low_target = page_i8 + section_offset("k_low", HEAD_DIM, K_BITS, PAGE) + row * GROUP_BYTES
+        tl.store(low_target[:, None] + half[None, :], first_low, mask=used[:, None] & (half < GROUP_BYTES)[None, :])
         GROUPS: tl.constexpr = HALF // GROUP_BYTES
         group = tl.arange(0, BLOCK_D // 2 // GROUP_BYTES)
         group_mask = used[:, None] & (group < GROUPS)[None, :]
@@ -147,8 +150,9 @@ def _better(best, codes, step, zero, AT_LEAST: tl.constexpr, AT_MOST: tl.constex
 @triton.jit
 def _pack_int4(low, high, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
     """`reference.pack_int4` of the codes of the two halves of a head, float32 [BLOCK_T, GROUPS * GROUP] each. Returns packed
-    bytes of that shape, and steps and zero points [BLOCK_T, GROUPS], all int8. Codes are whole numbers, which float32 holds
-    exactly."""
+    bytes of that shape, steps and zero points [BLOCK_T, GROUPS], and low nibbles of that shape, of which the first group's
+    count, all int8. Codes are whole numbers, which float32 holds exactly."""
+    low_code, high_code = low.to(tl.int32) + 128, high.to(tl.int32) + 128
     codes = tl.join(low, high).reshape([BLOCK_T * GROUPS, 2 * GROUP])
     least, largest = tl.min(codes, 1), tl.max(codes, 1)
     whole = tl.maximum((largest - least + 14.0).to(tl.int32) // 15, 1).to(tl.float32)
@@ -162,26 +166,34 @@ def _pack_int4(low, high, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl
     levels = _levels(codes, step, zero, True, True).to(tl.int32, bitcast=True)
     low, high = tl.split((levels & 0xF).reshape([BLOCK_T, GROUPS * GROUP, 2]))
     packed = (low | (high << 4)).to(tl.int8)
-    return packed, step.reshape([BLOCK_T, GROUPS]).to(tl.int8), zero.reshape([BLOCK_T, GROUPS]).to(tl.int8)
+    # The codes of the first group are whole.
+    in_first = (tl.arange(0, GROUPS * GROUP) < GROUP)[None, :]
+    packed = tl.where(in_first, (low_code >> 4) | (high_code & 0xF0), packed.to(tl.int32)).to(tl.int8)
+    first_low = ((low_code & 0xF) | ((high_code & 0xF) << 4)).to(tl.int8)
+    is_first = (tl.arange(0, GROUPS) == 0)[None, :]
+    step = tl.where(is_first, 16.0, step.reshape([BLOCK_T, GROUPS])).to(tl.int8)
+    zero = tl.where(is_first, -128.0, zero.reshape([BLOCK_T, GROUPS])).to(tl.int8)
+    return packed, step, zero, first_low
 
 
 @triton.jit
-def _prepare_half(k, k_anchor, equalizer, half, HALF: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr):
-    """`reference.prepare_keys` of half a head, float32 [tokens, channels]. k_anchor, equalizer: pointers to that half."""
+def _prepare_half(k, k_anchor, equalizer, pair, HALF: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr):
+    """`reference.prepare_keys` of half a head, float32 [tokens, channels], which is in order already. k_anchor, equalizer:
+    pointers to that half; pair: the RoPE pairs, HALF and above for padding."""
     if K_ANCHOR:
-        k -= tl.load(k_anchor + half, mask=half < HALF, other=0.0)[None, :]
+        k -= tl.load(k_anchor + pair, mask=pair < HALF, other=0.0)[None, :]
     if EQUALIZE:
-        k *= tl.math.div_rn(1.0, tl.load(equalizer + half, mask=half < HALF, other=1.0))[None, :]
+        k *= tl.math.div_rn(1.0, tl.load(equalizer + pair, mask=pair < HALF, other=1.0))[None, :]
     return k
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _store_kernel(
-    key, value, slots, cache_i8, cache_f32, k_anchor, equalizer, v_anchor, num_tokens,
+    key, value, slots, cache_i8, cache_f32, k_anchor, equalizer, order, v_anchor, num_tokens,
     key_token_stride, key_head_stride, value_token_stride, value_head_stride, block_stride, head_stride,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, FP8: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr,
-    V_ANCHOR: tl.constexpr, PDL: tl.constexpr,
+    ORDER: tl.constexpr, V_ANCHOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (token blocks, KV heads)."""
     await_previous_kernel(PDL)
@@ -196,9 +208,9 @@ def _store_kernel(
     tokens = begin + v_token(lanes)
     valid = tokens < num_tokens
     # Keys are loaded in two halves, which a packed byte pairs up. INT8 keys take the same path.
-    half = tl.arange(0, BLOCK_D // 2)
-    half_mask = valid[:, None] & (half < HALF)[None, :]
-    source = key + head * key_head_stride + tokens[:, None].to(tl.int64) * key_token_stride + half[None, :]
+    pair = rope_pairs(order + head * HALF, BLOCK_D, HALF, ORDER)
+    half_mask = valid[:, None] & (pair < HALF)[None, :]
+    source = key + head * key_head_stride + tokens[:, None].to(tl.int64) * key_token_stride + pair[None, :]
     low = tl.load(source, mask=half_mask, other=0.0)
     high = tl.load(source + HALF, mask=half_mask, other=0.0)
     channels = tl.arange(0, BLOCK_D)
@@ -210,9 +222,9 @@ def _store_kernel(
 
     used = slot >= 0
     first_channel = head * HEAD_DIM
-    low = _prepare_half(low, k_anchor + first_channel, equalizer + first_channel, half, HALF, K_ANCHOR, EQUALIZE)
+    low = _prepare_half(low, k_anchor + first_channel, equalizer + first_channel, pair, HALF, K_ANCHOR, EQUALIZE)
     first_channel += HALF
-    high = _prepare_half(high, k_anchor + first_channel, equalizer + first_channel, half, HALF, K_ANCHOR, EQUALIZE)
+    high = _prepare_half(high, k_anchor + first_channel, equalizer + first_channel, pair, HALF, K_ANCHOR, EQUALIZE)
     amax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
     inverse = inverse_or_zero(amax, 127.0)[:, None]
     k_scale = tl.math.div_rn(amax, 127.0)
@@ -256,16 +268,15 @@ def store(
     """`reference.store` on a GPU, with the same arguments. key and value need unit stride in head_dim only, and one row per
     slot, padding included."""
     num_tokens = slots.numel()
+    calibration = calibration.for_keys(layout.k_bits)
     if num_tokens == 0:
         return
     _store_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS), pages.shape[1])](
         key, value, slots, pages.view(torch.int8), pages.view(torch.float32),
-        tensor_or(calibration.k_anchor, pages), tensor_or(calibration.equalizer, pages), tensor_or(calibration.v_anchor, pages),
-        num_tokens,
+        *calibration_tensors(calibration, pages), num_tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
         BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, FP8=fp8_path(key.device),
-        K_ANCHOR=calibration.k_anchor is not None, EQUALIZE=calibration.equalizer is not None,
-        V_ANCHOR=calibration.v_anchor is not None,
+        **calibration_constants(calibration),
         num_warps=4, **dependent_launch(key.device),
     )  # fmt: skip

@@ -46,9 +46,14 @@ def _widen_kernel(
     steps = narrow_i8 + source + section_offset("k_groups", HEAD_DIM, 4, PAGE) + tokens[:, None] * 2 * GROUPS + groups[None, :]
     step = tl.load(steps).to(tl.int32)[:, :, None]
     zero = ((tl.load(steps + GROUPS).to(tl.int32) + 128) * 0x01010101)[:, :, None]
+    # The low nibbles of the first group, 0 in others.
+    low_words = narrow_i32 + (source + section_offset("k_low", HEAD_DIM, 4, PAGE)) // 4
+    first = tl.load(low_words + tokens[:, None, None] * (GROUP_BYTES // 4) + in_group, mask=groups[None, :, None] == 0, other=0)
     k = wide_i32 + target // 4 + tokens[:, None, None] * (HEAD_DIM // 4) + in_group
-    tl.store(k, ((packed & 0x0F0F0F0F) * step + zero) ^ -0x7F7F7F80)
-    tl.store(k + K_ROW // 4, (((packed >> 4) & 0x0F0F0F0F) * step + zero) ^ -0x7F7F7F80)
+    low = (packed & 0x0F0F0F0F) * step + (first & 0x0F0F0F0F)
+    high = ((packed >> 4) & 0x0F0F0F0F) * step + ((first >> 4) & 0x0F0F0F0F)
+    tl.store(k, (low + zero) ^ -0x7F7F7F80)
+    tl.store(k + K_ROW // 4, (high + zero) ^ -0x7F7F7F80)
     words = tl.arange(0, PAGE * HEAD_DIM // 4)
     v = tl.load(narrow_i32 + (source + section_offset("v", HEAD_DIM, 4, PAGE)) // 4 + words)
     tl.store(wide_i32 + (target + section_offset("v", HEAD_DIM, 8, PAGE)) // 4 + words, v)

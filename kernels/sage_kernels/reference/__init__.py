@@ -5,7 +5,7 @@ Kernels are tested against it. It runs on the CPU; speed does not matter here.
 """
 
 from sage_kernels.reference.attention import attention, exact_attention, rope_shift_table, rotate_back, visible_keys
-from sage_kernels.reference.pages import key_codes, load, prepare_keys, restore_keys, store
+from sage_kernels.reference.pages import key_codes, load, prepare_keys, prepare_queries, restore_keys, store
 from sage_kernels.reference.quantize import (
     FALL_BITS,
     FP8_MAX,
@@ -34,7 +34,7 @@ from sage_kernels.reference.recall import REACH, SCORE_BITS, max_query_blocks, s
 __all__ = [
     "FALL_BITS", "FP8_MAX", "LOG2E", "P_BITS", "REACH", "SCORE_BITS", "TILE_ROWS", "V_EIGHTHS", "V_SCALES", "V_SCALE_FINE",
     "QueryTerms", "attention", "code_product", "exact_attention", "fine_exponent", "key_codes", "load", "max_query_blocks",
-    "pack_int4", "prepare_keys", "qk_product", "quantize_k", "quantize_p", "quantize_q", "quantize_v", "query_terms",
-    "restore_keys", "rope_shift_table", "rotate_back", "select_pages", "store", "store_summaries", "tile_rows", "tile_tokens",
-    "unpack_int4", "visible_keys",
+    "pack_int4", "prepare_keys", "prepare_queries", "qk_product", "quantize_k", "quantize_p", "quantize_q", "quantize_v",
+    "query_terms", "restore_keys", "rope_shift_table", "rotate_back", "select_pages", "store", "store_summaries",
+    "tile_rows", "tile_tokens", "unpack_int4", "visible_keys",
 ]  # fmt: skip

@@ -3,8 +3,8 @@
 
 import torch
 
-from sage_kernels.batch import Modifiers, PagedBatch, RopeShift
-from sage_kernels.reference.pages import load
+from sage_kernels.batch import LayerCalibration, Modifiers, PagedBatch, RopeShift
+from sage_kernels.reference.pages import load, prepare_queries
 from sage_kernels.reference.quantize import LOG2E, QueryTerms, qk_product, quantize_p, query_terms
 from sage_paged import PageLayout
 
@@ -72,7 +72,8 @@ def attention(
     of query's shape; rows of no request are 0.
     """
     modifiers = modifiers or Modifiers()
-    heads, group, k_anchor = query.shape[1], query.shape[1] // pages.shape[1], modifiers.bias_anchor(batch)
+    heads, group = query.shape[1], query.shape[1] // pages.shape[1]
+    calibration = modifiers.calibration_for(batch, layout.k_bits)
     out = torch.zeros(query.shape, dtype=torch.float32)
     for r in range(batch.num_requests):
         start, end, length = int(batch.query_start_loc[r]), int(batch.query_start_loc[r + 1]), int(batch.seq_lens[r])
@@ -87,7 +88,7 @@ def attention(
             k, k_scale, v, v_exponent = (x[head // group] for x in kv)
             q = query[start:end, head].float()
             out[start:end, head] = _attend(
-                q, k, k_scale, v, v_exponent, visible, layout, scale, modifiers, k_anchor, shift, head, head // group
+                q, k, k_scale, v, v_exponent, visible, layout, scale, modifiers, calibration, shift, head, head // group
             )
     return out
 
@@ -102,21 +103,21 @@ def _attend(
     layout: PageLayout,
     scale: float,
     modifiers: Modifiers,
-    k_anchor: torch.Tensor | None,
+    calibration: LayerCalibration,
     shift: RopeShift | None,
     head: int,
     kv_head: int,
 ) -> torch.Tensor:
     """Attention of one request's queries of one head, float32 [queries, head_dim]. q, k, k_scale, v and v_exponent are those of
     that head."""
-    calibration = modifiers.calibration
+    calibration = calibration.heads(slice(kv_head, kv_head + 1))
 
     def terms(q: torch.Tensor) -> QueryTerms:
-        equalized = q if calibration.equalizer is None else q * calibration.equalizer[kv_head]
-        return query_terms(equalized, scale, modifiers.q_block)
+        return query_terms(prepare_queries(q[None], calibration, layout)[0], scale, modifiers.q_block)
 
     def of_anchor(q: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(q), 1) if k_anchor is None else (q @ k_anchor[kv_head])[:, None] * scale
+        k_anchor = calibration.k_anchor
+        return torch.zeros(len(q), 1) if k_anchor is None else (q @ k_anchor[0])[:, None] * scale
 
     logits, bias = qk_product(terms(q), k, k_scale), of_anchor(q)
     if shift is not None:
@@ -131,7 +132,7 @@ def _attend(
     l_i = (p * (-v_exponent).exp2()).sum(-1, keepdim=True)
     result = p @ v
     if calibration.v_anchor is not None:  # weighted as values are; a sink has no value
-        result += l_i * calibration.v_anchor[kv_head]
+        result += l_i * calibration.v_anchor
     if modifiers.sinks is not None:
         l_i = l_i + torch.exp2((modifiers.sinks[head].float() - bias) * LOG2E - m_ref)
     return result / l_i

@@ -8,16 +8,40 @@ from sage_kernels.reference.quantize import pack_int4, quantize_k, quantize_v, u
 from sage_paged import PageLayout, v_position
 
 
-def prepare_keys(key: torch.Tensor, calibration: LayerCalibration) -> torch.Tensor:
-    """What is quantized of keys [..., kv_heads, head_dim]: float32, less the anchor, over the equalizer."""
+def _channels(calibration: LayerCalibration, layout: PageLayout) -> torch.Tensor | None:
+    """For each channel of a stored key, that of the model's key, int64 [kv_heads, head_dim]; None for the same."""
+    order = calibration.for_keys(layout.k_bits).order
+    if order is None:
+        return None
+    order = order.long()
+    return torch.cat([order, order + layout.head_dim // 2], -1)
+
+
+def prepare_keys(key: torch.Tensor, calibration: LayerCalibration, layout: PageLayout) -> torch.Tensor:
+    """What is quantized of keys [tokens, kv_heads, head_dim]: float32, less the anchor, over the equalizer, in order."""
     key = key.float()
     if calibration.k_anchor is not None:
         key = key - calibration.k_anchor
-    return key if calibration.equalizer is None else key * calibration.equalizer.reciprocal()
+    if calibration.equalizer is not None:
+        key = key * calibration.equalizer.reciprocal()
+    channels = _channels(calibration, layout)
+    return key if channels is None else key.gather(-1, channels.expand_as(key))
 
 
-def restore_keys(key: torch.Tensor, calibration: LayerCalibration) -> torch.Tensor:
+def prepare_queries(query: torch.Tensor, calibration: LayerCalibration, layout: PageLayout) -> torch.Tensor:
+    """What is quantized of queries [kv_heads, ..., queries, head_dim]: float32, times the equalizer, in the order of keys."""
+    query, shape = query.float(), (-1, *[1] * (query.dim() - 2), query.shape[-1])
+    if calibration.equalizer is not None:
+        query = query * calibration.equalizer.view(shape)
+    channels = _channels(calibration, layout)
+    return query if channels is None else query.gather(-1, channels.view(shape).expand_as(query))
+
+
+def restore_keys(key: torch.Tensor, calibration: LayerCalibration, layout: PageLayout) -> torch.Tensor:
     """The inverse of `prepare_keys`, for keys float32 [..., kv_heads, tokens, head_dim]."""
+    channels = _channels(calibration, layout)
+    if channels is not None:
+        key = torch.empty_like(key).scatter_(-1, channels[:, None].expand_as(key), key)
     if calibration.equalizer is not None:
         key = key * calibration.equalizer[:, None]
     return key if calibration.k_anchor is None else key + calibration.k_anchor[:, None]
@@ -41,11 +65,11 @@ def store(
     slots = slots[used].long()
     block, offset = slots // layout.tokens, slots % layout.tokens
     views = layout.views(pages)
-    k_codes, k_scale = quantize_k(prepare_keys(key[used], calibration))
+    k_codes, k_scale = quantize_k(prepare_keys(key[used], calibration, layout))
     v_anchor = calibration.v_anchor
     v_codes, v_exponent = quantize_v(value[used] if v_anchor is None else value[used].float() - v_anchor, layout.k_bits == 8)
-    if views.k_groups is not None:
-        k_codes, views.k_groups[block, :, offset] = pack_int4(k_codes)
+    if views.k_groups is not None and views.k_low is not None:
+        k_codes, views.k_groups[block, :, offset], views.k_low[block, :, offset] = pack_int4(k_codes)
         biased = v_exponent.int() + 127
         k_scale = ((k_scale.contiguous().view(torch.int32) & ~0xFF) | biased).view(torch.float32)
     if views.v_exponent is not None:
@@ -59,7 +83,9 @@ def store(
 def key_codes(pages: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """INT8 codes [..., tokens, head_dim] and float32 scales [..., tokens] of the keys in pages [..., page_bytes]."""
     views = layout.views(pages)
-    return (views.k if views.k_groups is None else unpack_int4(views.k, views.k_groups)), views.k_scale
+    if views.k_groups is None or views.k_low is None:
+        return views.k, views.k_scale
+    return unpack_int4(views.k, views.k_groups, views.k_low), views.k_scale
 
 
 def load(

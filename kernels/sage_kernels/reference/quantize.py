@@ -102,13 +102,14 @@ def quantize_k(key: torch.Tensor, k_bits: int = 8) -> tuple[torch.Tensor, torch.
     return (codes if k_bits == 8 else unpack_int4(*pack_int4(codes))), scale
 
 
-def pack_int4(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """INT8 codes in 4 bits: int8 [..., head_dim] -> packed nibbles, int8 [..., head_dim // 2], and the integer scales (steps)
-    and zero points of groups, int8 [..., 2, groups] (see `sage_paged.layout`).
+def pack_int4(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """INT8 codes in 4 bits: int8 [..., head_dim] -> packed nibbles, int8 [..., head_dim // 2]; the integer scales (steps) and
+    zero points of groups, int8 [..., 2, groups]; and the low nibbles of the first group, int8 [..., GROUP_BYTES] (see
+    `sage_paged.layout`).
 
-    Six quantizers of a group compete, and the one with the least sum of squared errors wins (the first of equals). The step is
-    the smallest whose 16 levels reach from the least code to the largest, or one less. The levels start at the least code, end
-    at the largest, or are centered.
+    The first group is kept whole: its step is 16, its zero point -128. For each other one, six quantizers compete, and the one
+    with the least sum of squared errors wins (the first of equals). The step is the smallest with which 16 levels span the
+    codes, or one less. The levels start at the least code, end at the largest, or are centered.
     """
     low, high = (half.int().unflatten(-1, (-1, GROUP_BYTES)) for half in codes.chunk(2, -1))
     both = torch.cat([low, high], -1)
@@ -125,15 +126,28 @@ def pack_int4(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             better = found[0] < best[0]
             best = tuple(torch.where(better, x, y) for x, y in zip(found, best, strict=True))
     _, step, zero, nibbles = best
-    low, high = nibbles.to(torch.uint8).chunk(2, -1)
-    return (low | (high << 4)).flatten(-2).view(torch.int8), torch.cat([step, zero], -1).transpose(-1, -2).to(torch.int8)
+    first = both[..., 0, :] + 128
+    step[..., 0, :], zero[..., 0, :], nibbles[..., 0, :] = 16, -128, first >> 4
+
+    def pack(nibbles: torch.Tensor) -> torch.Tensor:
+        low, high = nibbles.to(torch.uint8).chunk(2, -1)
+        return (low | (high << 4)).view(torch.int8)
+
+    groups = torch.cat([step, zero], -1).transpose(-1, -2).to(torch.int8)
+    return pack(nibbles).flatten(-2), groups, pack(first & 0xF)
 
 
-def unpack_int4(packed: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_int4`: INT8 codes zero + step * nibble, int8 [..., head_dim]."""
-    nibbles = torch.stack([packed & 0xF, (packed >> 4) & 0xF], -2).unflatten(-1, (-1, GROUP_BYTES))  # [..., half, groups, 8]
+def unpack_int4(packed: torch.Tensor, groups: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_int4`: INT8 codes zero + step * nibble (+ low nibble in the first group), int8 [..., head_dim]."""
+
+    def unpack(packed: torch.Tensor) -> torch.Tensor:
+        return torch.stack([packed & 0xF, (packed >> 4) & 0xF], -2)
+
+    nibbles = unpack(packed).unflatten(-1, (-1, GROUP_BYTES))  # [..., half, groups, 8]
     step, zero = groups[..., None, :, None].unbind(-4)
-    return (zero + step * nibbles).flatten(-3)
+    codes = zero + step * nibbles  # int8, which wraps around on the way
+    codes[..., 0, :] += unpack(low)
+    return codes.flatten(-3)
 
 
 def code_product(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor) -> torch.Tensor:

@@ -27,9 +27,9 @@ def store_summaries(
     """Write the summaries of the pages that a step has filled: each channel's mean key and half the range of its keys.
 
     batch: the step's, with one page list for all heads; the step's tokens are stored already, with `calibration`. Summaries are
-    of keys less the anchor, not equalized. With a shift_table (`rope_shift_table`), they are of whole keys, rotated to where
-    they would be if the page were the first of its context. A page whose last token is stored again (a rejected draft) gets a
-    new summary.
+    of the model's keys, less the anchor. With a shift_table (`rope_shift_table`), they are of whole keys, rotated to where they
+    would be if the page were the first of its context. A page whose last token is stored again (a rejected draft) gets a new
+    summary.
     """
     views = layout.views(pages)
     assert views.summary is not None
@@ -40,9 +40,9 @@ def store_summaries(
             codes, k_scale = key_codes(pages[block], layout)
             key = codes * k_scale[..., None]
             if shift_table is None:
-                key = restore_keys(key, replace(calibration, k_anchor=None))
+                key = restore_keys(key, replace(calibration, k_anchor=None), layout)
             else:
-                key = rotate_back(restore_keys(key, calibration), shift_table[page])
+                key = rotate_back(restore_keys(key, calibration, layout), shift_table[page])
             views.summary[block] = torch.stack([key.mean(1), (key.amax(1) - key.amin(1)) / 2], 1).half()
 
 
