@@ -96,7 +96,7 @@ def test_int4_prompts_in_parts(scratch: int, parts: int, per_head: bool, window:
             launched.append(lengths)
 
     monkeypatch.setattr(prefill, "_prefill_kernel", Kernel())
-    monkeypatch.setattr(prefill, "descriptors", lambda pages, layout: PageDescriptors(None, None, None, pages))
+    monkeypatch.setattr(prefill, "descriptors", lambda pages, layout: PageDescriptors(None, None, None, None, pages))
     monkeypatch.setattr(prefill, "SCRATCH", scratch)
     shape = {"requests": [(300, 8), (70, 70), (200, 1)], "heads": 12, "kv_heads": 3}
     batch = make_batch(PageLayout(128, 4, 64), **shape, smooth=True, smooth_v=True, equalize=True)

@@ -241,8 +241,9 @@ def test_engine_with_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture
             assert layer.impl.layout == PageLayout(128, chosen[name])
             assert own.k_anchor.abs().max() > 15, "the biases of the embedded model's keys reach 21"
         # With another anchor, the same values get other codes.
-        for layer in layers.values():
-            layer.impl.calibration.v_anchor.fill_(0.5)
+        with torch.inference_mode():  # in which it was allocated
+            for layer in layers.values():
+                layer.impl.calibration.v_anchor.fill_(0.5)
         llm.reset_prefix_cache()
         change = (prompt_logprobs(llm, prompts) - found).abs()
         assert 0 < change.mean() < 0.2

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calibration of keys when an engine starts: what it finds, that it is kept, and that no first request changes it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import assert_same_tokens, engine, greedy, heldout_prompts, metric
+
+from sage_backend.demo import MODEL_DIR
+from sage_backend.engine import start_calibration
+from sage_backend.features import calibration_file
+from sage_backend.features.layers import own_impls
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of vLLM's. Returns where calibrations are kept in it."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    return tmp_path / "sage" / "calibrations"
+
+
+def calibrations(llm: Any) -> dict[str, Any]:
+    """Of each layer, the calibration that it stores keys with."""
+    return {name: impl.calibration for name, impl in own_impls(llm.llm_engine.vllm_config).items()}
+
+
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the tokens of each prompt that an engine reads to calibrate itself."""
+    read, lengths = start_calibration._read, []
+    monkeypatch.setattr(start_calibration, "_read", lambda core, prompt: (lengths.append(len(prompt)), read(core, prompt)))
+    return lengths
+
+
+def test_it_is_made_once_and_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second start reads nothing, and has the same tensors. Neither counts as requests or leaves pages in a cache."""
+    lengths = measured(monkeypatch)
+    found = []
+    for _ in range(2):
+        with engine("SAGE:k_bits=4") as llm:
+            found.append(calibrations(llm))
+            assert metric(llm, "vllm:prompt_tokens") == 0
+            assert metric(llm, "vllm:prefix_cache_queries") == 0
+            [core] = [llm.llm_engine.engine_core.engine_core]
+            assert core.scheduler.kv_cache_manager.usage == 0
+    assert len(lengths) == len(start_calibration.TEXTS) + 1
+    assert all(100 < length <= start_calibration.MAX_TOKENS for length in lengths)
+    [file] = cache.iterdir()
+    kept = calibration_file.tensors(str(file))
+    assert not any(name.endswith(calibration_file.OF_VALUES) for name in kept)
+    for first, second in zip(found[0].items(), found[1].items(), strict=True):
+        (name, own), (_, again) = first, second
+        assert torch.equal(own.k_anchor, kept[name])
+        assert torch.equal(own.equalizer, kept[f"{name}.equalizer"])
+        assert torch.equal(own.order, kept[f"{name}.order"])
+        assert own.v_anchor is None
+        assert torch.equal(own.k_anchor, again.k_anchor)
+        assert torch.equal(own.equalizer, again.equalizer)
+        assert own.k_anchor.abs().max() > 10, "the biases of the embedded model's keys reach 21"
+        assert own.equalizer.max() > 1.5 * own.equalizer.min()
+
+
+def test_nothing_depends_on_the_first_request() -> None:
+    answers = []
+    for before in ([], [[1, 2, 3]], [list(range(5, 400))]):
+        with engine("SAGE:k_bits=4", dtype="float32") as llm:
+            if before:
+                greedy(llm, before, tokens=1)
+            answers.append(greedy(llm, heldout_prompts(llm, [300, 700])))
+    assert_same_tokens(answers[1], answers[0])
+    assert_same_tokens(answers[2], answers[0])
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments"),
+    [
+        ("SAGE:smooth_k=false,equalize=false", {}),
+        ("SAGE", {"max_model_len": 64}),
+        ("SAGE", {"max_num_batched_tokens": 32, "max_num_seqs": 4}),
+        ("SAGE", {"skip_tokenizer_init": True}),
+        ("SAGE", {"enable_prefix_caching": True, "async_scheduling": True}),
+        ("SAGE", {"runner": "pooling"}),
+    ],
+    ids=str,
+)
+def test_engines_of_all_kinds(run: str, arguments: dict[str, Any], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = measured(monkeypatch)
+    with engine(run, **arguments) as llm:
+        found = calibrations(llm)
+    if "false" in run:
+        assert not lengths
+        assert not cache.exists()
+        return
+    most = min(arguments.get("max_model_len", 2048) - 1, arguments.get("max_num_batched_tokens", 2048))
+    assert lengths
+    assert all(length <= most for length in lengths)
+    assert all(own.k_anchor.any() and (own.equalizer != 1).any() for own in found.values())
+
+
+def test_sizes_of_a_step_do_not_matter(cache: Path) -> None:
+    """Options that keys do not depend on share a file."""
+    for arguments in ({}, {"max_num_batched_tokens": 4096, "enable_prefix_caching": True}):
+        for run in ("SAGE", "SAGE:page_tokens=64"):
+            with engine(run, **arguments):
+                pass
+    assert len(list(cache.iterdir())) == 1
+    with engine("SAGE", dtype="float32"):
+        pass
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_damaged_file_is_made_anew(cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine():
+        pass
+    [file] = cache.iterdir()
+    good = file.read_bytes()
+    file.write_bytes(good[:-10])
+    lengths = measured(monkeypatch)
+    with caplog.at_level(logging.WARNING, start_calibration.__name__), engine() as llm:
+        assert calibrations(llm)
+    assert lengths
+    assert "is damaged" in caplog.text
+    assert len(file.read_bytes()) == len(good)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "sage").write_text("a file in the way")
+    with caplog.at_level(logging.WARNING, start_calibration.__name__), engine() as llm:
+        assert all(own.k_anchor.any() for own in calibrations(llm).values())
+    assert "the calibration cannot be kept" in caplog.text
+
+
+def test_layers_of_a_drafter_are_calibrated(tmp_path: Path) -> None:
+    drafter = {"method": "draft_model", "model": str(MODEL_DIR), "num_speculative_tokens": 2, "attention_backend": "SAGE"}
+    with engine(speculative_config=drafter, max_model_len=512) as llm:
+        found = calibrations(llm)
+    assert len(found) == 8
+    assert all(own.k_anchor.abs().max() > 10 for own in found.values())
+
+
+def test_models_without_a_chat_template() -> None:
+    class Tokenizer:
+        def encode(self, text: str) -> list[int]:
+            return [1, *text.encode()]
+
+        def apply_chat_template(self, messages: Any, **_: Any) -> Any:
+            raise ValueError("there is none")
+
+    assert start_calibration._chat(Tokenizer())[:3] == [1, *start_calibration.CHAT[0].encode()[:2]]
+
+
+def test_an_engine_that_does_not_read_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start_calibration, "_MAX_STEPS", 0)
+    with pytest.raises(RuntimeError, match="does not read the texts of its calibration"), engine():
+        pass
