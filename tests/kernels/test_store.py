@@ -65,9 +65,10 @@ def test_calibrated_keys_come_back(kernels, head_dim: int, k_bits: int, triton: 
     exact = reference.prepare_keys(batch.key[:-1], batch.calibration, batch.layout).transpose(0, 1)
     assert torch.allclose(reference.restore_keys(exact, batch.calibration, batch.layout), expected, atol=1e-4)
     prepared = (expected - batch.calibration.k_anchor[:, None]) / batch.calibration.equalizer[:, None]
+    half = head_dim // 2
+    whole = torch.cat([torch.arange(8), torch.arange(8) + half]) if k_bits == 4 else torch.arange(head_dim)  # have 8 bits
     for head, order in enumerate(batch.calibration.order.long()):
-        channels = torch.cat([order, order + head_dim // 2]) if k_bits == 4 else torch.arange(head_dim)
-        assert relative_error(stored[head], prepared[head][:, channels]) < (0.015 if k_bits == 8 else 0.15)
-        first = torch.cat([torch.arange(8), torch.arange(8) + head_dim // 2])
-        error = (stored[head] - prepared[head][:, channels])[:, first].abs().amax(-1)
-        assert (error <= 0.52 * prepared[head].abs().amax(-1) / 127).all(), "they have 8 bits"
+        channels = torch.cat([order, order + half]) if k_bits == 4 else torch.arange(head_dim)
+        error = stored[head] - prepared[head][:, channels]
+        assert (error[:, whole].abs().amax(-1) <= 0.52 * prepared[head].abs().amax(-1) / 127).all()
+        assert relative_error(stored[head], prepared[head][:, channels]) < (0.03 if k_bits == 8 else 0.2)
