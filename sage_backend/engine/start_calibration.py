@@ -122,7 +122,7 @@ def _prompts(config: Any) -> list[list[int]]:
     if model.skip_tokenizer_init:
         logger.warning("the engine has no tokenizer: keys are calibrated on random tokens; sage calibrate makes a better file")
         generator = torch.Generator().manual_seed(0)
-        return [torch.randint(model.get_vocab_size(), (most,), generator=generator).tolist() for _ in TEXTS]
+        return [torch.randint(1, model.get_vocab_size(), (most,), generator=generator).tolist() for _ in TEXTS]
     from vllm.tokenizers import cached_tokenizer_from_config  # as above
 
     tokenizer = cached_tokenizer_from_config(model)

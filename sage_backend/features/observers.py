@@ -29,7 +29,7 @@ class Statistics:
     """What a calibration needs to know of a layer, over prompts that come one at a time.
 
     Attention to a prompt that comes whole is computed exactly, so that the statistics of later layers do not depend on how
-    earlier ones quantize.
+    earlier ones quantize. Tokens with a number that is not finite do not count.
     """
 
     def __init__(self, impl: Any) -> None:
@@ -46,9 +46,10 @@ class Statistics:
     def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         used = slots >= 0
         self.key, self.value = key[used], value[used]
-        if len(self.key) == 0:
+        finite = self.key.isfinite().flatten(1).all(1) & self.value.isfinite().flatten(1).all(1)
+        key, value = self.key[finite].double(), self.value[finite].double()
+        if len(key) == 0:
             return
-        key, value = self.key.double(), self.value.double()
         sums = torch.stack([key.sum(0), value.sum(0), value.square().sum(0), torch.zeros_like(key[0])], 1)
         self.sums = sums if self.sums is None else self.sums + sums
         self.count += len(key)
@@ -57,10 +58,10 @@ class Statistics:
     def attended(self, query: torch.Tensor, out: torch.Tensor) -> None:
         if self.sums is None or self.ranges is None or len(query) != len(self.key):
             return
-        by_head = query.float().unflatten(1, (self.key.shape[1], -1))
-        self.sums[:, 3] += by_head.double().square().sum(0).mean(1)
-        largest = by_head.abs().amax(0).amax(1)
-        self._widen(self.ranges[:, 0], self.ranges[:, 1], largest)
+        by_head = query[query.isfinite().flatten(1).all(1)].float().unflatten(1, (self.key.shape[1], -1))
+        if len(by_head):
+            self.sums[:, 3] += by_head.double().square().sum(0).mean(1)
+            self._widen(self.ranges[:, 0], self.ranges[:, 1], by_head.abs().amax((0, 2)))
         plain = Modifiers(self.impl.window, self.impl.soft_cap, self.impl.sinks)
         for first in range(0, len(query), _ERROR_QUERIES):  # as many logits as fit into memory
             rows = slice(first, min(first + _ERROR_QUERIES, len(query)))

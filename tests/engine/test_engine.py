@@ -102,7 +102,7 @@ def test_capacity() -> None:
         with engine(run) as llm:
             tokens[run] = capacity(llm)
     assert tokens["SAGE"] >= 1.88 * tokens[PLAIN]
-    assert tokens["SAGE:k_bits=4"] >= 2.4 * tokens[PLAIN]
+    assert tokens["SAGE:k_bits=4"] >= 2.32 * tokens[PLAIN]
 
 
 @pytest.fixture(scope="module")

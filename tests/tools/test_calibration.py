@@ -112,6 +112,24 @@ def test_statistics_do_not_depend_on_earlier_layers() -> None:
     assert torch.allclose(out, exact, atol=1e-5)
 
 
+def test_tokens_that_are_not_finite_do_not_count() -> None:
+    key, query = torch.randn(50, 2, 64), torch.randn(50, 4, 64)
+    results = []
+    for broken in (False, True):
+        observer = observers.Statistics(SimpleNamespace(window=0, soft_cap=0.0, sinks=None, scale=0.125))
+        if broken:
+            for flaw in (float("nan"), float("inf")):
+                wrong = key.clone()
+                wrong[:, 1, 7] = flaw
+                observer.stored(wrong, key, torch.arange(50))
+                observer.attended(torch.full_like(query, flaw), torch.empty_like(query))
+            assert observer.result() is None
+        observer.stored(key, key, torch.arange(50))
+        observer.attended(query, torch.empty_like(query))
+        results.append(observer.result())
+    assert torch.equal(results[0], results[1])
+
+
 def test_channels_without_keys_or_queries_are_left_alone() -> None:
     observer = observers.Statistics(SimpleNamespace(window=0, soft_cap=0.0, sinks=None, scale=1.0))
     key, query = torch.randn(9, 1, 64), torch.randn(9, 2, 64)
