@@ -282,7 +282,7 @@ def select_pages(
     together; 0 for one choice per request, as in decoding, for which batch.max_query_len must be set where requests have
     several query tokens. shift_table: `reference.rope_shift_table`, needed where memory.trained_tokens is not 0.
 
-    Returns a batch to attend with in place of the given one: query blocks stand in the place of requests, and each KV head has
+    Returns a batch to attend with in place of the given one: query blocks replace requests, and each KV head has
     its own page list. Raises ValueError for a layout without summaries, for shapes that do not fit together, and without the
     shift_table that memory needs.
 

@@ -15,10 +15,10 @@ A page holds the keys and values of `tokens` consecutive tokens of one KV head, 
                                                     `sage_paged.memory` only
 
 Every number of a token depends on that token alone, and a summary on the keys of a full page, so a page can be shared, moved,
-swapped or extended without touching its other tokens. Values are transposed because 8-bit tensor cores want the dimension
-that is summed over, which for P @ V is the token, to be the contiguous one. They are out of order within each 16 because a
-thread gets Q K^T for tokens 2j, 2j + 1, 2j + 8 and 2j + 9, and has to hand in P for four tokens that stand side by side:
-stored this way they do, and P never has to travel between threads.
+swapped or extended without touching its other tokens. Values are transposed because 8-bit tensor cores need the
+summed dimension, the token for P V, to be contiguous. Within each 16, tokens are permuted: a thread gets Q K^T for tokens 2j,
+2j + 1, 2j + 8 and 2j + 9, and must provide P for four adjacent tokens. In this order they are the same four, so P never moves
+between threads.
 
 INT4 keys are INT8 codes kept in 4 bits: byte `i` of a row has channel `i` in its low nibble and channel `i + head_dim // 2` in
 its high one, numbers from 0 to 15, and the INT8 code is zero point + step * nibble. The channels of GROUP_BYTES adjacent bytes

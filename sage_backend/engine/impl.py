@@ -188,7 +188,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         return output.zero_()
 
     def _owner(self, layer: Any) -> "SageImpl":
-        """The layer whose keys and values this one reads, as a rule itself."""
+        """The layer that stores the keys and values which this layer reads: itself, unless it shares them."""
         target = layer.kv_sharing_target_layer_name
         return self if target is None else get_forward_context().no_compile_layers[target].impl
 

@@ -112,6 +112,8 @@ def _measure(core: Any) -> dict[str, torch.Tensor]:
     of_workers = core.model_executor.collective_rpc(_statistics)
     core.reset_prefix_cache()
     tensors = calibration.tensors_of(of_workers, model.get_total_num_kv_heads())
+    if not tensors:
+        logger.warning("no layer has shown its keys, so they are not calibrated; give the engine a file of sage calibrate")
     return {name: x for name, x in tensors.items() if not name.endswith(calibration_file.OF_VALUES)}
 
 

@@ -161,7 +161,7 @@ def attend_pages(
     return state, q_bias
 
 
-# Arguments of launches. An argument that a kernel does not read is any tensor at hand.
+# Arguments of launches. A kernel is passed any tensor for an argument that it does not read.
 
 
 def tensor_or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:

@@ -102,5 +102,5 @@ def partial_slot(program, continued):
 
 @triton.jit
 def count_parts(part, seen, span):
-    """Into how many parts a segment of `seen` pages is split whose first part has `part` pages."""
+    """The number of parts of a segment of `seen` pages, if its first part has `part` pages."""
     return 1 + (seen - part + span - 1) // span

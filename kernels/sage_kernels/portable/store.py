@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize new keys and values and write them into their pages, in one launch."""
+"""Quantize new keys and values and write them into their pages, in one launch. On every GPU, sm_90 included."""
 
 import torch
 import triton

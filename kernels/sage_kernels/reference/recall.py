@@ -61,7 +61,7 @@ def select_pages(
     query_block: int,
     shift_table: torch.Tensor | None = None,
 ) -> PagedBatch:
-    """Choose the pages that each query block reads. In the result, query blocks stand in the place of requests.
+    """Choose the pages that each query block reads. In the result, query blocks replace requests.
 
     query: [tokens, heads, head_dim]. batch: the requests, with one page list for all heads. query_block: positions of a query
     block; 0 for one block per request. shift_table: `rope_shift_table`, needed where memory.trained_tokens is not 0.
