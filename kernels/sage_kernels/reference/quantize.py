@@ -12,8 +12,8 @@ the codes of P do not depend on the order in which a kernel walks the pages, on 
 of float32 sums does. Rows are normalized by the sum of the rounded P: a row that sees one token returns exactly its value.
 
 K smoothing subtracts a per-head vector, the anchor, from all keys of a head. All logits of a row change by the same number, so
-softmax does not change. SageAttention subtracts the mean of all keys of the call. Pages outlive a batch, so here the anchor comes
-from a calibration and never changes.
+softmax does not change. SageAttention subtracts the mean of all keys of the call. Pages outlive a batch, so here the anchor
+comes from a calibration and never changes.
 
 Equalization divides the channels of keys, and multiplies those of queries, by a vector of the head, the equalizer. All logits
 stay the same (SmoothQuant, Xiao et al., ICML 2023, does this to activations and weights). The INT8 codes of a row share one
