@@ -190,19 +190,30 @@ class Prepared:
 
 
 def sage(batch: Batch, k_bits: int) -> Prepared:
-    from sage_kernels import PagedBatch, PageLayout, attend_decode, attend_prefill, decode_workspace, store
+    from sage_kernels import (
+        LayerCalibration,
+        Modifiers,
+        PagedBatch,
+        PageLayout,
+        attend_decode,
+        attend_prefill,
+        decode_workspace,
+        store,
+    )
 
     case, shape = batch.case, batch.shape
     layout = PageLayout(shape.head_dim, k_bits, 128)
     paging = batch.paging(layout.tokens)
     pages = layout.empty(paging.blocks, shape.kv_heads, batch.device)
-    # As in an engine without a calibration, the first tokens that are stored fix the anchor of keys.
-    anchor = torch.full((shape.kv_heads, shape.head_dim), torch.nan, device=batch.device)
-    write = partial(store, batch.key, batch.value, pages, paging.slots, layout, anchor)
+    # As in an engine, which calibrates keys when it starts.
+    equalizer = torch.ones(shape.kv_heads, shape.head_dim, device=batch.device)
+    order = torch.arange(shape.head_dim // 2, dtype=torch.int32, device=batch.device).repeat(shape.kv_heads, 1)
+    calibration = LayerCalibration(batch.key[:32].float().mean(0), equalizer, order)
+    write = partial(store, batch.key, batch.value, pages, paging.slots, layout, calibration)
     write()
     out = batch.poisoned()
     paged = PagedBatch(paging.block_table, batch.seq_lens, batch.query_start_loc)
-    arguments = batch.query, pages, layout, paged, batch.scale, out
+    arguments = batch.query, pages, layout, paged, batch.scale, out, Modifiers(calibration=calibration)
     if case.kind == "decode":
         workspace = decode_workspace(torch.device(batch.device), layout, shape.heads // shape.kv_heads)
         launch = partial(attend_decode, *arguments, workspace=workspace)

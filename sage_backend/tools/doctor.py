@@ -230,25 +230,38 @@ def compile_kernels(device: Any) -> str:
     """
     import torch
 
-    from sage_kernels import PagedBatch, PageLayout, attend_decode, attend_prefill, reference, store
+    from sage_kernels import (
+        LayerCalibration,
+        Modifiers,
+        PagedBatch,
+        PageLayout,
+        attend_decode,
+        attend_prefill,
+        reference,
+        store,
+    )
 
     generator = torch.Generator().manual_seed(0)
     tokens, heads, kv_heads, head_dim = 300, 8, 2, 128  # three pages, the last partly filled, of which decoding cuts one off
     key, value = (torch.randn(tokens, kv_heads, head_dim, generator=generator).bfloat16() for _ in range(2))
     query = torch.randn(tokens, heads, head_dim, generator=generator).bfloat16()
     slots, scale = torch.arange(tokens), head_dim**-0.5
+    equalizer = torch.randn(kv_heads, head_dim // 2, generator=generator).mul(0.5).exp().repeat(1, 2)
+    order = torch.rand(kv_heads, head_dim // 2, generator=generator).argsort(-1).int()
+    modifiers = Modifiers(calibration=LayerCalibration(key.float().mean(0), equalizer, order))
+    calibration, on_device = modifiers.calibration, modifiers.to(device)
     for k_bits in (8, 4):
         layout = PageLayout(head_dim, k_bits)
         exact, pages = layout.empty(3, kv_heads), layout.empty(3, kv_heads, device)
-        reference.store(key, value, exact, slots, layout)
-        store(key.to(device), value.to(device), pages, slots.to(device), layout)
+        reference.store(key, value, exact, slots, layout, calibration)
+        store(key.to(device), value.to(device), pages, slots.to(device), layout, on_device.calibration)
         for name, attend, new in (("prefill", attend_prefill, tokens), ("decode", attend_decode, 1)):
             rows = query[-new:]
             table, lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[0, 1, 2]], [tokens], [0, new]))
             batch = PagedBatch(table, lengths, starts)
-            expected = reference.attention(rows, exact, layout, batch, scale)
+            expected = reference.attention(rows, exact, layout, batch, scale, modifiers)
             out = torch.full(rows.shape, float("nan"), dtype=torch.bfloat16, device=device)
-            attend(rows.to(device), pages, layout, batch.to(device), scale, out)
+            attend(rows.to(device), pages, layout, batch.to(device), scale, out, on_device)
             error = float((out.float().cpu() - expected).norm() / expected.norm())
             if not error < KERNEL_ERROR:  # NaN is no smaller
                 raise RuntimeError(f"{name} with INT{k_bits} keys is off by {error:.2g}")
