@@ -77,7 +77,7 @@ def test_keys_with_outlier_channels(k_bits: int, gain: float, variant: dict[str,
 
 
 def test_pairs_that_matter_most_have_8_bits() -> None:
-    """INT4 keys with a few RoPE pairs whose products with queries are large: the order removes a third of the error and more."""
+    """INT4 keys with a few RoPE pairs whose products with queries are big: the order removes at least a third of the error."""
     batch = make_batch(PageLayout(128, 4), [(384, 384)], heads=8, kv_heads=2, channel_bias=0.0)
     large = torch.arange(64) % 8 == 3
     batch.key[..., torch.cat([large, large])] *= 3
