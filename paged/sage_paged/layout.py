@@ -79,8 +79,7 @@ class PageViews:
 
     k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens], tokens in `v_position` order; k_groups: int8
     [..., tokens, step or zero point, k_groups]; k_low: int8 [..., tokens, GROUP_BYTES]; k_scale, v_exponent: float32 [...,
-    tokens]; summary: float16 [..., 2, head_dim]. None
-    where the layout has none.
+    tokens]; summary: float16 [..., 2, head_dim]. None where the layout has none.
     """
 
     k: torch.Tensor

@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # workers hold the means and errors
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # workers hold the statistics and errors
     return run_command(lambda: _run(arguments))
 
 

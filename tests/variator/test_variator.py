@@ -476,7 +476,7 @@ def test_bad_input(
 # Engines
 
 LENGTHS = (700, 300, 129, 400, 90)
-OPTIONS = {"smooth_k": False}  # otherwise an engine's pages would depend on what it read first
+OPTIONS = {"smooth_k": False}
 
 
 def ask(llm: Any, prompts: Sequence[list[int]], asked: Sequence[dict[str, int]], tokens: int = 16) -> list[Answer]:

@@ -4,7 +4,7 @@
 It follows SageAttention (Zhang et al., ICLR 2025, section 4) and SageAttention2 (Zhang et al., ICML 2025, section 3): INT8
 queries and keys for Q K^T, FP8 e4m3 probabilities and values for P V. K and V have one scale per token and head, because a page
 must not depend on which tokens are neighbors. INT4 keys are stored in 4 bits and multiplied as INT8 codes: 16 channels share a
-scale and a zero point that turn a nibble into an INT8 code (`pack_int4`, `unpack_int4`).
+scale and a zero point that turn a nibble into an INT8 code (`pack_int4`, `unpack_int4`). The first 16 keep their INT8 codes.
 
 P takes over the scale of V before it is rounded: the logarithm of a token's V scale is added to its base-2 logit. The reference
 that is subtracted before the exponential is a row's largest such sum in one page. So the largest weight of a page is exact, and
