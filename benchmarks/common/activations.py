@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sage_backend.demo import HELDOUT, MODEL_DIR
 from sage_backend.demo.llama import Attention, Llama, Shape, rotate
-from sage_kernels.reference import ANCHOR_TOKENS
 
 TOKENS, HEAD_DIM = 2047, 128
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -61,7 +60,7 @@ def random_activations() -> list[Heads]:
 
 ANCHORS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda k: torch.zeros_like(k[:, :1]),
-    "first tokens": lambda k: k[:, :ANCHOR_TOKENS].mean(1, keepdim=True),
+    "first tokens": lambda k: k[:, :32].mean(1, keepdim=True),
     "whole text": lambda k: k.mean(1, keepdim=True),
 }
 """Vectors that may be subtracted from all keys of a head: float32 [kv_heads, 1, HEAD_DIM]."""

@@ -46,9 +46,8 @@ def calibrate(core: Any) -> None:
     tensors = _load(path)
     if _any_rank(core, tensors is None):
         began = time.monotonic()
-        tensors = _measure(core)
-        logger.info("calibrated keys in %.1f s, kept in %s", time.monotonic() - began, path)
-        _save(path, tensors, config.model_config)
+        tensors = _keep(path, _measure(core), config.model_config)
+        logger.info("calibrated keys in %.1f s", time.monotonic() - began)
     core.model_executor.collective_rpc(calibration.calibrate_layers, args=(tensors,))
 
 
@@ -63,6 +62,8 @@ def cache_path(config: Any) -> Path:
     if (drafter := getattr(config.speculative_config, "draft_model_config", None)) is not None:
         models.append(drafter)
     parts = [__version__, vllm_version, config.load_config.load_format, config.parallel_config.pipeline_parallel_size]
+    parts += [_prompt_tokens(config), config.model_config.skip_tokenizer_init]
+    parts += [SageOptions.parse(config.additional_config).variator]
     for model in models:
         parts += [identity(model.model, model.hf_config), model.hf_config.to_json_string(), model.dtype, model.quantization]
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
@@ -79,12 +80,23 @@ def _load(path: Path) -> dict[str, torch.Tensor] | None:
         return None
 
 
-def _save(path: Path, tensors: dict[str, torch.Tensor], model_config: Any) -> None:
+def _keep(path: Path, tensors: dict[str, torch.Tensor], model_config: Any) -> dict[str, torch.Tensor]:
+    """Keep a calibration, unless another engine has kept one meanwhile. Returns the one that is kept."""
+    own = path.with_name(f"{path.name}.{uuid.uuid4()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        calibration_file.save(path, tensors, model_config)
+        calibration_file.save(own, tensors, model_config)
+        try:
+            path.hardlink_to(own)  # which fails if there is such a file
+            own.unlink()
+        except FileExistsError:
+            if (other := _load(path)) is not None:
+                own.unlink()
+                return other
+            own.replace(path)  # in place of a damaged one
     except OSError as error:
         logger.warning("the calibration cannot be kept (%s); the next start makes another", error)
+    return tensors
 
 
 def _any_rank(core: Any, flag: bool) -> bool:
@@ -117,10 +129,14 @@ def _measure(core: Any) -> dict[str, torch.Tensor]:
     return {name: x for name, x in tensors.items() if not name.endswith(calibration_file.OF_VALUES)}
 
 
+def _prompt_tokens(config: Any) -> int:
+    """Most tokens of a text that are read: as many as one step of the engine takes."""
+    return min(MAX_TOKENS, config.model_config.max_model_len - 1, config.scheduler_config.max_num_batched_tokens)
+
+
 def _prompts(config: Any) -> list[list[int]]:
-    """The texts as token ids, each as long as one step of the engine takes at most."""
-    model = config.model_config
-    most = min(MAX_TOKENS, model.max_model_len - 1, config.scheduler_config.max_num_batched_tokens)
+    """The texts as token ids, cut to `_prompt_tokens`."""
+    model, most = config.model_config, _prompt_tokens(config)
     if model.skip_tokenizer_init:
         logger.warning("the engine has no tokenizer: keys are calibrated on random tokens; sage calibrate makes a better file")
         generator = torch.Generator().manual_seed(0)

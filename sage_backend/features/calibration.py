@@ -12,6 +12,7 @@ import torch
 from sage_backend.features.calibration_file import OF_EQUALIZER, OF_ORDER, OF_VALUES, worker_calibration
 from sage_backend.features.layers import own_impls
 from sage_backend.features.observers import Statistics
+from sage_kernels import LayerCalibration
 
 MIN_MEAN_FRACTION = 0.05
 """An anchor of values is kept if it reduces their mean square by more than this fraction. Errors of e4m3 are proportional to
@@ -35,15 +36,23 @@ def statistics(worker: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@torch.inference_mode()  # in which the layers' tensors were allocated
-def calibrate_layers(worker: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Calibrate this worker's layers. No stored key may still be needed. tensors: by the names of a calibration file."""
+def calibrations(worker: Any, tensors: dict[str, torch.Tensor]) -> dict[str, LayerCalibration]:
+    """The calibration of each of this worker's layers, by name. tensors: by the names of a calibration file."""
     # Not at the top: vLLM reads its settings from the environment when it is imported, and tools set them first.
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    for name, impl in own_impls(worker.vllm_config).items():
-        impl.calibrate(worker_calibration(tensors, name, impl.num_kv_heads, rank, ranks), worker.device)
+    return {
+        name: worker_calibration(tensors, name, impl.num_kv_heads, rank, ranks)
+        for name, impl in own_impls(worker.vllm_config).items()
+    }
+
+
+@torch.inference_mode()  # in which the layers' tensors were allocated
+def calibrate_layers(worker: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Calibrate this worker's layers. No stored key may still be needed. tensors: by the names of a calibration file."""
+    for name, found in calibrations(worker, tensors).items():
+        own_impls(worker.vllm_config)[name].calibrate(found, worker.device)
 
 
 def tensors_of(of_workers: list[dict[str, torch.Tensor]], heads: int) -> dict[str, torch.Tensor]:

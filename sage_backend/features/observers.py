@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sage_kernels import Modifiers, PagedBatch, PageLayout, attend_prefill, reference, store
+from sage_kernels import LayerCalibration, Modifiers, PagedBatch, PageLayout, attend_prefill, reference, store
 from sage_paged import K_BITS
 
 _ERROR_QUERIES = 256
@@ -89,8 +89,9 @@ class PageErrors:
     The last _ERROR_QUERIES queries of a prompt count, compared with exact attention to the keys and values before quantization.
     """
 
-    def __init__(self, impl: Any) -> None:
-        self.impl = impl
+    def __init__(self, impl: Any, calibration: LayerCalibration) -> None:
+        """impl: the layer's SageImpl; calibration: that of the pages, on the layer's device."""
+        self.impl, self.calibration = impl, calibration
         self.key = self.value = torch.empty(0)
         self.squares = dict.fromkeys((*K_BITS, "exact"), 0.0)
         """By bits of keys, the sum of squared errors; by "exact", the sum of the exact outputs' squares."""
@@ -110,12 +111,12 @@ class PageErrors:
             layout = PageLayout(impl.head_size, bits, impl.layout.tokens)
             blocks = -(-tokens // layout.tokens)
             pages = layout.empty(blocks, self.key.shape[1], device)
-            store(self.key, self.value, pages, torch.arange(tokens, device=device), layout, impl.calibration)
+            store(self.key, self.value, pages, torch.arange(tokens, device=device), layout, self.calibration)
             table, lengths, starts = (
                 torch.tensor(x, dtype=torch.int32, device=device) for x in ([[*range(blocks)]], [tokens], [0, len(query)])
             )
             batch = PagedBatch(table, lengths, starts)
             quantized = torch.empty_like(exact)
-            modifiers = replace(plain, calibration=impl.calibration, q_block=impl.q_block(device, layout))
+            modifiers = replace(plain, calibration=self.calibration, q_block=impl.q_block(device, layout))
             attend_prefill(query, pages, layout, batch, impl.scale, quantized, modifiers)
             self.squares[bits] += float((quantized - exact).square().sum())

@@ -46,6 +46,9 @@ from sage_backend.options import SageOptions
 from sage_kernels import choose_kernels
 from sage_paged import Memory
 
+_KEY_FORMATS = {4: "int4_first16", 8: "int8"}
+"""The names of key formats in `sage_build_info`, by bits. Of INT4 keys, 16 channels have 8 bits."""
+
 
 @dataclass
 class Sample:
@@ -172,7 +175,7 @@ class Recorder:
             kernels = "gluon+triton" if "hopper" in (choice.prefill, choice.decode) else "triton"
             architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         chosen = calibration_file.k_bits(self._calibration).values() if self._calibration else ()
-        bits = "_".join(f"int{bits}" for bits in sorted({layout.k_bits, *chosen}))
+        bits = "_".join(_KEY_FORMATS[bits] for bits in sorted({layout.k_bits, *chosen}))
         page_format = f"k_{bits}_v_e4m3_page{layout.tokens}"
         self._values.set(BUILD, 1, version, vllm_version, page_format, kernels, architecture)
 

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sage_backend.demo import HELDOUT
-from sage_backend.features.calibration import calibrate_layers, observe, statistics, tensors_of
+from sage_backend.features.calibration import calibrations, observe, statistics, tensors_of
 from sage_backend.features.calibration_file import OF_EQUALIZER, OF_VALUES, save
 from sage_backend.features.layers import own_impls
 from sage_backend.features.observers import PageErrors
@@ -43,10 +43,10 @@ def _can_differ(worker: Any) -> bool:
 
 
 def _measure_errors(worker: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Calibrate the layers, and measure the errors of pages from now on."""
-    calibrate_layers(worker, tensors)
-    for name, impl in own_impls(worker.vllm_config).items():
-        impl.observer = PageErrors(impl) if name in tensors else None
+    """Measure the errors of pages with this calibration from now on. The engine's own pages keep theirs."""
+    impls = own_impls(worker.vllm_config)
+    for name, found in calibrations(worker, tensors).items():
+        impls[name].observer = PageErrors(impls[name], found.to(worker.device)) if name in tensors else None
 
 
 def _squares(worker: Any) -> dict[str, dict[Any, float]]:

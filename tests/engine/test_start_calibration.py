@@ -3,6 +3,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,20 @@ def test_sizes_of_a_step_do_not_matter(cache: Path) -> None:
     with engine("SAGE", dtype="float32"):
         pass
     assert len(list(cache.iterdir())) == 2
+
+
+def test_the_first_of_several_engines_decides(cache: Path) -> None:
+    """Engines that start at the same time each measure, and use what the first of them has kept."""
+    model = SimpleNamespace(model=str(MODEL_DIR), hf_config=SimpleNamespace())
+    first, second = ({"layer": torch.full((2, 64), value)} for value in (1.0, 2.0))
+    path = cache / "some.safetensors"
+    assert start_calibration._keep(path, first, model) is first
+    assert torch.equal(start_calibration._keep(path, second, model)["layer"], first["layer"])
+    assert list(cache.iterdir()) == [path]
+    path.write_bytes(path.read_bytes()[:-5])
+    assert start_calibration._keep(path, second, model) is second
+    assert torch.equal(calibration_file.tensors(str(path))["layer"], second["layer"])
+    assert list(cache.iterdir()) == [path]
 
 
 def test_a_damaged_file_is_made_anew(cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,8 +190,8 @@ def test_errors_of_pages(soft_cap: float, smooth_q: bool) -> None:
     own = LayerCalibration(k_anchor, equalizer, torch.arange(31, -1, -1).int().repeat(2, 1), v_anchor)
     q_block = 32 if smooth_q else 0
     shape = {"head_size": 64, "scale": 0.125, "window": 0, "soft_cap": soft_cap, "sinks": None}
-    impl = SimpleNamespace(**shape, layout=PageLayout(64), calibration=own, q_block=lambda device, layout: q_block)
-    observer = observers.PageErrors(impl)
+    impl = SimpleNamespace(**shape, layout=PageLayout(64), q_block=lambda device, layout: q_block)
+    observer = observers.PageErrors(impl, own)
     observer.stored(torch.cat([key, key[:1]]), torch.cat([value, value[:1]]), torch.tensor([*range(300), -1]))
     observer.attended(query, query)
     observer.attended(query[:1], query[:1])  # a decode
