@@ -82,14 +82,14 @@ step_needle() {
 step_quality() {
     local model=sage_backend/demo/model
     calibrate "$model" anchors.tmp
-    calibrate "$model" mixed.tmp --k-bits auto --budget 0.065
+    calibrate "$model" mixed.tmp --k-bits auto --budget 0.05
     evaluate 400 quality SAGE SAGE:smooth_q=true SAGE:k_bits=4 "${peers[@]}"
     evaluate 300 quality-calibrated SAGE:calibration={anchors,mixed}.tmp SAGE:k_bits=4,calibration=anchors.tmp
 }
 step_heldout() {  # the same for a model that is not in the repository
     run 300 "$python" -m sage_backend.demo.train --large --seed 1 --seconds 60 --out heldout.tmp
     calibrate heldout.tmp heldout-anchors.tmp
-    calibrate heldout.tmp heldout-mixed.tmp --k-bits auto --budget 0.065
+    calibrate heldout.tmp heldout-mixed.tmp --k-bits auto --budget 0.05
     evaluate 700 quality-heldout SAGE SAGE:k_bits=4 SAGE:calibration=heldout-{anchors,mixed}.tmp \
         SAGE:k_bits=4,calibration=heldout-anchors.tmp "${peers[@]}" --model heldout.tmp --text heldout.tmp/heldout.txt
 }
