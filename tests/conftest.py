@@ -17,22 +17,52 @@ if not torch.cuda.is_available():
     patch_language_once()
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # other processes of pytest have the other cores
+    # As many threads as cores in each process would wait for each other all the time. Engines and servers inherit this.
+    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    torch.set_num_threads(1)
+
+WITH_SERVER = (
+    "deploy/test_server_load.py", "deploy/test_serving.py",
+    "observability/test_canary.py", "observability/test_metrics.py", "observability/test_monitoring.py",
+)  # fmt: skip
+"""The files whose tests use the fixture `server`: one process runs them all."""
+LONGEST = (
+    "engine/test_engine.py", "variator/test_variator.py", "kernels/test_recall.py", "deploy/test_ray.py", "server",
+    "tools/test_examples.py", "tools/test_quality.py", "kernels/test_store.py", "kernels/test_prefill.py",
+)  # fmt: skip
+"""What takes longest comes first, so that all processes end at about the same time."""
+
+
+def _group(nodeid: str) -> str:
+    """The file of a test, from the folder tests/ on, or "server"."""
+    file = nodeid.partition("::")[0].removeprefix("tests/")
+    return "server" if file in WITH_SERVER else file
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the test that stops the shared server after all others, whatever the names of the files are."""
-    items.sort(key=lambda item: item.get_closest_marker("stops_server") is not None)
+    """Run the longest files first, and the test that stops the shared server after all others that use it."""
+
+    def order(item: pytest.Item) -> tuple[int, bool]:
+        group = _group(item.nodeid)
+        rank = LONGEST.index(group) if group in LONGEST else len(LONGEST)
+        return rank, item.get_closest_marker("stops_server") is not None
+
+    items.sort(key=order)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With two processes (`-n 2`, as in `make test`), one runs all tests that start engines and servers, in the usual order.
-    The other runs the kernel tests, which only compute. Whichever finishes first helps with the kernel tests that are left."""
+    """With several processes (`-n 2`, as in `make test`), each takes one file after another. The many small tests of
+    kernels are taken one by one, to fill what is left."""
     from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False  # it would take the files with the most tests first
 
     class Scheduling(LoadScopeScheduling):  # its own groups (--dist loadgroup) are lost with pytest 9.2
         def _split_scope(self, nodeid: str) -> str:
-            if not nodeid.startswith("tests/kernels/"):
-                return "engines"
-            return "compile" if "/test_compile.py" in nodeid else nodeid
+            group = _group(nodeid)
+            return nodeid if group.startswith("kernels/") and group != "kernels/test_compile.py" else group
 
     return Scheduling(config, log)
 
