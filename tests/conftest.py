@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +19,10 @@ if not torch.cuda.is_available():
 
     patch_language_once()
 
+if "VLLM_CACHE_ROOT" not in os.environ:
+    # Calibrations of the tests' engines go to a folder of their own. With pytest -n, all processes inherit the first one's.
+    os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="sage-cache-")
+    atexit.register(shutil.rmtree, os.environ["VLLM_CACHE_ROOT"], ignore_errors=True)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # other processes of pytest have the other cores
     # As many threads as cores in each process would wait for each other all the time. Engines and servers inherit this.
