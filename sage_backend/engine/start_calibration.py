@@ -59,7 +59,8 @@ def cache_path(config: Any) -> Path:
     from vllm import envs
 
     models = [config.model_config]
-    if (drafter := getattr(config.speculative_config, "draft_model_config", None)) is not None:
+    drafter = getattr(config.speculative_config, "draft_model_config", None)
+    if drafter is not None and drafter is not config.model_config:  # which it is for drafts without a model
         models.append(drafter)
     parts = [__version__, vllm_version, config.load_config.load_format, config.parallel_config.pipeline_parallel_size]
     parts += [_prompt_tokens(config), config.model_config.skip_tokenizer_init]
@@ -120,6 +121,7 @@ def _measure(core: Any) -> dict[str, torch.Tensor]:
     model = core.vllm_config.model_config
     core.model_executor.collective_rpc(_observe)
     for prompt in _prompts(core.vllm_config):
+        core.model_executor.collective_rpc(calibration.begin_prompt)
         _read(core, prompt)
     of_workers = core.model_executor.collective_rpc(_statistics)
     core.reset_prefix_cache()
@@ -130,8 +132,8 @@ def _measure(core: Any) -> dict[str, torch.Tensor]:
 
 
 def _prompt_tokens(config: Any) -> int:
-    """Most tokens of a text that are read: as many as one step of the engine takes."""
-    return min(MAX_TOKENS, config.model_config.max_model_len - 1, config.scheduler_config.max_num_batched_tokens)
+    """Most tokens of a text that are read."""
+    return min(MAX_TOKENS, config.model_config.max_model_len - 1)
 
 
 def _prompts(config: Any) -> list[list[int]]:

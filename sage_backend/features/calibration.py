@@ -26,6 +26,13 @@ def observe(worker: Any) -> None:
         impl.observer = Statistics(impl)
 
 
+def begin_prompt(worker: Any) -> None:
+    """The prompt that this worker reads next is a new one."""
+    for impl in own_impls(worker.vllm_config).values():
+        if isinstance(impl.observer, Statistics):
+            impl.observer.begin_prompt()
+
+
 def statistics(worker: Any) -> dict[str, torch.Tensor]:
     """The statistics (`Statistics.result`) by layer, for the layers that have any. Ends what `observe` began."""
     found = {}

@@ -26,10 +26,10 @@ class Observer(Protocol):
 
 
 class Statistics:
-    """What a calibration needs to know of a layer, over prompts that come one at a time.
+    """What a calibration needs to know of a layer, over prompts that come one at a time, whole or in chunks.
 
-    Attention to a prompt that comes whole is computed exactly, so that the statistics of later layers do not depend on how
-    earlier ones quantize. Tokens with a number that is not finite do not count.
+    Attention to them is computed exactly, so that the statistics of later layers do not depend on how earlier ones quantize.
+    Tokens with a number that is not finite do not count.
     """
 
     def __init__(self, impl: Any) -> None:
@@ -37,17 +37,28 @@ class Statistics:
         self.impl = impl
         self.count = 0
         self.key = self.value = torch.empty(0)
+        """Of the prompt so far, [tokens, kv_heads, head_dim]."""
+        self.new = 0
+        """The tokens that were stored last."""
         self.sums: torch.Tensor | None = None
         """Of keys, values, squares of values, and squares of queries (the mean over query heads), float64 [kv_heads, 4,
         head_dim]."""
         self.ranges: torch.Tensor | None = None
         """The least key, the largest key and the largest magnitude of queries, float32 [kv_heads, 3, head_dim]."""
 
+    def begin_prompt(self) -> None:
+        """What is stored next begins a prompt."""
+        self.key = self.value = torch.empty(0)
+
     def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         used = slots >= 0
-        self.key, self.value = key[used], value[used]
-        finite = self.key.isfinite().flatten(1).all(1) & self.value.isfinite().flatten(1).all(1)
-        key, value = self.key[finite].double(), self.value[finite].double()
+        key, value = key[used], value[used]
+        self.new = len(key)
+        before = len(self.key) > 0
+        self.key = torch.cat([self.key, key]) if before else key
+        self.value = torch.cat([self.value, value]) if before else value
+        finite = key.isfinite().flatten(1).all(1) & value.isfinite().flatten(1).all(1)
+        key, value = key[finite].double(), value[finite].double()
         if len(key) == 0:
             return
         sums = torch.stack([key.sum(0), value.sum(0), value.square().sum(0), torch.zeros_like(key[0])], 1)
@@ -56,7 +67,7 @@ class Statistics:
         self._widen(key.amin(0).float(), key.amax(0).float(), torch.zeros_like(key[0], dtype=torch.float32))
 
     def attended(self, query: torch.Tensor, out: torch.Tensor) -> None:
-        if self.sums is None or self.ranges is None or len(query) != len(self.key):
+        if self.sums is None or self.ranges is None or len(query) != self.new:
             return
         by_head = query[query.isfinite().flatten(1).all(1)].float().unflatten(1, (self.key.shape[1], -1))
         if len(by_head):
@@ -65,7 +76,8 @@ class Statistics:
         plain = Modifiers(self.impl.window, self.impl.soft_cap, self.impl.sinks)
         for first in range(0, len(query), _ERROR_QUERIES):  # as many logits as fit into memory
             rows = slice(first, min(first + _ERROR_QUERIES, len(query)))
-            key, value = self.key[: rows.stop], self.value[: rows.stop]
+            visible = slice(len(self.key) - len(query) + rows.stop)
+            key, value = self.key[visible], self.value[visible]
             out[rows] = reference.exact_attention(query[rows], key, value, self.impl.scale, plain).to(out.dtype)
 
     def _widen(self, least: torch.Tensor, largest: torch.Tensor, query: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sage_backend.demo import HELDOUT
-from sage_backend.features.calibration import calibrations, observe, statistics, tensors_of
+from sage_backend.features.calibration import begin_prompt, calibrations, observe, statistics, tensors_of
 from sage_backend.features.calibration_file import OF_EQUALIZER, OF_VALUES, save
 from sage_backend.features.layers import own_impls
 from sage_backend.features.observers import PageErrors
@@ -97,6 +97,7 @@ def calibrate(model: str, text: str, tokens: int, context: int, measure_errors: 
             )
         llm.collective_rpc(observe)
         for prompt in tqdm(prompts, "statistics of layers"):
+            llm.collective_rpc(begin_prompt)
             llm.generate(prompt, once, use_tqdm=False)
         found = tensors_of(llm.collective_rpc(statistics), config.get_total_num_kv_heads())
         if not measure_errors:

@@ -112,6 +112,24 @@ def test_statistics_do_not_depend_on_earlier_layers() -> None:
     assert torch.allclose(out, exact, atol=1e-5)
 
 
+def test_chunks_of_a_prompt_are_attended_to_as_a_whole() -> None:
+    query, key, value = (torch.randn(700, heads, 64) for heads in (4, 2, 2))
+    exact, results = reference.exact_attention(query, key, value, 0.125), []
+    for chunk in (700, 300, 64):
+        observer = observers.Statistics(SimpleNamespace(window=0, soft_cap=0.0, sinks=None, scale=0.125))
+        for _ in range(2):  # the second prompt does not see the first
+            observer.begin_prompt()
+            out = torch.full_like(query, float("nan"))
+            for first in range(0, 700, chunk):
+                rows = slice(first, first + chunk)
+                observer.stored(key[rows], value[rows], torch.arange(700)[rows])
+                observer.attended(query[rows], out[rows])
+            assert torch.allclose(out, exact, atol=1e-5)
+        results.append(observer.result())
+    assert torch.allclose(results[1], results[0], rtol=1e-5)
+    assert torch.allclose(results[2], results[0], rtol=1e-5)
+
+
 def test_tokens_that_are_not_finite_do_not_count() -> None:
     key, query = torch.randn(50, 2, 64), torch.randn(50, 4, 64)
     results = []
