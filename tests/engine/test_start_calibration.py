@@ -107,6 +107,9 @@ def test_sizes_of_a_step_do_not_matter(cache: Path) -> None:
         for run in ("SAGE", "SAGE:page_tokens=64"):
             with engine(run, **arguments):
                 pass
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with engine("SAGE", speculative_config=drafts):  # which no model makes
+        pass
     assert len(list(cache.iterdir())) == 1
     with engine("SAGE", dtype="float32"):
         pass
