@@ -228,7 +228,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
             context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
             impls = [layer.impl for layer in context.values() if isinstance(getattr(layer, "impl", None), SageImpl)]
             for impl in impls:
-                impl.observer = observers.PageErrors(impl)
+                impl.observer = observers.PageErrors(impl, impl.calibration)
             # Each layer and KV head is checked once. A repeated prompt is cached in part, and not checked.
             prompts = heldout_prompts(llm, [TOKENS] * len(impls) * impls[0].num_kv_heads)
             greedy(llm, [*prompts, prompts[0]], tokens=2, together=False)

@@ -187,7 +187,7 @@ def test_bytes_of_a_token(recorder: Recorder, tmp_path: Path) -> None:
     for _ in range(2):
         recorder.add_layers(["others"], 5, PageLayout(128, k_bits=4), 1, 4, torch.device("cpu"))
     values = scraped(tmp_path)
-    assert values[("sage_kv_bytes_per_token",)] == 2 * (64 + 64 + 8) + 5 * (64 + 128 + 20)
+    assert values[("sage_kv_bytes_per_token",)] == 2 * (64 + 64 + 8) + 5 * (64 + 128 + 28)
     assert values[("sage_kv_compression_ratio",)] == 4 * (2 * 64 + 5 * 128) / values[("sage_kv_bytes_per_token",)]
     [build] = [key for key in values if key[0] == "sage_build_info"]
     assert {"k_int8_v_e4m3_page128", "torch"} < set(build)  # of the first group
