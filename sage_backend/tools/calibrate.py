@@ -98,13 +98,13 @@ def calibrate(model: str, text: str, tokens: int, context: int, measure_errors: 
         llm.collective_rpc(observe)
         for prompt in tqdm(prompts, "statistics of layers"):
             llm.collective_rpc(begin_prompt)
-            llm.generate(prompt, once, use_tqdm=False)
+            llm.generate([prompt], once, use_tqdm=False)
         found = tensors_of(llm.collective_rpc(statistics), config.get_total_num_kv_heads())
         if not measure_errors:
             return Calibration(config, found, {})
         llm.collective_rpc(_measure_errors, args=(found,))
         for prompt in tqdm(prompts, "errors of pages"):
-            llm.generate(prompt, once, use_tqdm=False)
+            llm.generate([prompt], once, use_tqdm=False)
         squares = llm.collective_rpc(_squares)
     errors = {}
     for name in {name: None for worker in squares for name in worker}:

@@ -156,10 +156,17 @@ def test_what_measuring_mass_costs() -> None:
     out = torch.empty_like(b.query)
 
     def seconds(work: Callable[[], None]) -> float:
-        return min(timeit.repeat(work, timer=time.thread_time, number=1, repeat=15))  # without the time of other processes
+        return timeit.timeit(work, timer=time.thread_time, number=1)  # without the time of other processes
 
-    ours = seconds(lambda: measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, b.calibration))
-    layer = seconds(lambda: cpu.attention(*b.attention_args(), out))
+    # In turns: another process that fills the cache slows both alike.
+    times = [
+        (
+            seconds(lambda: measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, b.calibration)),
+            seconds(lambda: cpu.attention(*b.attention_args(), out)),
+        )
+        for _ in range(25)
+    ]
+    ours, layer = map(min, zip(*times, strict=True))
     print(f"{ours * 1e3:.1f} ms, and one layer's attention without memory {layer * 1e3:.1f} ms")
     assert ours < layer / 5
 
@@ -208,7 +215,7 @@ def test_mass_covered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_pat
     lists = replace(b.requests, block_table=table, seq_lens=torch.tensor([384]))
     impl = SimpleNamespace(num_heads=4, num_kv_heads=2, layout=layout, scale=b.scale, soft_cap=0.0)
     sample = Sample(recorder, "layers.0", ["decode"], 1, np.array([1]), np.array([900]))
-    args = b.query, b.pages, b.requests, lists, None
+    args = b.query, b.pages, b.requests, lists, b.calibration
     for phase, name in (("prefill", "layers.0"), ("decode", "layers.1"), ("decode", "layers.0"), ("decode", "layers.0")):
         sample.cover(phase, SimpleNamespace(layer_name=name, impl=impl), *args)
     recorder.step(["layers.0"], batch((1, 900)), 1)

@@ -63,7 +63,7 @@ def test_pairs(attention: ModuleType, kind: str, batch: int, queries: int, lengt
 def test_kv_bytes(attention: ModuleType) -> None:
     per_token = {name: contender.kv_bytes(128) for name, contender in attention.CONTENDERS.items()}
     assert per_token["sage-int8"] == 128 + 128 + 8
-    assert per_token["sage-int4"] == 64 + 128 + 20
+    assert per_token["sage-int4"] == 64 + 128 + 28
     assert per_token["triton-int8"] == per_token["triton-fp8"] == 2 * (128 + 4)
     assert per_token["triton-int4"] == 2 * (64 + 4)
     assert {per_token[name] for name in per_token if name.endswith("bf16") or name.startswith("sageattention")} == {512}
