@@ -25,6 +25,12 @@ def passkeys() -> list[tuple[str, str]]:
     return [make_passkey(length, depth, rng, tokenizer) for length, depth in ((1500, 0.1), (1500, 0.6), (700, 0.5), (200, 0.9))]
 
 
+def test_keys_are_calibrated(server: Server) -> None:
+    """Also in an engine that is a process of its own."""
+    server.complete("def")
+    assert len(list((server.temporary / "cache" / "sage" / "calibrations").glob("*.safetensors"))) == 1
+
+
 def test_completion(server: Server) -> None:
     answer = server.post("/v1/completions", prompt=HELDOUT.read_text(encoding="utf-8")[:1000], max_tokens=16)
     assert answer["choices"][0]["text"]

@@ -85,6 +85,7 @@ def free_port() -> int:
 def serve(temporary: Path) -> Iterator[Server]:
     port = free_port()
     environment = {**os.environ, "SAGE_VENV": sys.prefix, "PORT": str(port), "TMPDIR": str(temporary), "VLLM_API_KEY": API_KEY}
+    environment["VLLM_CACHE_ROOT"] = str(temporary / "cache")
     for name in ("TRITON_INTERPRET", "MODEL"):
         environment.pop(name, None)
     environment["ARGS"] = f"--additional-config {json.dumps({'sage': OPTIONS}, separators=(',', ':'))}"

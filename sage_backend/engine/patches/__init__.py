@@ -6,7 +6,7 @@
 | config_check    | EngineArgs.create_engine_config                                 | at start                     |
 | warm_up         | compile_or_warm_up_model, execute_dummy_batch of workers        | at start                     |
 | kv_cache_spec   | get_kv_cache_spec of workers                                    | at start                     |
-| engine_core     | EngineCore.__init__                                             | at start                     |
+| engine_core     | EngineCore.__init__, run_busy_loop of EngineCoreProc             | at start                     |
 | load_model      | load_model of workers                                           | at start                     |
 | scheduler       | Scheduler.__init__, a scheduler's prefix lookup and chunk split | at start                     |
 | input_processor | InputProcessor.__init__                                         | at start                     |

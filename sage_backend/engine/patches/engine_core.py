@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibrates an engine before it takes requests.
+"""Calibrates an engine before it reads its first request.
 
-What: wraps `EngineCore.__init__`.
+What: wraps `EngineCore.__init__`, and `run_busy_loop` of the engines that are processes.
 Why: a calibration takes a model that runs, in all of its workers and with the scheduler, and has to be there before the first
-    request is stored.
+    request is stored. A process that is spawned for an engine loads plugins inside `EngineCore.__init__`, where it is too late
+    to wrap that call; its requests wait until it enters its loop.
 Releases: 0.32.0.
 Remove when: vLLM calls plugins or the attention backend with an engine that is about to be ready.
 """
@@ -14,16 +15,36 @@ from typing import Any
 from sage_backend.engine import start_calibration
 from sage_backend.engine.patches.target import find, replace
 
+_DONE = "_sage_calibrated"
+"""The attribute of an engine that has been asked for its calibration."""
+
 
 @functools.cache
 def apply() -> None:
-    replace(__name__, find(__name__, "vllm.v1.engine.core", "EngineCore"), "__init__", _calibrated)
+    replace(__name__, find(__name__, "vllm.v1.engine.core", "EngineCore"), "__init__", _after)
+    for name in ("EngineCoreProc", "DPEngineCoreProc"):
+        replace(__name__, find(__name__, "vllm.v1.engine.core", name), "run_busy_loop", _before)
 
 
-def _calibrated(init: Any) -> Any:
+def _calibrate_once(core: Any) -> None:
+    if not getattr(core, _DONE, False):
+        setattr(core, _DONE, True)
+        start_calibration.calibrate(core)
+
+
+def _after(init: Any) -> Any:
     @functools.wraps(init)
     def init_and_calibrate(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        start_calibration.calibrate(self)
+        _calibrate_once(self)
 
     return init_and_calibrate
+
+
+def _before(run: Any) -> Any:
+    @functools.wraps(run)
+    def calibrate_and_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _calibrate_once(self)
+        return run(self, *args, **kwargs)
+
+    return calibrate_and_run
