@@ -107,7 +107,7 @@ class LayerCalibration:
 
     def for_keys(self, k_bits: int) -> "LayerCalibration":
         """The part that keys of k_bits are stored with: only INT4 keys have an order."""
-        return self if k_bits == 4 else replace(self, order=None)
+        return self if k_bits == 4 or self.order is None else replace(self, order=None)
 
     def heads(self, kv: slice) -> "LayerCalibration":
         """The calibration of some KV heads alone."""
@@ -147,7 +147,7 @@ class Modifiers:
         """
         needs_whole_logits = self.soft_cap > 0 or self.sinks is not None or batch.rope_shift is not None
         own = self.calibration.for_keys(k_bits)
-        return own if needs_whole_logits else replace(own, k_anchor=None)
+        return own if needs_whole_logits or own.k_anchor is None else replace(own, k_anchor=None)
 
     def to(self, device: torch.device | str) -> "Modifiers":
         """The same modifiers with all tensors on `device`."""
