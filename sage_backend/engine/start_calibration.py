@@ -89,12 +89,12 @@ def _keep(path: Path, tensors: dict[str, torch.Tensor], model_config: Any) -> di
         calibration_file.save(own, tensors, model_config)
         try:
             path.hardlink_to(own)  # which fails if there is such a file
-            own.unlink()
         except FileExistsError:
             if (other := _load(path)) is not None:
-                own.unlink()
                 return other
             own.replace(path)  # in place of a damaged one
+        finally:
+            own.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("the calibration cannot be kept (%s); the next start makes another", error)
     return tensors

@@ -58,8 +58,9 @@ def calibrations(worker: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Lay
 @torch.inference_mode()  # in which the layers' tensors were allocated
 def calibrate_layers(worker: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Calibrate this worker's layers. No stored key may still be needed. tensors: by the names of a calibration file."""
+    impls = own_impls(worker.vllm_config)
     for name, found in calibrations(worker, tensors).items():
-        own_impls(worker.vllm_config)[name].calibrate(found, worker.device)
+        impls[name].calibrate(found, worker.device)
 
 
 def tensors_of(of_workers: list[dict[str, torch.Tensor]], heads: int) -> dict[str, torch.Tensor]:

@@ -83,7 +83,8 @@ def calibrate(model: str, text: str, tokens: int, context: int, measure_errors: 
     from vllm import SamplingParams
 
     fixed = {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": context}
-    fixed["max_num_batched_tokens"] = max(context, 2048)  # for prompts that come whole
+    if measure_errors:
+        fixed["max_num_batched_tokens"] = max(context, 2048)  # for prompts that come whole
     once = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
     with engine(Run.parse("SAGE"), model, **fixed, **arguments) as llm:
         config = llm.llm_engine.vllm_config.model_config
