@@ -8,7 +8,6 @@ the device.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,14 +44,15 @@ def mass_covered(
     their own positions, even past the length that a model was trained for.
     """
     query, blocks, calibration = query.float(), blocks.long(), calibration.heads(slice(head, head + 1))
-    # Without a soft cap, the anchor's share of the logits makes no difference.
-    restored = calibration if soft_cap else replace(calibration, k_anchor=None)
+    prepared = reference.prepare_queries(query[None], calibration, layout)[0]
     logits = []
     for some in blocks.split(PIECE // layout.tokens):
         codes, k_scale = reference.key_codes(pages[some, head], layout)
-        logits.append(reference.restore_keys(codes * k_scale[..., None], restored, layout) @ query.T * scale)
+        logits.append((codes.float() @ prepared.T).mul_(k_scale[..., None] * scale))
     found = torch.cat(logits)  # [n, tokens, heads]
-    if soft_cap:
+    if soft_cap:  # without one, the anchor's share of the logits makes no difference
+        if calibration.k_anchor is not None:
+            found = found + query @ calibration.k_anchor[0] * scale
         found = soft_cap * torch.tanh(found / soft_cap)
     behind = torch.arange(found.shape[0] * layout.tokens, device=found.device).view(-1, layout.tokens) >= length
     found = found.masked_fill(behind[..., None], float("-inf"))

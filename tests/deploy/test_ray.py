@@ -3,13 +3,15 @@
 
 import http.client
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,33 +143,63 @@ def wait_for_replicas(process: subprocess.Popen[str], address: str, log: Path) -
 @dataclass
 class Request:
     began: float
-    ended: float = 0.0
+    ended: float = math.inf
     failure: str = ""
 
 
-def ask(server: Server, until: float) -> list[Request]:
-    """Send requests one after another. Returns them with their outcomes."""
-    requests = []
-    while (now := time.monotonic()) < until:
-        request = Request(now)
-        body = {"model": "sage-demo", "prompt": f"# {now}\ndef f(", "max_tokens": 32, "ignore_eos": True, "temperature": 0}
-        try:
-            response = server.ask("POST", "/v1/completions", REQUEST_SECONDS, json.dumps(body))
-            text = response.read().decode()
-            if response.status != 200 or json.loads(text)["usage"]["completion_tokens"] != body["max_tokens"]:
-                request.failure = f"{response.status} {text}"
-        except (OSError, http.client.HTTPException) as error:
-            request.failure = repr(error)
-        request.ended = time.monotonic()
-        requests.append(request)
-    return requests
+class Clients:
+    """They send requests, one after another each, until `stop`. `requests` are those of all, from when they are sent."""
+
+    def __init__(self, server: Server) -> None:
+        self.requests: list[Request] = []
+        self._server, self._stopped = server, threading.Event()
+        self._pool = ThreadPoolExecutor(CLIENTS)
+        self._clients = [self._pool.submit(self._ask) for _ in range(CLIENTS)]
+
+    def wait_for(self, requests: Callable[[], list[Request]], number: int) -> None:
+        """Wait until there are so many `requests`."""
+        deadline = time.monotonic() + REQUEST_SECONDS
+        while len(requests()) < number:
+            assert time.monotonic() < deadline, self.requests
+            time.sleep(0.1)
+
+    def in_flight(self) -> list[Request]:
+        return [request for request in self.requests if request.ended == math.inf]
+
+    def answered(self, since: float = 0.0) -> list[Request]:
+        """Requests sent after `since` that have been answered without a failure."""
+        done = [request for request in self.requests if request.ended < math.inf and not request.failure]
+        return [request for request in done if request.began > since]
+
+    def stop(self) -> None:
+        """Wait for all answers. Errors of the clients themselves are raised here."""
+        self._stopped.set()
+        for client in self._clients:
+            client.result()
+        self._pool.shutdown()
+
+    def _ask(self) -> None:
+        while not self._stopped.is_set():
+            request = Request(time.monotonic())
+            self.requests.append(request)
+            prompt = f"# {request.began}\ndef f("
+            body = {"model": "sage-demo", "prompt": prompt, "max_tokens": 32, "ignore_eos": True, "temperature": 0}
+            try:
+                response = self._server.ask("POST", "/v1/completions", REQUEST_SECONDS, json.dumps(body))
+                text = response.read().decode()
+                if response.status != 200 or json.loads(text)["usage"]["completion_tokens"] != body["max_tokens"]:
+                    request.failure = f"{response.status} {text}"
+            except (OSError, http.client.HTTPException) as error:
+                request.failure = repr(error)
+            request.ended = time.monotonic()
 
 
 def test_both_replicas_are_scraped(cluster: Cluster, tmp_path: Path) -> None:
     """Prometheus scrapes them with the configuration for Ray. Each node has a replica, and both have computed attention."""
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        for answered in pool.map(lambda _: ask(cluster.server, time.monotonic() + 5), range(CLIENTS)):
-            assert not [request.failure for request in answered if request.failure]
+    clients = Clients(cluster.server)
+    clients.wait_for(clients.answered, 2 * CLIENTS)
+    clients.stop()
+    assert len(clients.answered()) == len(clients.requests), clients.requests
     targets = [f"{HOST}:{port}" for port in cluster.metrics]
     (tmp_path / "targets.json").write_text(json.dumps([{"labels": {"job": "ray"}, "targets": targets}]))  # as Ray does
     found = "/tmp/ray/prom_metrics_service_discovery.json"
@@ -191,19 +223,17 @@ def test_a_killed_replica_takes_only_its_requests_along(cluster: Cluster) -> Non
     """The other replica answers all requests that the killed one was not answering. Prints how many there were (pytest -s)."""
     replicas = [process for process in psutil.process_iter(["cmdline"]) if is_replica_of(process, cluster.server.temporary)]
     assert len(replicas) == 2
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        until = time.monotonic() + 14
-        clients: list[Future[list[Request]]] = [pool.submit(ask, cluster.server, until) for _ in range(CLIENTS)]
-        time.sleep(4)
-        killed = time.monotonic()
-        replicas[0].kill()
-        requests = [request for client in clients for request in client.result()]
-    in_flight = [request for request in requests if request.began < killed < request.ended]
-    failed = [request for request in requests if request.failure]
-    print(f"{len(requests)} requests, {len(in_flight)} in flight when a replica was killed, {len(failed)} failed")
-    assert not [request for request in failed if request not in in_flight], failed
+    clients = Clients(cluster.server)
+    clients.wait_for(clients.answered, CLIENTS)
+    clients.wait_for(clients.in_flight, CLIENTS)
+    in_flight, killed = clients.in_flight(), time.monotonic()
+    replicas[0].kill()
+    clients.wait_for(lambda: clients.answered(since=killed), 2 * CLIENTS)
+    clients.stop()
+    failed = [request for request in clients.requests if request.failure]
+    print(f"{len(clients.requests)} requests, {len(in_flight)} in flight when a replica was killed, {len(failed)} failed")
+    assert not [request for request in failed if not request.began < killed < request.ended], failed
     assert 0 < len(failed) < len(in_flight), "it had some, and those of the other came through"
-    assert len([request for request in requests if request.began > killed]) > len(in_flight)
 
 
 def is_replica_of(process: psutil.Process, temporary: Path) -> bool:
