@@ -21,7 +21,6 @@ from paged_batch import Batch, make_batch
 from recording import Event, batch, scraped
 
 from sage_backend.demo.passkey import make_passkey
-from sage_backend.features import positions
 from sage_backend.observability import coverage, definitions, sinks
 from sage_backend.observability.coverage import Coverage
 from sage_backend.observability.recorder import Recorder, Sample
@@ -271,30 +270,6 @@ def refused_at_start(run: str, **arguments: Any) -> str:
 def test_memory_that_holds_every_context_is_refused() -> None:
     message = refused_at_start("SAGE:memory.local_tokens=1024", max_model_len=2048)
     assert "reads up to 5888 tokens, which is all of the 2048 of --max-model-len" in message
-
-
-@pytest.mark.parametrize(
-    ("rope", "form"),
-    [({"rope_type": "yarn"}, "yarn"), ({"mrope_section": [1]}, "mrope"), ({"partial_rotary_factor": 0.5}, "partial")],
-)
-def test_positions_that_cannot_be_turned_are_refused(rope: dict[str, Any], form: str) -> None:
-    config = SimpleNamespace(model="m", hf_text_config=SimpleNamespace(rope_parameters=rope))
-    with pytest.raises(ValueError, match=f"cannot serve m: its rotary positions are of the form '{form}'"):
-        positions.check(config)
-
-
-def test_a_layer_whose_rotary_embedding_is_unknown_is_refused() -> None:
-    model = torch.nn.Module()
-    model.attention = torch.nn.Module()
-    layers = {"attention.attn": SimpleNamespace(impl=SimpleNamespace(rotates_pages=True, head_size=64))}
-    config = SimpleNamespace(
-        compilation_config=SimpleNamespace(static_forward_context=layers), model_config=SimpleNamespace(model="m")
-    )
-    with pytest.raises(ValueError, match="not found beside attention"):
-        positions.find_frequencies(model, config)
-    model.attention.rotary_emb = torch.nn.Identity()
-    with pytest.raises(ValueError, match="of the form 'Identity'"):
-        positions.find_frequencies(model, config)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages at other RoPE positions than their own: which forms of RoPE can be changed, and by which frequencies."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engines import environment
+
+from sage_backend import BACKEND
+from sage_backend.features import positions
+from sage_kernels import reference
+from sage_paged import PageLayout
+
+
+@pytest.mark.parametrize(
+    ("rope", "form"),
+    [
+        ({"rope_type": "dynamic"}, "dynamic"),
+        ({"mrope_section": [1]}, "mrope"),
+        ({"partial_rotary_factor": 0.5}, "partial"),
+        ({"use_fope": True}, "fope"),
+        ({"full_attention": {"rope_type": "ntk"}, "sliding_attention": {"rope_type": "default"}}, "ntk"),
+    ],
+)
+def test_positions_that_cannot_be_turned_are_refused(rope: dict[str, Any], form: str) -> None:
+    config = SimpleNamespace(model="m", hf_text_config=SimpleNamespace(rope_parameters=rope))
+    with pytest.raises(ValueError, match=f"cannot serve m: its rotary positions are of the form '{form}'"):
+        positions.check(config)
+
+
+def test_sliding_layers_may_have_any_positions() -> None:
+    rope = {"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {"rope_type": "dynamic"}}
+    positions.check(SimpleNamespace(model="m", hf_text_config=SimpleNamespace(rope_parameters=rope)))
+
+
+HEAD, TRAINED = 64, 1024
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": TRAINED // 4,
+    },
+    "linear": {"factor": 8.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": TRAINED},
+    "longrope": {
+        "short_factor": [1.0] * (HEAD // 2), "long_factor": [1.0 + i / 4 for i in range(HEAD // 2)],
+        "original_max_position_embeddings": TRAINED,
+    },
+}  # fmt: skip
+
+
+class AttentionModule(torch.nn.Module):
+    """An attention layer of this backend beside its rotary embedding, as in vLLM's models."""
+
+    def __init__(self, rotary: torch.nn.Module | None, **switches: bool) -> None:
+        super().__init__()
+        self.attn, self.rotary_emb = torch.nn.Module(), rotary
+        self.attn.impl = SimpleNamespace(backend=BACKEND, rotates_pages=True, head_size=HEAD, layout=PageLayout(HEAD))
+        for name, value in switches.items():
+            setattr(self, name, value)
+
+
+def frequencies(attention: AttentionModule, max_model_len: int = 4 * TRAINED) -> torch.Tensor:
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={"draft.layers.0.attn": attention.attn}),
+        model_config=SimpleNamespace(model="m", max_model_len=max_model_len),
+    )
+    positions.find_frequencies([torch.nn.Module(), attention], config)
+    return torch.tensor(attention.attn.impl.frequencies)
+
+
+@pytest.mark.parametrize("max_model_len", [TRAINED, 4 * TRAINED])
+@pytest.mark.parametrize("form", ROPES)
+def test_keys_are_turned_as_the_model_turned_them(form: str, max_model_len: int) -> None:
+    """A key at position 1000 that is turned back by 10 pages is the same key 640 positions earlier, in vLLM's own embedding."""
+    with environment():
+        from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+        from vllm.model_executor.layers.rotary_embedding import get_rope
+
+        config = VllmConfig(device_config=DeviceConfig("cpu"))
+        config.model_config = SimpleNamespace(max_model_len=max_model_len)  # type: ignore[assignment]
+        with set_current_vllm_config(config):
+            rotary = get_rope(HEAD, TRAINED, True, {"rope_type": form, "rope_theta": 1e4, **ROPES[form]}, torch.float32)
+        key = torch.randn(1, HEAD, generator=torch.Generator().manual_seed(0)).expand(2, -1)
+        apply = getattr(rotary, "forward_native", rotary.forward)  # longrope has only the latter
+        _, rotated = apply(torch.tensor([1000, 360]), key.clone(), key.clone())
+    table = reference.rope_shift_table(frequencies(AttentionModule(rotary), max_model_len), 11, 64)
+    turned = reference.rotate_back(rotated[0], table[10])
+    assert (turned - rotated[1]).abs().max() < 1e-4
+    assert (turned - rotated[0]).abs().max() > 1
+
+
+def test_layers_without_positions_are_not_turned() -> None:
+    """Their keys stay as they are: Llama 4, Command R, EXAONE and others have such layers."""
+    rotary = torch.nn.Identity()
+    for attention in (AttentionModule(None), *(AttentionModule(rotary, **{switch: False}) for switch in positions._SWITCHES)):
+        assert frequencies(attention).eq(torch.zeros(HEAD // 2)).all()
+
+
+def test_a_layer_whose_rotary_embedding_is_unknown_is_refused() -> None:
+    attention = AttentionModule(torch.nn.Identity())
+    with pytest.raises(ValueError, match="cannot serve m: its rotary positions are of the form 'Identity'"):
+        frequencies(attention)
+    del attention.rotary_emb
+    with pytest.raises(ValueError, match=r"not found beside draft\.layers\.0\.attn"):
+        frequencies(attention)
