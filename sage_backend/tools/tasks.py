@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks of `sage needle` that are harder than one pass key. Their kinds and scores follow RULER (Hsieh et al. 2024, arXiv
-2404.06654, section 3 and appendix B); texts and code are our own.
+2404.06654, section 3); texts and code are our own.
 
 Each prompt is an instruction, a context that fills the length asked for, a question, and the first words of the answer. With a
 chat template, the tokenizer puts all but these first words into a user's message, and the answer goes on from them.
@@ -100,8 +100,8 @@ class Task:
 
 
 def share_found(text: str, expected: Sequence[str]) -> float:
-    """The share of the expected answers that occur in a text as whole words, in any order and case (RULER, section 4: recall
-    by string match)."""
+    """The share of the expected answers that occur in a text as whole words, in any order and case. RULER scores so, too, but
+    also counts answers inside of longer words."""
     found = [re.search(rf"(?<!\w){re.escape(each)}(?!\w)", text, re.IGNORECASE) for each in expected]
     return sum(map(bool, found)) / len(expected)
 
