@@ -7,7 +7,7 @@ import sys
 _COMMANDS = {
     "eval": ("sage_backend.tools.quality", "compare attention backends and KV formats on a text"),
     "calibrate": ("sage_backend.tools.calibrate", "calibrate a model's keys and values on a text, and write a file"),
-    "needle": ("sage_backend.tools.needle", "recall pass keys from long contexts, and draw what is recalled"),
+    "needle": ("sage_backend.tools.needle", "ask for what is hidden in long contexts, and draw what is found"),
     "variator": ("sage_backend.tools.variator", "train compression plugins for a model's FFNs"),
     "doctor": ("sage_backend.tools.doctor", "check whether this machine can serve, and say what to do if not"),
 }

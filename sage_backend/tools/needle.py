@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sage needle`: recall of pass keys from long contexts, by depth and length; with --plots, as a heat map of each run.
+"""`sage needle`: what is found in long contexts, by task, length and depth; with --plots, as heat maps of each run.
 
     sage needle SAGE SAGE:memory.local_tokens=1024,memory.extrapolate=2048 --lengths 2000,8000,32000 --out needle.json
+    sage needle SAGE --task multikey,variables --lengths 4000 --depths 10
 
-A pass key is hidden at some depth of a long text and asked for at its end. Runs are named as for `sage eval`. A run that fails
-is marked in the report, and the others are made.
+The default task is a pass key that is hidden at some depth of a long text and asked for at its end. `tools/tasks.py` has the
+others. Runs are named as for `sage eval`. A run that fails is marked in the report, and the others are made.
 """
 
 import argparse
@@ -13,7 +14,10 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from sage_backend.demo import MODEL_DIR
@@ -31,35 +35,91 @@ from sage_backend.tools.engines import (
     stretched,
 )
 from sage_backend.tools.models import check_model
-from sage_backend.tools.passkeys import ANSWER_TOKENS, recalls
+from sage_backend.tools.passkeys import ANSWER_TOKENS, continuations, recalls
 from sage_backend.tools.tables import table
+from sage_backend.tools.tasks import NAMES, PASSKEY, TASKS, scores_by_task, share_found
 from sage_backend.tools.text import read_text
 
 
-def recall(
-    run: Run, model: str, lengths: Sequence[int], depths: int, document: Sequence[str] = (), **arguments: Any
-) -> dict[int, list[bool]]:
-    """Whether the key was recalled, by length of the prompt in tokens and then by depth, from the start to the end.
+@dataclass(frozen=True)
+class Questions:
+    """What every run is asked: `count` prompts of each task and length, in tokens. document: lines to hide things in."""
+
+    tasks: Sequence[str]
+    lengths: Sequence[int]
+    count: int
+    document: Sequence[str] = ()
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest prompt and the longest answer."""
+        return max(self.lengths) + max(ANSWER_TOKENS if task == PASSKEY else TASKS[task].answer_tokens for task in self.tasks)
+
+    @property
+    def depths(self) -> list[float]:
+        """From the start of the text, 0, to its end, 1."""
+        return [i / (self.count - 1) for i in range(self.count)]
+
+    def check(self, tokenizer: Any) -> None:
+        """Raises ValueError, in one line, if the shortest length does not hold a prompt of each task."""
+        for task in self.tasks:
+            if task == PASSKEY:
+                PassKeys(tokenizer, self.document).make(min(self.lengths), 0, Random(0))
+            else:
+                TASKS[task].prompts(tokenizer, min(self.lengths), self.count, self.document)
+
+
+def recall(run: Run, model: str, questions: Questions, **arguments: Any) -> dict[str, dict[int, list[float]]]:
+    """The scores of a run's answers, from 0 to 1: by task, by length in tokens, and by prompt, in the order of their depths.
+    A score of the task `passkey` is whether the key was recalled.
 
     arguments: the engine's. Raises ValueError for lengths that do not hold a prompt.
     """
-    found = {}
-    with engine(run, model, max_model_len=max(lengths) + ANSWER_TOKENS, **arguments) as llm:
-        passkeys = PassKeys(llm.get_tokenizer(), document)
-        for length in lengths:
-            at = [i / (depths - 1) for i in range(depths)]
-            found[length] = recalls(llm, passkeys, length, at, progress=False)
-            print(f"  {length:>9} tokens: {sum(found[length])} of {depths} recalled", file=sys.stderr, flush=True)
+    found: dict[str, dict[int, list[float]]] = {task: {} for task in questions.tasks}
+    with engine(run, model, max_model_len=questions.context, **arguments) as llm:
+        tokenizer = llm.get_tokenizer()
+        passkeys = PassKeys(tokenizer, questions.document)
+        for task, length in product(questions.tasks, questions.lengths):
+            if task == PASSKEY:
+                scores: list[float] = [*recalls(llm, passkeys, length, questions.depths, progress=False)]
+            else:
+                prompts = TASKS[task].prompts(tokenizer, length, questions.count, questions.document)
+                asked = [{"prompt_token_ids": prompt.ids} for prompt in prompts]
+                texts = continuations(llm, asked, TASKS[task].answer_tokens, progress=False)
+                scores = [share_found(text, prompt.expected) for text, prompt in zip(texts, prompts, strict=True)]
+            found[task][length] = scores
+            share = sum(scores) / questions.count
+            print(f"  {task}, {length} tokens: {share:.0%} of {questions.count} prompts", file=sys.stderr, flush=True)
     return found
 
 
-def _run(arguments: argparse.Namespace, command: str) -> None:
+def _tasks(names: str, takes_text: bool) -> list[str]:
+    """The tasks of a list with commas. Raises ValueError, in one line, for names of none and for a text that one does not
+    take."""
+    tasks = list(dict.fromkeys(names.split(",")))
+    for task in tasks:
+        if task not in NAMES:
+            raise ValueError(f"there is no task {task!r}; --task takes {', '.join(NAMES)}")
+        if takes_text and not (task == PASSKEY or TASKS[task].takes_text):
+            raise ValueError(f"--text does not go with the task {task}, which hides nothing in a text")
+    return tasks
+
+
+def _questions(arguments: argparse.Namespace) -> Questions:
     if not all(length.isdecimal() and int(length) for length in arguments.lengths.split(",")):
         raise ValueError(f"--lengths takes tokens such as 2000,8000, not {arguments.lengths!r}")
-    lengths = sorted({int(length) for length in arguments.lengths.split(",")})
     if arguments.depths < 2:
         raise ValueError("--depths must be at least 2")
-    document = read_text(arguments.text).splitlines(keepends=True) if arguments.text else ()
+    return Questions(
+        _tasks(arguments.task, bool(arguments.text)),
+        sorted({int(length) for length in arguments.lengths.split(",")}),
+        arguments.depths,
+        read_text(arguments.text).splitlines(keepends=True) if arguments.text else (),
+    )
+
+
+def _run(arguments: argparse.Namespace, command: str) -> None:
+    questions = _questions(arguments)
     runs = [Run.parse(each) for each in arguments.runs]
     if arguments.out and not arguments.out.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {arguments.out.absolute().parent} for --out")
@@ -68,22 +128,20 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     check_model(arguments.model)
     # Not at the top: vLLM reads VLLM_LOGGING_LEVEL, which `main` sets, when it is imported.
     from vllm.platforms import current_platform
+    from vllm.tokenizers import get_tokenizer
 
     limits: dict[str, Any] = {"enforce_eager": True, "enable_prefix_caching": False, "disable_log_stats": True}
     if current_platform.is_cpu():
         limits["kv_cache_memory_bytes"] = 1 << 30
-    limits |= stretched(arguments.model, max(lengths) + ANSWER_TOKENS)
-    refused = check_runs(runs, arguments.model, max_model_len=max(lengths) + ANSWER_TOKENS, **limits)
+    limits |= stretched(arguments.model, questions.context)
+    refused = check_runs(runs, arguments.model, max_model_len=questions.context, **limits)
+    questions.check(get_tokenizer(arguments.model))
     results: list[dict[str, Any]] = []
     report = circumstances(command, arguments.model)
-    report |= {"lengths": lengths, "depths": arguments.depths, "runs": results}
-    asked = arguments.model, lengths, arguments.depths, document
+    report |= {"tasks": questions.tasks, "lengths": questions.lengths, "depths": questions.count, "runs": results}
     try:
-        for run, found in attempts(runs, refused, lambda run: recall(run, *asked, **limits)):
-            if isinstance(found, Failure):
-                results.append(found.result())
-            else:
-                results.append({"run": run.name, "recalled": {str(length): hits for length, hits in found.items()}})
+        for run, found in attempts(runs, refused, lambda run: recall(run, arguments.model, questions, **limits)):
+            results.append(found.result() if isinstance(found, Failure) else {"run": run.name, **_result(found)})
             if arguments.out:  # after each run, for the next one may be cut short
                 arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     finally:
@@ -92,15 +150,29 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     check_failures(results)
 
 
-def _print_report(report: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Print a report, and write its plots with --plots."""
-    rows = [["run", *map(str, report["lengths"])]]
+def _result(found: dict[str, dict[int, list[float]]]) -> dict[str, Any]:
+    """A run's scores as a report holds them: those of pass keys by themselves, as in reports of pass keys alone."""
+    scores = {task: {str(length): each for length, each in by_length.items()} for task, by_length in found.items()}
+    recalled = {"recalled": scores.pop(PASSKEY)} if PASSKEY in scores else {}
+    return recalled | ({"scores": scores} if scores else {})
+
+
+def _rows(report: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table, headings first. Pass keys alone have no column for the task."""
+    named = report["tasks"] != [PASSKEY]
+    rows = [["run", *(["task"] if named else []), *map(str, report["lengths"])]]
     for result in report["runs"]:
         if "error" in result:
             rows.append([result["run"], f"failed: {result['error']}"])
-            continue
-        shares = (sum(hits) / report["depths"] for hits in result["recalled"].values())
-        rows.append([result["run"], *(f"{share:.0%}" for share in shares)])
+        for task, by_length in scores_by_task(result).items():
+            shares = [f"{sum(scores) / report['depths']:.0%}" for scores in by_length.values()]
+            rows.append([result["run"], *([task] if named else []), *shares])
+    return rows
+
+
+def _print_report(report: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Print a report, and write its plots with --plots."""
+    rows = _rows(report)
     print(table(rows))
     if arguments.plots:
         print(*plots.write_needle(report, rows, arguments.plots), sep="\n")
@@ -109,12 +181,15 @@ def _print_report(report: dict[str, Any], arguments: argparse.Namespace) -> None
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status. Errors in the input go to stderr, in one line."""
     argv = sys.argv[2:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="sage needle", description="Recall pass keys from long contexts.")
+    parser = argparse.ArgumentParser(prog="sage needle", description="Ask for what is hidden in long contexts.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="as for `sage eval`, for example SAGE:memory.topk_pages=64")
     parser.add_argument("--model", default=str(MODEL_DIR), help="folder or name (default: the embedded small model)")
-    parser.add_argument("--text", type=Path, help="a document to hide keys in (default: lines of filler)")
+    parser.add_argument(
+        "--task", default=PASSKEY, metavar="NAMES", help=f"some of {', '.join(NAMES)}, with commas (default: %(default)s)"
+    )
+    parser.add_argument("--text", type=Path, help="a document to hide things in (default: lines of filler)")
     parser.add_argument("--lengths", default="2000,4000,8000,16000", help="tokens of prompts (default: %(default)s)")
-    parser.add_argument("--depths", type=int, default=20, help="prompts of each length (default: %(default)s)")
+    parser.add_argument("--depths", type=int, default=20, help="prompts of each task and length (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write the results to this file, as JSON")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write heat maps as PNG and HTML into this folder")
     arguments = parser.parse_args(argv)

@@ -5,10 +5,12 @@ import base64
 import html
 import io
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from sage_backend.tools.tasks import PASSKEY, has_depths, scores_by_task
 
 _LOOKS = {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3, "axes.axisbelow": True, "font.size": 10}
 _STYLE = """
@@ -44,14 +46,31 @@ def write(report: dict[str, Any], rows: list[list[str]], folder: Path) -> list[P
 
 
 def write_needle(report: dict[str, Any], rows: list[list[str]], folder: Path) -> list[Path]:
-    """As `write`, for a report of `sage needle`."""
+    """As `write`, for a report of `sage needle`: a figure by depth for each task that has depths, and with more tasks than pass
+    keys one of all tasks."""
+    found = {run["run"]: scores_by_task(run) for run in report["runs"] if "error" not in run}
+    tasks = list(next(iter(found.values()), {}))
+    named = bool(set(tasks) - {PASSKEY})
+    figures = {}
+    for task in filter(has_depths, tasks):
+        by_depth = {run: scores[task] for run, scores in found.items()}
+        figures["needle" if task == PASSKEY else f"needle-{task}"] = partial(_heat_maps, recalled=by_depth)
+    if named:
+        by_task = {run: _means(scores) for run, scores in found.items()}
+        figures["needle-tasks"] = partial(_heat_maps, recalled=by_task, labels=tasks, each="task", share="mean score, %")
+    what = "Mean scores of tasks" if named else "Keys recalled"
     facts = (
-        f"Keys recalled, {report['depths']} depths of each length in tokens; {report['device']}; "
+        f"{what}, {report['depths']} {'prompts' if named else 'depths'} of each length in tokens; {report['device']}; "
         f"vLLM {report['versions']['vllm']}; {report['date'][:10]}."
     )
-    recalled = {run["run"]: run["recalled"] for run in report["runs"] if "error" not in run}
-    figures = {"needle": partial(_heat_maps, recalled=recalled)} if recalled else {}
-    return _write(folder, "needle", f"Pass keys that {report['model']} recalls", facts, rows, figures, report["command"])
+    title = f"What {report['model']} finds in long contexts" if named else f"Pass keys that {report['model']} recalls"
+    return _write(folder, "needle", title, facts, rows, figures, report["command"])
+
+
+def _means(scores: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
+    """The mean scores of tasks, in their order, by length."""
+    lengths = next(iter(scores.values()))
+    return {length: [sum(each[length]) / len(each[length]) for each in scores.values()] for length in lengths}
 
 
 def _write(
@@ -109,8 +128,15 @@ def _quality(plt: Any, runs: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def _heat_maps(plt: Any, recalled: dict[str, dict[str, list[float]]]) -> Any:
-    """A heat map for each run. recalled: the fraction of keys by run, by length of the prompt and then by depth."""
+def _heat_maps(
+    plt: Any,
+    recalled: dict[str, dict[str, list[float]]],
+    labels: Sequence[str] = (),
+    each: str = "depth of the key",
+    share: str = "% of keys recalled",
+) -> Any:
+    """A heat map for each run. recalled: shares by run, by length of the prompt and then by row; labels: of the rows, which are
+    depths without them; each: what a row is; share: what a share is."""
     lengths = list(next(iter(recalled.values())))
     columns = min(len(recalled), 3)
     lines = -(-len(recalled) // columns)
@@ -121,20 +147,20 @@ def _heat_maps(plt: Any, recalled: dict[str, dict[str, list[float]]]) -> Any:
     for axes in grid.flat[len(recalled) :]:
         axes.set_visible(False)
     for axes, (run, by_length) in zip(grid.flat, recalled.items(), strict=False):
-        shares = [[100 * share for share in column] for column in zip(*by_length.values(), strict=True)]  # one row a depth
+        shares = [[100 * cell for cell in row] for row in zip(*by_length.values(), strict=True)]
         image = axes.pcolormesh(shares, cmap="cividis", vmin=0, vmax=100, edgecolor="white")
         axes.invert_yaxis()
         axes.set_xticks([i + 0.5 for i in range(len(lengths))], lengths)
         axes.tick_params(length=0)
         depths = len(shares)
-        labeled = range(0, depths, -(-depths // 10))
-        axes.set_yticks([i + 0.5 for i in labeled], [f"{100 * i / (depths - 1):.0f}%" for i in labeled])
+        labeled = range(depths) if labels else range(0, depths, -(-depths // 10))
+        axes.set_yticks([i + 0.5 for i in labeled], labels or [f"{100 * i / (depths - 1):.0f}%" for i in labeled])
         axes.set_title("\n".join(textwrap.wrap(_short(run).replace(",", ", "), 44)), fontsize=9)
         axes.set_xlabel("tokens of the prompt")
         axes.spines[:].set_visible(False)
     for axes in grid[:, 0]:
-        axes.set_ylabel("depth of the key")
-    figure.colorbar(image, ax=grid, label="% of keys recalled", shrink=0.8)
+        axes.set_ylabel(each)
+    figure.colorbar(image, ax=grid, label=share, shrink=0.8)
     return figure
 
 

@@ -50,6 +50,8 @@ TOP = 20
 """An engine reports this many most likely tokens of each position."""
 KL_TOP = 10
 """The KL divergence is taken over this many of the baseline's most likely tokens."""
+FIRST_BUCKET = 128
+"""The loss by position is given for tokens behind fewer tokens than this, twice this, four times this, and so on."""
 PASSKEY_DEPTHS = 10
 """Depths at which pass keys are hidden, from the start of the text to its end."""
 
@@ -58,24 +60,35 @@ PASSKEY_DEPTHS = 10
 class Scores:
     """Scores of one run. true: float64 [positions], the log-probability of each token; tokens, logprobs: [positions, TOP], the
     most likely tokens, best first; passkey: the fraction of keys recalled by length of prompt, at each of PASSKEY_DEPTHS;
-    kv_tokens: the capacity of the KV cache in tokens."""
+    kv_tokens: the capacity of the KV cache in tokens; before: int64 [positions], how many tokens of its window each token was
+    predicted from."""
 
     true: np.ndarray
     tokens: np.ndarray
     logprobs: np.ndarray
     passkey: dict[int, list[float]]
     kv_tokens: int
+    before: np.ndarray
 
     @property
     def loss(self) -> float:
         """Nats per token."""
         return float(-self.true.mean())
 
+    @property
+    def loss_by_position(self) -> dict[str, float]:
+        """The loss by position in a window: of tokens predicted from fewer tokens than FIRST_BUCKET, of others predicted from
+        fewer than twice as many, and so on. Numbers that no token belongs to are left out."""
+        ends = FIRST_BUCKET << np.arange(int(self.before.max()).bit_length())
+        bucket = np.searchsorted(ends, self.before, side="right")
+        return {str(ends[i]): float(-self.true[bucket == i].mean()) for i in np.unique(bucket)}
+
     def against(self, baseline: "Scores") -> dict[str, Any]:
         """The figures of this run, by name."""
         return {
             "loss": self.loss,
             "loss_change": self.loss - baseline.loss,
+            "loss_by_position": self.loss_by_position,
             "mean_abs_logprob_change": float(np.abs(self.true - baseline.true).mean()),
             "top1_agreement": float((self.tokens[:, 0] == baseline.tokens[:, 0]).mean()),
             "kl": float(_kl(baseline, self).mean()),
@@ -147,13 +160,14 @@ def measure(
         shape, skipped = (-1, TOP + 1), max(prompt, special - 1)
         logprobs = np.concatenate([np.array(each.logprobs).reshape(shape)[skipped:] for each in flat])
         token_ids = np.concatenate([np.array(each.token_ids).reshape(shape)[skipped:] for each in flat])
+        before = np.concatenate([np.arange(1, len(window))[skipped:] for window in read])
 
         recalled, passkeys = {}, PassKeys(tokenizer)
         for length in passkey:
             right = recalls(llm, passkeys, length, np.tile(np.linspace(0, 1, PASSKEY_DEPTHS), keys))
             recalled[length] = np.reshape(right, (keys, PASSKEY_DEPTHS)).mean(0).tolist()
         kv_tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-    return Scores(logprobs[:, 0], token_ids[:, 1:], logprobs[:, 1:], recalled, kv_tokens)
+    return Scores(logprobs[:, 0], token_ids[:, 1:], logprobs[:, 1:], recalled, kv_tokens, before)
 
 
 def _rows(results: list[dict[str, Any]]) -> list[list[str]]:
@@ -179,6 +193,15 @@ def _by_depth(results: list[dict[str, Any]]) -> list[list[str]]:
     for run in results:
         for length, shares in run.get("passkey_by_depth", {}).items():
             rows.append([run["run"], length, *(f"{100 * share:.0f}" for share in shares)])
+    return rows
+
+
+def _by_position(results: list[dict[str, Any]]) -> list[list[str]]:
+    """The loss by position in a window, one row a run."""
+    rows = [["loss from fewer tokens than", *results[0]["loss_by_position"]]]
+    for run in results:
+        if "error" not in run:
+            rows.append([run["run"], *(f"{loss:.4f}" for loss in run["loss_by_position"].values())])
     return rows
 
 
@@ -264,6 +287,7 @@ def _print_report(report: dict[str, Any], arguments: argparse.Namespace) -> None
     print(f"{predicted} tokens predicted; loss in nats per token; changes, KL and agreement against {baseline}")
     rows = _rows(results)
     print(table(rows))
+    print("\n" + table(_by_position(results)))
     if results[0]["passkey"]:
         print("\n" + table(_by_depth(results)))
     if arguments.plots:

@@ -296,10 +296,10 @@ def test_needle_refuses(arguments: list[str], message: str, capsys: pytest.Captu
 def test_needle_marks_a_run_that_fails_and_makes_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def recall(run: Any, *_: Any, **__: Any) -> dict[int, list[bool]]:
+    def recall(run: Any, *_: Any, **__: Any) -> dict[str, dict[int, list[bool]]]:
         if run.options == {"k_bits": 4}:
             raise RuntimeError("out of memory")
-        return {600: [True, False], 700: [True, True]}
+        return {"passkey": {600: [True, False], 700: [True, True]}}
 
     monkeypatch.setattr(needle, "recall", recall)
     out = tmp_path / "needle.json"

@@ -34,6 +34,11 @@ def test_report(report: dict[str, Any]) -> None:
     assert {"command", "date", "device", "versions"} <= set(report)
     assert (plain["loss_change"], plain["kl"], plain["top1_agreement"]) == (0, 0, 1)
     assert 1 < plain["loss"] < 3
+    by_position = plain["loss_by_position"]
+    assert list(by_position) == ["128", "256", "512", "1024", "2048"]
+    assert by_position["128"] == max(by_position.values())  # less is known about the first tokens of a window
+    scored = [8 * 127 + 7, 8 * 128, 8 * 256, 8 * 512, 8 * 1023]  # the ninth window has 8 tokens
+    assert np.average(list(by_position.values()), weights=scored) == pytest.approx(plain["loss"])
     assert plain["passkey"] == {"1500": 1.0}
     assert plain["passkey_by_depth"] == {"1500": [1.0] * PASSKEY_DEPTHS}
     assert [run["kv_capacity"] for run in report["runs"]] == pytest.approx([1, 512 / 264, 512 / 220], rel=0.01)
@@ -59,7 +64,7 @@ def test_int4_keys(report: dict[str, Any]) -> None:
 def _scores(logits: np.ndarray) -> Scores:
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     tokens = np.argsort(-logprobs, 1)[:, :TOP]
-    return Scores(logprobs[:, 0], tokens, np.take_along_axis(logprobs, tokens, 1), {}, 1000)
+    return Scores(logprobs[:, 0], tokens, np.take_along_axis(logprobs, tokens, 1), {}, 1000, 1 + np.arange(len(logits)))
 
 
 def test_figures_of_known_distributions() -> None:
@@ -74,6 +79,21 @@ def test_figures_of_known_distributions() -> None:
     p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
     assert figures["kl"] == pytest.approx((p * np.log(p / q)).sum(1).mean())
     assert baseline.against(baseline)["kl"] == pytest.approx(0)
+
+
+def test_loss_by_position() -> None:
+    """Against a loop over the tokens: those of two windows, in which the first four tokens are not scored."""
+    before = np.concatenate([np.arange(4, 700), np.arange(4, 100)])
+    true = np.random.default_rng(0).normal(size=before.size)
+    expected: dict[str, list[float]] = {}
+    for position, logprob in zip(before.tolist(), true.tolist(), strict=True):
+        end = next(end for end in (128, 256, 512, 1024) if position < end)
+        expected.setdefault(str(end), []).append(-logprob)
+    nothing = np.empty((before.size, 0))
+    found = Scores(true, nothing, nothing, {}, 1000, before).loss_by_position
+    assert found == pytest.approx({end: np.mean(losses) for end, losses in expected.items()})
+    assert list(found) == ["128", "256", "512", "1024"]
+    assert list(Scores(true[:1], nothing, nothing, {}, 1000, before[:1] + 512).loss_by_position) == ["1024"]
 
 
 def test_runs() -> None:

@@ -96,6 +96,8 @@ def test_special_tokens_are_not_scored(template: str, before: list[int]) -> None
         scores = quality.measure(Run("SAGE", "SAGE"), "model", TEXT, 96, max_model_len=33)
     firsts = [] if before else [10 + i * 32 for i in range(3)]
     assert scores.true.tolist() == [10.0 + i for i in range(96) if 10 + i not in firsts]
+    taken = 32 - len(before)
+    assert scores.before.tolist() == [len(before) + i % taken for i in range(96) if 10 + i not in firsts]
     assert all(window[: len(before)] == before for window in fake.prompts)
 
 
