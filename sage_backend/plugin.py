@@ -43,7 +43,7 @@ def backend_member(name: str) -> Any:
         releases.add_backend(BACKEND, _BACKEND_CLASS)
         # What: a reducer for the enum. Why: a configuration is sent to processes that unpickle it before they load plugins. An
         # enum member is pickled by value, which does not exist there yet; restoring it by a function registers it first.
-        # Releases: 0.32.0. Remove when: members are pickled by name through a function that loads plugins.
+        # Releases: 0.31 to 0.33. Remove when: members are pickled by name through a function that loads plugins.
         copyreg.pickle(AttentionBackendEnum, _reduce_member)  # type: ignore[arg-type]
     return AttentionBackendEnum[name]
 

@@ -5,7 +5,7 @@ What: wraps `Scheduler.__init__`; with the option `variator`, replaces the new s
     `_mamba_block_aligned_split`.
 Why: a request gets its ratio when it first asks for KV blocks, where the load is known, and before the prefix cache is asked.
     Chunks have to end between groups. Models that can have plugins have no Mamba layers, whose split is free for that.
-Releases: 0.32.0.
+Releases: 0.31 to 0.33.
 Remove when: vLLM has hooks for the admission of a request and for the size of its next chunk.
 """
 
