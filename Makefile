@@ -6,10 +6,10 @@ export SAGE_VENV := $(VENV)
 export MODEL PORT ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint docs clean
+.PHONY: help setup serve test test-previous lint docs clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## make or update the virtual environment in .venv
 	@deploy/setup.sh
@@ -25,6 +25,11 @@ test:  ## lint, type-check and run every test (ARGS="-k name" narrows it)
 	if ! wait $$linter; then cat $$log; echo "[sage] error: make lint failed, see above"; status=1; fi; \
 	rm -f $$log; exit $$status
 
+test-previous:  ## a short set of tests (tests/previous.txt) with the release of vLLM before the newest, on CPU
+	@deploy/setup.sh --dev
+	@deploy/previous.sh
+	@.venv-0.31/bin/python -m pytest -n 2 @tests/previous.txt
+
 lint:  ## ruff and mypy only
 	@deploy/setup.sh --dev
 	@$(VENV)/bin/ruff check .
@@ -34,5 +39,5 @@ docs: setup  ## build the documentation into site/
 	@deploy/docs.sh
 
 clean:  ## remove .venv, caches and build leftovers
-	rm -rf .venv .venv-docs site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-0.31 .venv-docs site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,5 +6,5 @@ __version__ = "0.1.0"
 BACKEND = "SAGE"
 """The name of `--attention-backend sage` in vLLM's enum of backends."""
 
-TESTED_VLLM = ("0.32.0",)
-"""vLLM releases that the test suite has run against; others start with a warning."""
+TESTED_VLLM = ("0.31.0", "0.32.0")
+"""vLLM releases that the tests have run against, the newest last; others start with a warning."""

@@ -35,13 +35,15 @@ def register() -> None:
 
 def backend_member(name: str) -> Any:
     """vLLM's enum member of the backend `name`, after registering this backend. Raises KeyError if there is none."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     if BACKEND not in AttentionBackendEnum.__members__:
-        register_backend(BACKEND, _BACKEND_CLASS)
+        from sage_backend.engine import releases
+
+        releases.add_backend(BACKEND, _BACKEND_CLASS)
         # What: a reducer for the enum. Why: a configuration is sent to processes that unpickle it before they load plugins. An
         # enum member is pickled by value, which does not exist there yet; restoring it by a function registers it first.
-        # Releases: 0.32.0. Remove when: members are pickled by name through a function that loads plugins.
+        # Releases: 0.31 to 0.33. Remove when: members are pickled by name through a function that loads plugins.
         copyreg.pickle(AttentionBackendEnum, _reduce_member)  # type: ignore[arg-type]
     return AttentionBackendEnum[name]
 

@@ -159,8 +159,8 @@ def _triton(needed: bool) -> Finding:
 
 def _vllm_version(version: str) -> Finding:
     if version.split("+")[0] not in TESTED_VLLM:
-        tested = ", ".join(TESTED_VLLM)
-        return Finding(WARN, "vLLM", f"{version}, with which this backend was not tested", f"pip install vllm=={tested}")
+        remedy = f"pip install vllm=={TESTED_VLLM[-1]}"
+        return Finding(WARN, "vLLM", f"{version}, with which this backend was not tested", remedy)
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:

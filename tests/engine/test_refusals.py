@@ -149,7 +149,7 @@ def test_other_backends_are_left_alone(tmp_path: Path) -> None:
         EngineArgs(model=str(MODEL_DIR), additional_config={"sage": {"k_bits": 5}}).create_engine_config()
 
 
-@pytest.mark.parametrize(("version", "warnings"), [("0.32.0", 0), ("0.32.0+cpu", 0), ("0.33.1", 1)])
+@pytest.mark.parametrize(("version", "warnings"), [("0.31.0", 0), ("0.32.0+cpu", 0), ("0.33.0", 1)])
 def test_untested_vllm(version: str, warnings: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with environment():
         import vllm

@@ -3,7 +3,7 @@
 
 What: wraps `generate_block_hash_extra_keys`, in the module that defines it and in the one that imports it by name.
 Why: keys and values that were computed under one ratio must not be found under another by the prefix cache.
-Releases: 0.32.0.
+Releases: 0.31 to 0.33.
 Remove when: a request can bring extra keys per block, as it can a `cache_salt` for all of them.
 """
 

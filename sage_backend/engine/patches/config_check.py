@@ -4,7 +4,7 @@
 What: wraps `EngineArgs.create_engine_config`.
 Why: vLLM asks a backend what it supports only in the workers, where a refusal ends in the traces of other processes. And the
     folder of metrics has to be there before workers start.
-Releases: 0.32.0.
+Releases: 0.31 to 0.33.
 Remove when: vLLM calls a hook of the chosen backend, or of plugins, with the configuration of a new engine.
 """
 

@@ -5,7 +5,7 @@ What: wraps `EngineCore.__init__`, and `run_busy_loop` of the engines that are p
 Why: a calibration takes a model that runs, in all of its workers and with the scheduler, and has to be there before the first
     request is stored. A process that is spawned for an engine loads plugins inside `EngineCore.__init__`, where it is too late
     to wrap that call; its requests wait until it enters its loop.
-Releases: 0.32.0.
+Releases: 0.31 to 0.33.
 Remove when: vLLM calls plugins or the attention backend with an engine that is about to be ready.
 """
 

@@ -3,7 +3,7 @@
 
 What: wraps `InputProcessor.__init__`; with the option `variator`, also the new processor's `_validate_params`.
 Why: `vllm_xargs` are not validated; the scheduler, which reads them, has no way to refuse a request with a message.
-Releases: 0.32.0.
+Releases: 0.31 to 0.33.
 Remove when: plugins can validate the parameters of requests.
 """
 

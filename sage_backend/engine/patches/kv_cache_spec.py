@@ -3,7 +3,7 @@
 
 What: adds `get_kv_cache_spec` to `WorkerWrapperBase`, in front of the worker's own.
 Why: vLLM asks a backend for the bytes of a token (`customize_spec`) without saying of which layer. Here layers have names.
-Releases: 0.32.0.
+Releases: 0.31 to 0.33.
 Remove when: `customize_spec` gets the layer's name.
 """
 

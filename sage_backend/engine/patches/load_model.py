@@ -4,7 +4,7 @@
 What: adds `load_model` to `WorkerWrapperBase`, in front of the worker's own.
 Why: layers that read pages at other positions need the frequencies of the model's RoPE, and the option `variator` replaces
     FFNs. Both need a loaded model, and have to be done before anything is compiled or captured.
-Releases: 0.32.0.
+Releases: 0.31 to 0.33.
 Remove when: vLLM calls plugins or the attention backend with a model that has been loaded.
 """
 

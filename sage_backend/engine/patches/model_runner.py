@@ -3,7 +3,7 @@
 
 What: wraps `execute_model` of one model runner and, where it has one (model runner V2), `prepare_inputs`.
 Why: attention's metadata say which rows of a batch FFNs compress, but their builder sees no request ids.
-Releases: 0.32.0, model runners V1 and V2.
+Releases: 0.31 to 0.33, model runners V1 and V2.
 Remove when: CommonAttentionMetadata has the ids of its requests, or vLLM hands requests' `extra_args` to metadata builders.
 """
 

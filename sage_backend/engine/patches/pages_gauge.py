@@ -3,7 +3,7 @@
 
 What: wraps `PrometheusStatLogger.__init__` and `.record`, which the subclass for Ray inherits.
 Why: only schedulers know which pages are in use, and this logger is where vLLM hears from them.
-Releases: 0.32.0.
+Releases: 0.31 to 0.33.
 Remove when: a plugin can add a stat logger to an engine's own ones without replacing them.
 """
 

@@ -5,7 +5,7 @@ What: wraps `Scheduler.__init__`; with the option `variator`, replaces the new s
     `_mamba_block_aligned_split`.
 Why: a request gets its ratio when it first asks for KV blocks, where the load is known, and before the prefix cache is asked.
     Chunks have to end between groups. Models that can have plugins have no Mamba layers, whose split is free for that.
-Releases: 0.32.0.
+Releases: 0.31 to 0.33.
 Remove when: vLLM has hooks for the admission of a request and for the size of its next chunk.
 """
 
@@ -42,7 +42,7 @@ def attach(scheduler: Any, options: VariatorOptions, ratios: Sequence[int]) -> N
     policy = admission.Policy(options.choices(ratios), options.waiting, options.kv_use)
 
     def admitting(lookup: Any) -> Any:
-        def admit(request: Any) -> Any:
+        def admit(request: Any, *limits: Any) -> Any:  # 0.33 passes one
             if (plan := getattr(request, admission.PLAN_KEY, None)) is None:
                 _, waiting = scheduler.get_request_counts()
                 ratio = policy.choose(waiting - 1, scheduler.get_kv_cache_usage())
@@ -52,7 +52,7 @@ def attach(scheduler: Any, options: VariatorOptions, ratios: Sequence[int]) -> N
                 request.sampling_params = copy.copy(request.sampling_params)
                 extra_args = request.sampling_params.extra_args or {}
                 request.sampling_params.extra_args = {**extra_args, admission.PLAN_KEY: list(plan)}
-            return lookup(request)
+            return lookup(request, *limits)
 
         return admit
 

@@ -4,7 +4,7 @@
 What: adds `compile_or_warm_up_model` and `execute_dummy_batch` to `WorkerWrapperBase`, in front of the worker's own.
 Why: on a GPU, vLLM warms up with requests that look like those of users. Dummy batches, which keep idle data parallel engines
     in step with the others, look like them, too.
-Releases: 0.32.0.
+Releases: 0.31 to 0.33.
 Remove when: an attention backend can see that a batch is a dummy one.
 """
 

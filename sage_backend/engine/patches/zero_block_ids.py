@@ -4,7 +4,7 @@
 What: wraps `CPUModelRunner._zero_block_ids`.
 Why: where a block is several pages, this runner takes the numbers of blocks for those of pages and zeroes pages of other
     requests. This backend needs no zeros: nothing behind a context's last token is ever read of a page.
-Releases: 0.32.0.
+Releases: 0.31 to 0.33.
 Remove when: `CPUModelRunner._zero_block_ids` translates blocks to kernel blocks, as the GPU runner does.
 """
 
