@@ -66,9 +66,14 @@ def restore_member(name: str) -> Any:
 
 
 def cpu_platform() -> str | None:
-    """`vllm.platform_plugins`: on a CPU build of vLLM, a platform that lets the user choose this backend."""
+    """`vllm.platform_plugins`: on a CPU build of vLLM, a platform that lets the user choose this backend.
+
+    vLLM resolves its platform while it imports `vllm.config`, on every machine. So the name is known here before there
+    can be an AttentionConfig, which looks names up when it is made. `register` is called later, with EngineArgs.
+    """
     from vllm.platforms import cpu_platform_plugin
 
+    backend_member(BACKEND)
     return None if cpu_platform_plugin() is None else _CPU_PLATFORM
 
 

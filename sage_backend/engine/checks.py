@@ -20,6 +20,8 @@ from sage_paged import HEAD_DIMS
 
 _INSTEAD = "use vLLM's default backend for it"
 
+UNQUANTIZED = ("auto", "bfloat16", "float16")
+"""Values of --kv-cache-dtype with which vLLM's own caches would not be quantized. Pages are the same with all of them."""
 
 _UNSUPPORTED = {
     "use_mla": f"multi-head latent attention has its own compressed cache; {_INSTEAD}",
@@ -27,7 +29,6 @@ _UNSUPPORTED = {
     "attention_free": f"the model has no attention layers; {_INSTEAD}",
     "use_alibi": f"attention biased by distance (ALiBi) is not supported; {_INSTEAD}",
     "use_mm_prefix": f"bidirectional attention inside image tokens is not supported; {_INSTEAD}",
-    "use_per_head_quant_scales": f"per-head KV scales of a checkpoint are not used, pages scale each token; {_INSTEAD}",
     "use_non_causal": f"non-causal attention is not supported; {_INSTEAD}",
     "use_batch_invariant": f"VLLM_BATCH_INVARIANT is not supported; {_INSTEAD}",
     "use_pcp": "prefill context parallelism is not supported; use --tensor-parallel-size",
@@ -66,7 +67,7 @@ def reasons(
             "float32 models are served on CPU only; add --dtype bfloat16",
         ),
         (
-            kv_cache_dtype not in (None, "auto"),
+            kv_cache_dtype not in (None, *UNQUANTIZED),
             f"--kv-cache-dtype {kv_cache_dtype} does not apply, the pages have their own format; leave it at auto and choose "
             'the precision of keys with --additional-config \'{"sage": {"k_bits": 8}}\'',
         ),
@@ -81,9 +82,18 @@ def reasons(
 
 def is_chosen(config: Any) -> bool:
     """Whether an engine of this configuration (VllmConfig) uses this backend."""
-    attention = config.attention_config
-    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
-    return any(getattr(backend, "name", None) == BACKEND for backend in chosen)
+    return _names_this(config.attention_config)
+
+
+def is_chosen_by(arguments: Any) -> bool:
+    """`is_chosen`, of the configuration that vLLM will make of `arguments` (EngineArgs)."""
+    return _names_this(arguments.attention_config, arguments.attention_backend)
+
+
+def _names_this(attention: Any, *backends: Any) -> bool:
+    """Whether an AttentionConfig or one of `backends`, which are members of vLLM's enum, names or None, names this backend."""
+    named = [*backends, attention.backend, *(attention.backend_per_kind or {}).values()]
+    return any(str(getattr(backend, "name", backend)).upper() == BACKEND for backend in named)
 
 
 def compression(config: Any) -> tuple[VariatorOptions, list[int]] | None:
@@ -178,8 +188,7 @@ def check_arguments(arguments: Any) -> None:
 
     Raises ValueError with one line for a folder that holds no model or broken weight files, if this backend is chosen.
     """
-    backend = arguments.attention_backend or getattr(arguments.attention_config, "backend", None)
-    if str(getattr(backend, "name", backend)).upper() != BACKEND or not Path(arguments.model).is_dir():
+    if not (is_chosen_by(arguments) and Path(arguments.model).is_dir()):
         return
     folder = Path(arguments.model)
     check_model_folder(folder)

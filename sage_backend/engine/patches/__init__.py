@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every place where this plugin changes vLLM, one file each.
 
-| patch           | changes                                                         | applied                      |
-| --------------- | --------------------------------------------------------------- | ---------------------------- |
-| config_check    | EngineArgs.create_engine_config                                 | at start                     |
-| warm_up         | compile_or_warm_up_model, execute_dummy_batch of workers        | at start                     |
-| kv_cache_spec   | get_kv_cache_spec of workers                                    | at start                     |
-| engine_core     | EngineCore.__init__, run_busy_loop of EngineCoreProc             | at start                     |
-| load_model      | load_model of workers                                           | at start                     |
-| scheduler       | Scheduler.__init__, a scheduler's prefix lookup and chunk split | at start                     |
-| input_processor | InputProcessor.__init__                                         | at start                     |
-| block_hash      | generate_block_hash_extra_keys                                  | with variator, by scheduler  |
-| model_runner    | execute_model and prepare_inputs of a model runner              | with variator, by load_model |
-| pages_gauge     | PrometheusStatLogger.__init__ and record                        | by config_check and plugin   |
-| zero_block_ids  | CPUModelRunner._zero_block_ids                                  | by SageCpuPlatform           |
+| patch             | changes                                                                  | applied                      |
+| ----------------- | ------------------------------------------------------------------------ | ---------------------------- |
+| config_check      | EngineArgs.create_engine_config                                          | at start                     |
+| cache_declaration | EngineArgs.create_model_config; _init_kv_cache_quant of attention layers | at start; by load_model      |
+| warm_up           | compile_or_warm_up_model, execute_dummy_batch of workers                 | at start                     |
+| kv_cache_spec     | get_kv_cache_spec of workers                                             | at start                     |
+| engine_core       | EngineCore.__init__, run_busy_loop of EngineCoreProc                     | at start                     |
+| load_model        | load_model of workers                                                    | at start                     |
+| scheduler         | Scheduler.__init__, a scheduler's prefix lookup and chunk split          | at start                     |
+| input_processor   | InputProcessor.__init__                                                  | at start                     |
+| block_hash        | generate_block_hash_extra_keys                                           | with variator, by scheduler  |
+| model_runner      | execute_model and prepare_inputs of a model runner                       | with variator, by load_model |
+| pages_gauge       | PrometheusStatLogger.__init__ and record                                 | by config_check and plugin   |
+| zero_block_ids    | CPUModelRunner._zero_block_ids                                           | by SageCpuPlatform           |
 
 A `copyreg` reducer for the enum `AttentionBackendEnum` is in `sage_backend.plugin`, through which other processes restore its
 members. No patch changes engines that do not choose this backend. Each file says what it changes, why, for which releases of
@@ -25,6 +26,7 @@ These modules import vLLM when they are applied, not when they are imported: vLL
 from collections.abc import Callable
 
 from sage_backend.engine.patches import (
+    cache_declaration,
     config_check,
     engine_core,
     input_processor,
@@ -36,6 +38,7 @@ from sage_backend.engine.patches import (
 
 AT_START: tuple[Callable[[], None], ...] = (
     config_check.apply,
+    cache_declaration.apply,
     warm_up.apply,
     kv_cache_spec.apply,
     load_model.apply,

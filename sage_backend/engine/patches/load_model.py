@@ -12,7 +12,7 @@ import functools
 from typing import Any
 
 from sage_backend.engine import checks
-from sage_backend.engine.patches import model_runner
+from sage_backend.engine.patches import cache_declaration, model_runner
 from sage_backend.engine.patches.target import replace_in_worker
 from sage_backend.features import positions
 from sage_backend.features.layers import own_impls
@@ -25,8 +25,10 @@ def apply() -> None:
 
 def _prepared(load: Any) -> Any:
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
-        load(self, *args, **kwargs)
         config = self.vllm_config
+        if checks.is_chosen(config):
+            cache_declaration.apply_in_worker()
+        load(self, *args, **kwargs)
         if any(impl.rotates_pages for impl in own_impls(config).values()):
             positions.find_frequencies(_models(self.worker), config)
         if found := checks.compression(config):
