@@ -4,7 +4,7 @@
 What: wraps `EngineArgs.create_model_config`; in workers, `_init_kv_cache_quant` of attention layers.
 Why: vLLM turns a checkpoint's declaration into a cache dtype before it asks a backend, as if the user had asked for it, and
     loads the scales of keys and values that come with it. Both concern vLLM's own caches; pages have their own format.
-Releases: 0.32.0.
+Releases: 0.31 to 0.33.
 Remove when: a backend with a page format of its own can tell vLLM to keep the cache dtype at `auto`.
 """
 
