@@ -238,7 +238,7 @@ def test_overridden_methods(ours: str) -> None:
     assert compared
 
 
-SERVED = {"has_sink", "has_sliding_window", "use_kv_connector"}
+SERVED = {"has_sink", "has_sliding_window", "use_kv_connector", "use_per_head_quant_scales"}
 """Flags of vLLM's selector that make no difference to this backend."""
 
 
