@@ -33,6 +33,11 @@ def register() -> None:
         _registered = True
 
 
+def is_registered() -> bool:
+    """Whether vLLM has loaded this plugin in this process. The platform's entry point alone makes only the name known."""
+    return _registered
+
+
 def backend_member(name: str) -> Any:
     """vLLM's enum member of the backend `name`, after registering this backend. Raises KeyError if there is none."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum

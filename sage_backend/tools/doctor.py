@@ -181,8 +181,10 @@ def _plugin(on_cpu: bool) -> Finding:
         from vllm.plugins import load_general_plugins
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+        from sage_backend import plugin
+
         load_general_plugins()
-        if BACKEND not in AttentionBackendEnum.__members__:
+        if not plugin.is_registered():
             chosen = os.environ.get("VLLM_PLUGINS")
             if chosen is None:
                 return Finding(FAIL, "plugin", "vLLM did not load it", "VLLM_LOGGING_LEVEL=DEBUG vllm serve says why")
