@@ -69,27 +69,25 @@ def find_frequencies(models: Iterable[torch.nn.Module], config: Any) -> None:
     layers, max_tokens = config.compilation_config.static_forward_context, config.model_config.max_model_len
     for name, impl in own_impls(config).items():
         if impl.rotates_pages:
-            try:
-                impl.frequencies = _frequencies(beside.get(id(layers[name])), impl.head_size)
-            except LookupError as error:
-                raise ValueError(_refusal(config.model_config.model, error.args[0].format(name))) from None
+            attention = beside.get(id(layers[name]))
+            if not hasattr(attention, "rotary_emb"):
+                raise ValueError(_refusal(config.model_config.model, f"not found beside {name}"))
+            impl.frequencies = _frequencies(attention, impl.head_size, config.model_config.model)
             impl.max_pages = -(-max_tokens // impl.layout.tokens) + 1
 
 
-def _frequencies(attention: Any, head_size: int) -> tuple[float, ...]:
-    """RoPE frequencies, radians a position, of a module with a layer of full attention; zeros where it applies no RoPE.
+def _frequencies(attention: Any, head_size: int, model: str) -> tuple[float, ...]:
+    """RoPE frequencies, radians a position, of a model's module with a layer of full attention; zeros where it applies no RoPE.
 
-    Raises LookupError for those of another form; {} stands for the layer's name.
+    Raises ValueError for those of another form.
     """
-    if not hasattr(attention, "rotary_emb"):
-        raise LookupError("not found beside {}")
     rotary = attention.rotary_emb
     if rotary is None or not all(getattr(attention, switch, True) for switch in _SWITCHES):
         return (0.0,) * (head_size // 2)
     form = type(rotary).__name__
     in_halves = getattr(rotary, "is_neox_style", True)  # vLLM's longrope has no other style, and does not say so
     if form not in _FREQUENCIES or not in_halves or rotary.rotary_dim != head_size:
-        raise LookupError(f"of the form {form!r}")
+        raise ValueError(_refusal(model, f"of the form {form!r}"))
     return tuple(_FREQUENCIES[form](rotary).tolist())
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sage_backend import BACKEND, TESTED_VLLM
+from sage_backend import BACKEND, TESTED_VLLM, plugin
 
 OK, ABSENT, WARN, FAIL = "ok", "-", "warn", "fail"
 """States of a finding: fine; absent, and not needed for serving; serves with restrictions; cannot serve."""
@@ -180,8 +180,6 @@ def _plugin(on_cpu: bool) -> Finding:
         from vllm.platforms import current_platform
         from vllm.plugins import load_general_plugins
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-        from sage_backend import plugin
 
         load_general_plugins()
         if not plugin.is_registered():

@@ -51,8 +51,7 @@ def pairs(rng: Random) -> Iterator[str]:
 
 
 def coined(rng: Random) -> Iterator[str]:
-    """Different words of three syllables, six lowercase letters. There are 343000, enough for millions of
-    tokens."""
+    """Different words of three syllables, six lowercase letters. There are 343000, enough for millions of tokens."""
     return distinct(lambda: "".join(rng.choices(_SYLLABLES, k=3)))
 
 

@@ -72,13 +72,13 @@ def load(server: Server, prometheus: Prometheus) -> Load:
     time.sleep(SCRAPE_SECONDS)  # for Prometheus to scrape the end of what came before
     began = time.time()
     ended = began + WARM_SECONDS + SECONDS
+    usage = {"include_usage": True}
 
     def ask(client: int) -> tuple[int, int]:
         attended = generated = 0
         while (now := time.time()) < ended:
             # No two prompts begin alike, so the prefix cache saves nothing.
             prompt = f"# {client} {now}\n" + LINE * (8 if client else READ_WHOLE // LINE_TOKENS + 16)
-            usage = {"include_usage": True}
             *_, last = server.stream("/v1/completions", prompt=prompt, max_tokens=24, ignore_eos=True, stream_options=usage)
             attended += last["usage"]["total_tokens"] - 1  # nothing attends from the last token
             generated += last["usage"]["completion_tokens"]
