@@ -13,11 +13,7 @@ base=${SAGE_VENV:-.venv}
 pins=requirements/cpu-0.31.txt
 venv=.venv-0.31
 
-say() { printf '[sage] %s\n' "$*"; }
-die() {
-    printf '[sage] error: %s\n' "$*" >&2
-    exit 1
-}
+source deploy/messages.sh
 
 { [ -e "$base/sage-dev.stamp" ] && grep -q ' cpu ' "$base/sage-dev.stamp"; } ||
     die "$base has no vLLM for CPU and no tests' tools: run SAGE_DEVICE=cpu deploy/setup.sh --dev first"

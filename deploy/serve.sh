@@ -15,11 +15,7 @@ venv=${SAGE_VENV:-.venv}
 python=$venv/bin/python
 log=$venv/sage-serve-$port.log
 
-say() { printf '[sage] %s\n' "$*"; }
-die() {
-    printf '[sage] error: %s\n' "$*" >&2
-    exit 1
-}
+source deploy/messages.sh
 
 [ -x "$venv/bin/vllm" ] || die "no vLLM in $venv: run deploy/setup.sh first"
 case "$port" in

@@ -17,11 +17,7 @@ VLLM_CUDA='vllm==0.32.0'
 TORCH_CPU='torch==2.13.0+cpu'
 TORCH_CPU_INDEX='https://download.pytorch.org/whl/cpu'
 
-say() { printf '[sage] %s\n' "$*"; }
-die() {
-    printf '[sage] error: %s\n' "$*" >&2
-    exit 1
-}
+source deploy/messages.sh
 
 dev=false
 case "${1-}" in
