@@ -10,6 +10,7 @@ from typing import Any
 
 from sage_backend import BACKEND
 from sage_backend.engine import checks
+from sage_backend.features import positions
 from sage_backend.options import SageOptions
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,11 @@ def choose_backend(config: Any, arguments: Any) -> Any:
         return None  # another backend, or "auto", which is vLLM's own choice
     options = SageOptions.parse(config.additional_config)
     found = checks.reasons_of(model, drafts.kv_cache_dtype or config.cache_config.cache_dtype, config, options)
-    if asked is None and options.memory is not None and options.memory.extrapolate:
-        found.append('"extrapolate" in option "memory" changes the positions of the target only')
+    if options.memory is not None and options.memory.extrapolate:
+        try:
+            positions.check(model)
+        except ValueError as error:
+            found.append(str(error))
     if not found:
         drafts.attention_backend = config.attention_config.backend
         return model

@@ -4,6 +4,7 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,14 +66,28 @@ def test_a_drafter_that_cannot_follow(tmp_path: Path, caplog: pytest.LogCaptureF
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("more", [{"kv_cache_dtype": "fp8"}, {}], ids=["dtype", "extrapolate"])
-def test_settings_that_keep_a_drafter_back(more: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    memory = {"local_tokens": 512, "topk_pages": 2, "query_block": 128, "extrapolate": 1900}
-    arguments = {} if more else {"additional_config": {"sage": {"memory": memory}}}
+def test_a_cache_dtype_keeps_a_drafter_back(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="sage_backend"):
-        assert backend_of(DRAFTS | more, **arguments) is None
+        assert backend_of(DRAFTS | {"kv_cache_dtype": "fp8"}) is None
     [told] = [record.getMessage() for record in caplog.records if "the drafter" in record.getMessage()]
-    assert ("fp8" if more else "extrapolate") in told
+    assert "fp8" in told
+
+
+def test_a_drafter_follows_past_the_trained_length_if_its_positions_can_be_changed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = {"local_tokens": 512, "topk_pages": 2, "query_block": 128, "extrapolate": 1900}
+    arguments = {"additional_config": {"sage": {"memory": memory}}}
+    assert backend_of(DRAFTS, **arguments) == BACKEND
+
+    def refuse(model: Any) -> None:
+        raise ValueError(f"{model.model} has other positions")
+
+    monkeypatch.setattr("sage_backend.engine.drafter.positions", SimpleNamespace(check=refuse))
+    with caplog.at_level(logging.WARNING, logger="sage_backend"):
+        assert backend_of(DRAFTS, **arguments) is None
+    [told] = [record.getMessage() for record in caplog.records if "the drafter" in record.getMessage()]
+    assert "has other positions" in told
 
 
 def gauge(name: str) -> float:
