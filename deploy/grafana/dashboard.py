@@ -99,7 +99,7 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
                 (f"{total('sage_kv_pages_in_use')} / {total('sage_kv_pages')}", REPLICA),
             ),
             panel(
-                "Bytes per token", "bytes", "One token's keys and values in all layers of one worker, and in BF16.",
+                "Bytes per token", "bytes", "What a token takes in one worker's KV cache, and its keys and values in BF16.",
                 (f"max by (instance) (sage_kv_bytes_per_token{{{SELECT}}})", "{{instance}} quantized"),
                 (
                     f"max by (instance) (sage_kv_bytes_per_token{{{SELECT}}} * sage_kv_compression_ratio{{{SELECT}}})",

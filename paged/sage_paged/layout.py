@@ -35,7 +35,7 @@ from functools import cached_property
 
 import torch
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256, 512)
 PAGE_TOKENS = (64, 128)
 K_BITS = (4, 8)
 

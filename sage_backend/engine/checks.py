@@ -115,7 +115,7 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
     if not is_chosen(config):
         return
     options, model = SageOptions.parse(config.additional_config), config.model_config
-    if found := _reasons_of(config, options):
+    if found := reasons_of(model, config.cache_config.cache_dtype, config, options):
         raise ValueError(f"--attention-backend sage cannot serve {model.model}: {'; '.join(found)}")
     if options.memory is not None:
         _check_memory(options, options.memory, model)
@@ -130,12 +130,12 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
         check_compression(config, options.variator)
 
 
-def _reasons_of(config: Any, options: SageOptions) -> list[str]:
-    """`reasons` for the model and the settings of a configuration (VllmConfig)."""
+def reasons_of(model: Any, cache_dtype: str, config: Any, options: SageOptions) -> list[str]:
+    """`reasons` for a model (ModelConfig), the target or its drafter, with the settings of a configuration (VllmConfig)."""
     # Not at the top: vLLM may be choosing its platform while this module is imported.
     from vllm.platforms import current_platform
 
-    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    cache, parallel = config.cache_config, config.parallel_config
     if current_platform.is_cpu() and type(current_platform).__name__ != "SageCpuPlatform":
         # vLLM's own CPU platform would take CPU_ATTN without a word.
         raise ValueError("VLLM_TARGET_DEVICE=cpu keeps vLLM from loading this backend's CPU platform; unset it")
@@ -147,7 +147,7 @@ def _reasons_of(config: Any, options: SageOptions) -> list[str]:
     return reasons(
         model.get_head_size(),
         model.dtype,
-        cache.cache_dtype,
+        cache_dtype,
         cache.block_size if cache.user_specified_block_size else None,
         options,
         capability=None if current_platform.is_cpu() else current_platform.get_device_capability(),

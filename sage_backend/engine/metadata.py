@@ -103,7 +103,7 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         layout = layers[layer_names[0]].impl.layout
         sampled = layers[layer_names[-1]]
         memory = sampled.impl.memory_of(sampled)
-        self.recorder.add_layers(layer_names, len(owners), layout, self.kv_heads, self.heads, device, memory)
+        self.recorder.add_layers(layer_names, layout, self.kv_heads, self.heads, device, memory)
         if self.recorder.canary is not None:
             self.recorder.canary.add_layers(layer_names, owners, device)
 

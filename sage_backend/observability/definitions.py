@@ -51,8 +51,8 @@ SAMPLES = Metric("sage_attention_samples_total", "Calls of one attention layer t
 SECONDS = Metric("sage_attention_sampled_seconds_total", "Seconds that these calls took.", {"phase": PHASES})
 OPERATIONS = Metric("sage_attention_sampled_operations_total", "Operations of Q K^T and P V in these calls.", {"phase": PHASES})
 BYTES = Metric("sage_attention_sampled_bytes_total", "Bytes of KV pages that these calls had to read.", {"phase": PHASES})
-TOKEN_BYTES = Metric("sage_kv_bytes_per_token", "Bytes of one token's keys and values in all layers of one worker.")
-COMPRESSION = Metric("sage_kv_compression_ratio", "Bytes of the same keys and values in BF16, over sage_kv_bytes_per_token.")
+TOKEN_BYTES = Metric("sage_kv_bytes_per_token", "Bytes of KV cache of one worker that a token takes, in all layers.")
+COMPRESSION = Metric("sage_kv_compression_ratio", "Bytes of a token's keys and values in BF16, over sage_kv_bytes_per_token.")
 CONTEXT = Metric(
     "sage_memory_context_tokens_total", "Tokens of context before the end of blocks of queries.", {"phase": PHASES}
 )

@@ -14,6 +14,7 @@ import torch
 
 from sage_backend import __version__ as version
 from sage_backend.features import calibration_file
+from sage_backend.observability.cache_size import token_bytes
 from sage_backend.observability.canary import Canary, Check
 from sage_backend.observability.coverage import Coverage
 from sage_backend.observability.definitions import (
@@ -130,39 +131,38 @@ class Recorder:
         self._memory: tuple[Memory, int] | None = None
         """The memory of the counted layers, and the tokens of their pages."""
         self._steps = dict.fromkeys(PHASES, 0)
-        self._group_bytes: dict[tuple[str, ...], np.ndarray] = {}
         # A counter that appears with its first event has no rate at that event.
         for metric in METRICS:
             if metric.kind == "counter":
                 for labels in itertools.product(*metric.labels.values()):
                     values.add(metric, 0, *labels)
 
+    def set_cache(self, cache: Any) -> None:
+        """Record what a token takes in this worker's KV cache (KVCacheConfig)."""
+        taken, bf16 = token_bytes(cache)
+        self._values.set(TOKEN_BYTES, taken)
+        self._values.set(COMPRESSION, bf16 / taken)
+
     def add_layers(
         self,
         names: list[str],
-        owners: int,
         layout: Any,
         kv_heads: int,
         heads: int,
         device: torch.device,
         memory: Memory | None = None,
     ) -> None:
-        """Add a group of layers that share metadata. owners: the number of them with pages of their own; layout: PageLayout;
-        kv_heads, heads: of one layer in this worker; memory: that of the layers, if they have one."""
-        if not self._group or self._group == names:
-            # Steps are counted where the first group's metadata are built. A draft model's groups come later.
-            self._group = names
-            self._memory = None if memory is None else (memory, layout.tokens)
-            if memory is not None:
-                self.coverage = Coverage(memory, layout.tokens, device, self._add_covered)
-                for phase in PHASES:
-                    self._values.observe(COVERED, [], phase)
-            self._record_build_info(layout, heads // kv_heads, device)
-        # By name, for vLLM may make a group's metadata builder more than once.
-        self._group_bytes[tuple(names)] = np.array([layout.bytes_per_token, 2 * 2 * layout.head_dim]) * (kv_heads * owners)
-        token_bytes, bf16_bytes = np.sum(list(self._group_bytes.values()), axis=0).tolist()
-        self._values.set(TOKEN_BYTES, token_bytes)
-        self._values.set(COMPRESSION, bf16_bytes / token_bytes)
+        """Add a group of layers that share metadata. layout: PageLayout; kv_heads, heads: of one layer in this worker; memory:
+        that of the layers, if they have one."""
+        if self._group and self._group != names:
+            return  # steps are counted where the first group's metadata are built; a draft model's groups come later
+        self._group = names
+        self._memory = None if memory is None else (memory, layout.tokens)
+        if memory is not None:
+            self.coverage = Coverage(memory, layout.tokens, device, self._add_covered)
+            for phase in PHASES:
+                self._values.observe(COVERED, [], phase)
+        self._record_build_info(layout, heads // kv_heads, device)
 
     def _record_build_info(self, layout: Any, group: int, device: torch.device) -> None:
         # Not at the top: the exporter's processes and tests use this module without starting vLLM.

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from sage_backend import plugin
 from sage_backend.demo import MODEL_DIR
+from sage_backend.features.layers import own_impls
 
 LAYERS, HEADS, KV_HEADS = 4, 4, 2
 LENGTHS = (5, 129, 300)
@@ -119,3 +120,15 @@ def test_other_backends_keep_the_declaration(tmp_path: Path, caplog: pytest.LogC
     assert config.cache_config.cache_dtype == "fp8_e4m3"
     assert config.model_config.hf_config.quantization_config["kv_cache_scheme"] == FP8
     assert "declares" not in caplog.text
+
+
+@pytest.mark.engine
+def test_a_drafter_that_declares(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its declaration would make the cache of the target FP8 as well: both have one cache_config."""
+    drafts = {"method": "draft_model", "model": str(declaring(tmp_path / "drafter", "compressed-tensors"))}
+    with engine(dtype="bfloat16", speculative_config=drafts | {"num_speculative_tokens": 2}) as llm:
+        assert len(greedy(llm, heldout_prompts(llm, LENGTHS))) == len(LENGTHS)
+        config = llm.llm_engine.vllm_config
+        assert config.cache_config.cache_dtype == "auto"
+        assert len(own_impls(config)) == 2 * LAYERS
+    assert caplog.text.count("declares a quantized KV cache") == 1

@@ -78,7 +78,7 @@ MODELS = {
     "T5ForConditionalGeneration": ({}, "attention of type encoder_decoder keeps no KV pages"),
     "BloomForCausalLM": ({"hidden_size": 128, "n_head": 2, "n_layer": 2, "vocab_size": 512}, "(ALiBi) is not supported"),
     "DeepseekV2ForCausalLM": (TINY | MLA | {"num_key_value_heads": 2}, "multi-head latent attention has its own"),
-    "LlamaForCausalLM": (TINY | {"hidden_size": 144}, "head size 72 has no page format (there is 64, 80, 96, 128, 256)"),
+    "LlamaForCausalLM": (TINY | {"hidden_size": 144}, "head size 72 has no page format (there is 64, 80, 96, 112, 128, 160,"),
     "MambaForCausalLM": ({"hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 512}, "no attention layers"),
 }
 

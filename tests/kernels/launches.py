@@ -12,7 +12,7 @@ from typing import Any
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 """Shared memory that a program may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
-HEAD_DIMS = dict.fromkeys((80, 89, 90, 100), (64, 80, 128, 256))
+HEAD_DIMS = dict.fromkeys((80, 89, 90, 100), (64, 80, 128, 192, 256, 512))
 HEAD_DIMS[86] = (256,)  # the code of sm_80 in the shared memory of sm_89: what matters is whether the largest tiles fit
 
 Launch = tuple[str, Callable[[], Any]]
@@ -51,7 +51,7 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
 
     block = prefill.tile(query.device, layout, 4, smooth_q=True)[0] // 4
     cases: dict[str, tuple[PagedBatch, Modifiers]] = {"": (batch, Modifiers(calibration=keys))}
-    if head_dim == 256:  # whose tiles leave the least shared memory
+    if head_dim >= 256:  # whose tiles leave the least shared memory
         cases["means"] = batch, Modifiers(calibration=keys, q_block=block)
     if head_dim == 128:
         sinks = torch.zeros(8)

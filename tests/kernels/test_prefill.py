@@ -55,16 +55,18 @@ def test_other_smoothing_blocks_are_refused(kernels) -> None:
         prefill(*batch.attention_args(), poisoned(batch.query), Modifiers(q_block=5))
 
 
-@pytest.mark.parametrize(("fp8", "head_dim", "rows"), [("half", 256, 32), ("half", 128, 64), ("native", 256, 64)])
+@pytest.mark.parametrize(
+    ("fp8", "head_dim", "rows"), [("half", 256, 32), ("half", 128, 64), ("native", 256, 64), ("native", 512, 16)]
+)
 def test_tiles_of_smoothed_queries_in_99_kib(fp8: str, head_dim: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from sage_kernels.portable import prefill
 
     monkeypatch.setattr(prefill, "fp8_path", lambda _: fp8)
     tile = prefill.tile.__wrapped__
-    for group in (1, 4, 7, 32):
+    for group in (1, 4, 7, 16):
         assert tile(torch.device("cpu"), PageLayout(head_dim), group, True)[0] == rows
-        assert tile(torch.device("cpu"), PageLayout(head_dim), group)[0] == 64 == reference.tile_rows(group)
-    assert tile(torch.device("cpu"), PageLayout(head_dim), 64, True)[0] == 64
+        assert tile(torch.device("cpu"), PageLayout(head_dim), group)[0] == (64 if head_dim <= 256 else 32)
+    assert tile(torch.device("cpu"), PageLayout(head_dim), 64, True)[0] == 64 == reference.tile_rows(64)
 
 
 @pytest.mark.skipif(ON_GPU, reason="widens pages that are not on the GPU")

@@ -145,7 +145,7 @@ def test_the_device_is_not_waited_for_on_a_gpu() -> None:
 
 def recorder(folder: Path, **options: Any) -> Recorder:
     recorder = Recorder(FileValues(folder, "sage-1", ("a model", "0")), SageOptions.parse({"sage": options}))
-    recorder.add_layers(LAYERS, 3, PageLayout(64), 2, 4, CPU)
+    recorder.add_layers(LAYERS, PageLayout(64), 2, 4, CPU)
     recorder.paused = False
     return recorder
 

@@ -37,6 +37,7 @@ from sage_paged import Memory, PageLayout
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ["layers.0", "layers.1"]
+TOKEN_BYTES = 2 * 2 * (64 + 64 + 8)
 IMPL = SimpleNamespace(
     num_heads=4, num_kv_heads=2, head_size=64, window=0, layout=PageLayout(64), memory_of=lambda layer: None
 )
@@ -55,7 +56,7 @@ def config(rank: int = 0) -> Any:
 @pytest.fixture
 def recorder(tmp_path: Path) -> Recorder:
     recorder = Recorder(FileValues(tmp_path, "sage-1", ("a model", "0")))
-    recorder.add_layers(LAYERS, 1, PageLayout(64), 2, 4, torch.device("cpu"))
+    recorder.add_layers(LAYERS, PageLayout(64), 2, 4, torch.device("cpu"))
     recorder.paused = False
     return recorder
 
@@ -106,7 +107,7 @@ def test_rows_are_those_that_are_read(lengths: tuple[int, int], query_block: int
 def test_memory_is_counted(tmp_path: Path) -> None:
     recorder = Recorder(FileValues(tmp_path, "sage-1", ("a model", "0")))
     memory = Memory(64, 130, 3, 64)
-    recorder.add_layers(LAYERS, 1, PageLayout(64, tokens=64, has_summary=True), 2, 4, torch.device("cpu"), memory)
+    recorder.add_layers(LAYERS, PageLayout(64, tokens=64, has_summary=True), 2, 4, torch.device("cpu"), memory)
     recorder.paused = False
     recorder.step(LAYERS, batch((1, 1000), (1, 100)), 2)
     values = scraped(tmp_path)
@@ -139,7 +140,7 @@ def test_prompts_that_get_a_slower_kernel(tmp_path: Path, monkeypatch: pytest.Mo
     for smooth_q in (True, False):
         values = FileValues(tmp_path, f"sage-{int(smooth_q)}", ("a model", "0"))
         recorder = Recorder(values, SageOptions(smooth_q=smooth_q))
-        recorder.add_layers(LAYERS, 1, PageLayout(64), 2, 4, torch.device("cuda"))
+        recorder.add_layers(LAYERS, PageLayout(64), 2, 4, torch.device("cuda"))
         recorder.paused = False
         recorder.step(LAYERS, batch((1, 10), (20, 20)), 1)
         recorder.step(LAYERS, batch((1, 11)), 1)
@@ -182,15 +183,38 @@ def test_the_device_is_not_waited_for(recorder: Recorder, tmp_path: Path, monkey
     assert scraped(tmp_path)["sage_attention_sampled_seconds_total", "decode"] == 0.003
 
 
+def keys_and_values(kv_heads: int, head_size: int, block_size: int) -> Any:
+    """The part of a layer's KVCacheSpec that is read."""
+    return SimpleNamespace(num_kv_heads=kv_heads, head_size=head_size, head_size_v=head_size, block_size=block_size)
+
+
+def cache(block_bytes: int, *groups: tuple[list[str], Any]) -> Any:
+    """The part of a KVCacheConfig that is read. Layers that are called "shared" have no pages of their own."""
+    owners = [name for names, _ in groups for name in names if name != "shared"]
+    return SimpleNamespace(
+        num_blocks=10,
+        kv_cache_tensors=[SimpleNamespace(size=10 * block_bytes, layers=owners)],
+        kv_cache_groups=[SimpleNamespace(layer_names=names, kv_cache_spec=spec) for names, spec in groups],
+    )
+
+
 def test_bytes_of_a_token(recorder: Recorder, tmp_path: Path) -> None:
-    """There is one layer of two KV heads. Five layers of one KV head are added, which vLLM may do twice."""
-    for _ in range(2):
-        recorder.add_layers(["others"], 5, PageLayout(128, k_bits=4), 1, 4, torch.device("cpu"))
+    """Layers of all kinds count, and so does padding. Shared keys and values count once, states of Mamba layers never."""
+    drafter = keys_and_values(1, 128, 128)
+    together = SimpleNamespace(block_size=128, kv_cache_specs={"a": keys_and_values(2, 64, 128), "drafter": drafter})
+    mamba = SimpleNamespace(block_size=128)
+    recorder.set_cache(
+        cache(128 * 900, (["a", "drafter", "shared"], together), (["b"], keys_and_values(4, 64, 256)), (["c"], mamba))
+    )
     values = scraped(tmp_path)
-    assert values[("sage_kv_bytes_per_token",)] == 2 * (64 + 64 + 8) + 5 * (64 + 128 + 28)
-    assert values[("sage_kv_compression_ratio",)] == 4 * (2 * 64 + 5 * 128) / values[("sage_kv_bytes_per_token",)]
-    [build] = [key for key in values if key[0] == "sage_build_info"]
-    assert {"k_int8_v_e4m3_page128", "torch"} < set(build)  # of the first group
+    assert values[("sage_kv_bytes_per_token",)] == 900 + 450
+    assert values[("sage_kv_compression_ratio",)] == 2 * 2 * (2 * 64 + 128 + 4 * 64) / (900 + 450)
+
+
+def test_the_build_is_that_of_the_first_group(recorder: Recorder, tmp_path: Path) -> None:
+    recorder.add_layers(["others"], PageLayout(128, k_bits=4), 1, 4, torch.device("cpu"))
+    [build] = [key for key in scraped(tmp_path) if key[0] == "sage_build_info"]
+    assert {"k_int8_v_e4m3_page128", "torch"} < set(build)
 
 
 @pytest.fixture
@@ -206,7 +230,8 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def write(config: Any, tokens: int) -> None:
     recorder = recording.recorder(config)
     assert recorder is not None
-    recorder.add_layers(LAYERS, 2, PageLayout(64), 2, 4, torch.device("cpu"))
+    recorder.add_layers(LAYERS, PageLayout(64), 2, 4, torch.device("cpu"))
+    recorder.set_cache(cache(128 * TOKEN_BYTES, (LAYERS, keys_and_values(2, 64, 128))))
     with recording.paused():
         recorder.step(LAYERS, batch((1000, 1000)), 0)
     recorder.step(LAYERS, batch((tokens, tokens)), 0)
@@ -308,7 +333,7 @@ def test_ray_workers(temporary: Path, ray_metrics: type[RayMetric]) -> None:
     write(engine, 5)
     assert ray_metrics.told["sage_attended_tokens_total", "a model", "1", "prefill"] == 5
     gauge = "sage_kv_bytes_per_token", "a model", "1"
-    assert ray_metrics.told[gauge] == 2 * 2 * (64 + 64 + 8)
+    assert ray_metrics.told[gauge] == TOKEN_BYTES
     ray_metrics.told.clear()
     wait_until(lambda: gauge in ray_metrics.told)
     assert not any(name.endswith("_total") for name, *_ in ray_metrics.told)
@@ -325,7 +350,7 @@ def test_ray_replica(temporary: Path, ray_metrics: type[RayMetric], monkeypatch:
     wait_until(lambda: ray_metrics.told.get(tokens) == 5)
     recording.recorder(engine).step(LAYERS, batch((7, 7)), 0)
     wait_until(lambda: ray_metrics.told.get(tokens) == 12)
-    assert ray_metrics.told["sage_kv_bytes_per_token", "a model", "1"] == 2 * 2 * (64 + 64 + 8)
+    assert ray_metrics.told["sage_kv_bytes_per_token", "a model", "1"] == TOKEN_BYTES
     FileValues(sinks.directory(engine), "sage-2", ("a model", "1")).observe(definitions.CANARY_ERROR, [0.035, 0.25, 0.25])
     wait_until(lambda: ("sage_canary_relative_error", "a model", "1") in ray_metrics.told)
     wait_until(lambda: ray_metrics.told["sage_canary_relative_error", "a model", "1"] == pytest.approx(0.04 + 0.3 + 0.3))
@@ -362,7 +387,7 @@ def step_seconds(folder: Path, layers: int, requests: int) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = [f"layers.{i}" for i in range(layers)]
     recorder = Recorder(FileValues(folder, "sage-overhead", ("a model", "0")))
-    recorder.add_layers(names, layers, PageLayout(64), 2, 4, torch.device("cpu"))
+    recorder.add_layers(names, PageLayout(64), 2, 4, torch.device("cpu"))
     recorder.paused = False
     common, seconds, steps = batch(*[(1, 1000)] * requests), [], 4 * SAMPLE_EVERY["decode"]
     clock = time.perf_counter if device.type == "cuda" else time.thread_time  # without the time of other processes

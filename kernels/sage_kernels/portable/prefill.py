@@ -80,12 +80,14 @@ def _prefill_kernel(
 
 @functools.cache
 def tile(device: torch.device, layout: PageLayout, group: int, smooth_q: bool = False) -> tuple[int, int]:
-    """Rows of a query tile, and warps. With Q smoothing, a tile has half of `reference.tile_rows` where its two terms would not
-    fit into shared memory next to P and V of a page: on sm_86, with heads of 256 channels."""
+    """Rows of a query tile, and warps. A tile has half of `reference.tile_rows`, or a quarter, where the query would not fit
+    into shared memory next to P and V of a page: with heads of 512 channels, and on sm_86 with heads of 256 if Q is smoothed,
+    which takes two terms."""
     block_m, block_d = tile_rows(group), triton.next_power_of_2(layout.head_dim)
-    element = 2 if fp8_path(device) == "half" else 1
-    taken = 2 * block_m * block_d + element * layout.tokens * (block_m + block_d)
-    if smooth_q and taken > shared_memory(device) and 2 * group <= block_m:
+    element, terms = 2 if fp8_path(device) == "half" else 1, 2 if smooth_q else 1
+    while 2 * group <= block_m and block_m > 16:
+        if terms * block_m * block_d + element * layout.tokens * (block_m + block_d) <= shared_memory(device):
+            break
         block_m //= 2
     return block_m, 4 if block_m <= 64 and layout.head_dim <= 128 else 8
 

@@ -6,6 +6,7 @@
 | config_check      | EngineArgs.create_engine_config                                          | at start                     |
 | cache_declaration | EngineArgs.create_model_config; _init_kv_cache_quant of attention layers | at start; by load_model      |
 | warm_up           | compile_or_warm_up_model, execute_dummy_batch of workers                 | at start                     |
+| kv_cache_config   | WorkerWrapperBase.initialize_from_config                                 | at start                     |
 | kv_cache_spec     | get_kv_cache_spec of workers                                             | at start                     |
 | engine_core       | EngineCore.__init__, run_busy_loop of EngineCoreProc                     | at start                     |
 | load_model        | load_model of workers                                                    | at start                     |
@@ -30,6 +31,7 @@ from sage_backend.engine.patches import (
     config_check,
     engine_core,
     input_processor,
+    kv_cache_config,
     kv_cache_spec,
     load_model,
     scheduler,
@@ -41,6 +43,7 @@ AT_START: tuple[Callable[[], None], ...] = (
     cache_declaration.apply,
     warm_up.apply,
     kv_cache_spec.apply,
+    kv_cache_config.apply,
     load_model.apply,
     engine_core.apply,
     scheduler.apply,

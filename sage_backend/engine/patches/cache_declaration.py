@@ -55,10 +55,15 @@ def drop(model: Any) -> None:
                 setattr(config, name, without)
                 found = declared
     if found:
-        logger.warning(
-            "%s declares a quantized KV cache (%s); --attention-backend sage keeps its own pages, and does not use the "
-            "checkpoint's scales of keys and values", model.model, found,
-        )  # fmt: skip
+        _tell(model.model, found)
+
+
+@functools.cache  # a checkpoint may be the target and the drafter
+def _tell(model: str, declared: str) -> None:
+    logger.warning(
+        "%s declares a quantized KV cache (%s); --attention-backend sage keeps its own pages, and does not use the "
+        "checkpoint's scales of keys and values", model, declared,
+    )  # fmt: skip
 
 
 def _drop(section: Any) -> tuple[str, Any]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks every engine configuration where it is made, and exports the metrics of engines that choose this backend.
+"""Checks every engine configuration where it is made. For engines that choose this backend, lets the drafter follow and exports
+metrics.
 
 What: wraps `EngineArgs.create_engine_config`.
 Why: vLLM asks a backend what it supports only in the workers, where a refusal ends in the traces of other processes. And the
@@ -11,8 +12,8 @@ Remove when: vLLM calls a hook of the chosen backend, or of plugins, with the co
 import functools
 from typing import Any
 
-from sage_backend.engine import checks
-from sage_backend.engine.patches import pages_gauge
+from sage_backend.engine import checks, drafter
+from sage_backend.engine.patches import cache_declaration, pages_gauge
 from sage_backend.engine.patches.target import find, replace
 
 
@@ -27,6 +28,8 @@ def _checked(create: Any) -> Any:
         config = create(self, *args, **kwargs)
         has_metrics = not self.disable_log_stats
         checks.check_config(config, has_metrics)
+        if (draft_model := drafter.choose_backend(config, self)) is not None:
+            cache_declaration.drop(draft_model)
         if has_metrics and checks.is_chosen(config):
             # prometheus_client chooses its storage when it is imported, by a variable that vLLM sets after loading plugins.
             from sage_backend.observability import exporter
