@@ -51,7 +51,7 @@ TOP = 20
 KL_TOP = 10
 """The KL divergence is taken over this many of the baseline's most likely tokens."""
 FIRST_BUCKET = 128
-"""The loss by position is given for tokens behind fewer tokens than this, twice this, four times this, and so on."""
+"""Figures by position are given for tokens behind fewer tokens than this, twice this, four times this, and so on."""
 PASSKEY_DEPTHS = 10
 """Depths at which pass keys are hidden, from the start of the text to its end."""
 
@@ -75,21 +75,22 @@ class Scores:
         """Nats per token."""
         return float(-self.true.mean())
 
-    @property
-    def loss_by_position(self) -> dict[str, float]:
-        """The loss by position in a window: of tokens predicted from fewer tokens than FIRST_BUCKET, of others predicted from
-        fewer than twice as many, and so on. Numbers that no token belongs to are left out."""
+    def by_position(self, values: np.ndarray) -> dict[str, float]:
+        """Means of values, [positions], by position in a window: over tokens predicted from fewer tokens than FIRST_BUCKET,
+        over others predicted from fewer than twice as many, and so on. Numbers that no token belongs to are left out."""
         ends = FIRST_BUCKET << np.arange(int(self.before.max()).bit_length())
         bucket = np.searchsorted(ends, self.before, side="right")
-        return {str(ends[i]): float(-self.true[bucket == i].mean()) for i in np.unique(bucket)}
+        return {str(ends[i]): float(values[bucket == i].mean()) for i in np.unique(bucket)}
 
     def against(self, baseline: "Scores") -> dict[str, Any]:
         """The figures of this run, by name."""
+        moved = np.abs(self.true - baseline.true)
         return {
             "loss": self.loss,
             "loss_change": self.loss - baseline.loss,
-            "loss_by_position": self.loss_by_position,
-            "mean_abs_logprob_change": float(np.abs(self.true - baseline.true).mean()),
+            "loss_by_position": self.by_position(-self.true),
+            "mean_abs_logprob_change": float(moved.mean()),
+            "abs_logprob_change_by_position": self.by_position(moved),
             "top1_agreement": float((self.tokens[:, 0] == baseline.tokens[:, 0]).mean()),
             "kl": float(_kl(baseline, self).mean()),
             "kv_capacity": self.kv_tokens / baseline.kv_tokens,
@@ -196,12 +197,12 @@ def _by_depth(results: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _by_position(results: list[dict[str, Any]]) -> list[list[str]]:
-    """The loss by position in a window, one row a run."""
-    rows = [["loss from fewer tokens than", *results[0]["loss_by_position"]]]
+def _by_position(results: list[dict[str, Any]], figure: str, heading: str) -> list[list[str]]:
+    """A figure by position in a window, one row a run."""
+    rows = [[f"{heading} from fewer tokens than", *results[0][figure]]]
     for run in results:
         if "error" not in run:
-            rows.append([run["run"], *(f"{loss:.4f}" for loss in run["loss_by_position"].values())])
+            rows.append([run["run"], *(f"{value:.4f}" for value in run[figure].values())])
     return rows
 
 
@@ -287,7 +288,8 @@ def _print_report(report: dict[str, Any], arguments: argparse.Namespace) -> None
     print(f"{predicted} tokens predicted; loss in nats per token; changes, KL and agreement against {baseline}")
     rows = _rows(results)
     print(table(rows))
-    print("\n" + table(_by_position(results)))
+    print("\n" + table(_by_position(results, "loss_by_position", "loss")))
+    print("\n" + table(_by_position(results, "abs_logprob_change_by_position", "|d logp|")))
     if results[0]["passkey"]:
         print("\n" + table(_by_depth(results)))
     if arguments.plots:

@@ -39,6 +39,9 @@ def test_report(report: dict[str, Any]) -> None:
     assert by_position["128"] == max(by_position.values())  # less is known about the first tokens of a window
     scored = [8 * 127 + 7, 8 * 128, 8 * 256, 8 * 512, 8 * 1023]  # the ninth window has 8 tokens
     assert np.average(list(by_position.values()), weights=scored) == pytest.approx(plain["loss"])
+    for run in report["runs"]:
+        moved = run["abs_logprob_change_by_position"]
+        assert np.average(list(moved.values()), weights=scored) == pytest.approx(run["mean_abs_logprob_change"])
     assert plain["passkey"] == {"1500": 1.0}
     assert plain["passkey_by_depth"] == {"1500": [1.0] * PASSKEY_DEPTHS}
     assert [run["kv_capacity"] for run in report["runs"]] == pytest.approx([1, 512 / 264, 512 / 220], rel=0.01)
@@ -81,7 +84,7 @@ def test_figures_of_known_distributions() -> None:
     assert baseline.against(baseline)["kl"] == pytest.approx(0)
 
 
-def test_loss_by_position() -> None:
+def test_figures_by_position() -> None:
     """Against a loop over the tokens: those of two windows, in which the first four tokens are not scored."""
     before = np.concatenate([np.arange(4, 700), np.arange(4, 100)])
     true = np.random.default_rng(0).normal(size=before.size)
@@ -90,10 +93,10 @@ def test_loss_by_position() -> None:
         end = next(end for end in (128, 256, 512, 1024) if position < end)
         expected.setdefault(str(end), []).append(-logprob)
     nothing = np.empty((before.size, 0))
-    found = Scores(true, nothing, nothing, {}, 1000, before).loss_by_position
+    found = Scores(true, nothing, nothing, {}, 1000, before).by_position(-true)
     assert found == pytest.approx({end: np.mean(losses) for end, losses in expected.items()})
     assert list(found) == ["128", "256", "512", "1024"]
-    assert list(Scores(true[:1], nothing, nothing, {}, 1000, before[:1] + 512).loss_by_position) == ["1024"]
+    assert list(Scores(true[:1], nothing, nothing, {}, 1000, before[:1] + 512).by_position(true[:1])) == ["1024"]
 
 
 def test_runs() -> None:
