@@ -177,14 +177,36 @@ def _pack_int4(low, high, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl
 
 
 @triton.jit
-def _prepare_half(k, k_anchor, equalizer, pair, HALF: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr):
-    """`reference.prepare_keys` of half a head, float32 [tokens, channels], which is in order already. k_anchor, equalizer:
-    pointers to that half; pair: the RoPE pairs, HALF and above for padding."""
+def _in_order(low, high, pair):
+    """Codes of the two halves of a head, float32 [tokens, positions], whole numbers, with the RoPE pairs in the order `pair`.
+
+    Codes are put in order, not the keys as they are loaded: that would take a load for each channel. A warp gathers among the
+    positions of several tokens at once. So a thread gets adjacent positions of one token, and what `_pack_int4` sums over a
+    group stays within one or two threads.
+    """
+    HALF: tl.constexpr = low.shape[1]
+    AT_ONCE: tl.constexpr = min(4, 256 // HALF)  # tokens; more would take more shuffles
+    SHAPE: tl.constexpr = [low.shape[0] // AT_ONCE, AT_ONCE * HALF]
+    source = tl.arange(0, AT_ONCE)[:, None] * HALF + pair[None, :]
+    source = tl.broadcast_to(source[None, :, :], [SHAPE[0], AT_ONCE, HALF]).reshape(SHAPE)
+    both = low.to(tl.int32) + high.to(tl.int32) * 256
+    both = tl.gather(both.reshape(SHAPE), source, 1).reshape(low.shape)
+    low = both.to(tl.int8).to(tl.int32)
+    return low.to(tl.float32), ((both - low) >> 8).to(tl.float32)
+
+
+@triton.jit
+def _prepare_keys(low, high, k_anchor, equalizer, pair, HALF: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr):
+    """`reference.prepare_keys` of the two halves of a head, float32 [tokens, pairs] each, before their order. k_anchor,
+    equalizer: pointers to the head's own; pair: HALF and above for padding."""
     if K_ANCHOR:
-        k -= tl.load(k_anchor + pair, mask=pair < HALF, other=0.0)[None, :]
-    if EQUALIZE:
-        k *= tl.math.div_rn(1.0, tl.load(equalizer + pair, mask=pair < HALF, other=1.0))[None, :]
-    return k
+        low -= tl.load(k_anchor + pair, mask=pair < HALF, other=0.0)[None, :]
+        high -= tl.load(k_anchor + HALF + pair, mask=pair < HALF, other=0.0)[None, :]
+    if EQUALIZE:  # both channels of a pair have the same factor
+        factor = tl.math.div_rn(1.0, tl.load(equalizer + pair, mask=pair < HALF, other=1.0))[None, :]
+        low *= factor
+        high *= factor
+    return low, high
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -208,7 +230,7 @@ def _store_kernel(
     tokens = begin + v_token(lanes)
     valid = tokens < num_tokens
     # Keys are loaded in two halves, which a packed byte pairs up. INT8 keys take the same path.
-    pair = rope_pairs(order + head * HALF, BLOCK_D, HALF, ORDER)
+    pair = tl.arange(0, BLOCK_D // 2)
     half_mask = valid[:, None] & (pair < HALF)[None, :]
     source = key + head * key_head_stride + tokens[:, None].to(tl.int64) * key_token_stride + pair[None, :]
     low = tl.load(source, mask=half_mask, other=0.0)
@@ -222,16 +244,19 @@ def _store_kernel(
 
     used = slot >= 0
     first_channel = head * HEAD_DIM
-    low = _prepare_half(low, k_anchor + first_channel, equalizer + first_channel, pair, HALF, K_ANCHOR, EQUALIZE)
-    first_channel += HALF
-    high = _prepare_half(high, k_anchor + first_channel, equalizer + first_channel, pair, HALF, K_ANCHOR, EQUALIZE)
+    low, high = _prepare_keys(
+        low, high, k_anchor + first_channel, equalizer + first_channel, pair, HALF, K_ANCHOR, EQUALIZE
+    )  # fmt: skip
     amax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
     inverse = inverse_or_zero(amax, 127.0)[:, None]
     k_scale = tl.math.div_rn(amax, 127.0)
     if K_BITS == 8:
         k = to_int(low * inverse).to(tl.int8), to_int(high * inverse).to(tl.int8)
     else:
-        k = _pack_int4(to_whole(low * inverse), to_whole(high * inverse), BLOCK_T, BLOCK_D // 2 // GROUP_BYTES, GROUP_BYTES)
+        low, high = to_whole(low * inverse), to_whole(high * inverse)
+        if ORDER:
+            low, high = _in_order(low, high, rope_pairs(order + head * HALF, BLOCK_D, HALF, True))
+        k = _pack_int4(low, high, BLOCK_T, BLOCK_D // 2 // GROUP_BYTES, GROUP_BYTES)
     if V_ANCHOR:
         v -= tl.load(v_anchor + head * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)[None, :]
     v, v_exponent = _quantize_v(v, K_BITS == 8, FP8)
