@@ -146,7 +146,7 @@ def store(
     for name, x in (("key", key), ("value", value)):
         if x.dim() != 3 or tuple(x.shape[1:]) != shape or len(x) < slots.numel():
             raise ValueError(f"{name} is {list(x.shape)}; these pages and slots take {[slots.numel(), *shape]}")
-    _check_calibration(calibration, shape)
+    calibration.check(*shape)
     if key.device.type == "cpu":
         tokens = slots.numel()
         reference.store(key[:tokens], value[:tokens], pages, slots, layout, calibration)
@@ -329,22 +329,6 @@ def _check_summary(layout: PageLayout) -> None:
         raise ValueError("the layout has no summaries; make it with PageLayout(..., has_summary=True)")
 
 
-def _check_calibration(calibration: LayerCalibration, shape: tuple[int, int]) -> None:
-    if calibration is NOT_CALIBRATED:
-        return
-    heads, head_dim = shape
-    for name, dtype, wanted in (
-        ("k_anchor", torch.float32, shape),
-        ("equalizer", torch.float32, shape),
-        ("order", torch.int32, (heads, head_dim // 2)),
-        ("v_anchor", torch.float32, shape),
-    ):
-        x = getattr(calibration, name)
-        if x is not None and (x.dtype is not dtype or tuple(x.shape) != wanted or not x.is_contiguous()):
-            kind = str(dtype).removeprefix("torch.")
-            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be {kind} {list(wanted)}, contiguous")
-
-
 def _check_batch(query: torch.Tensor, pages: torch.Tensor, layout: PageLayout, batch: PagedBatch) -> int:
     """Returns the number of KV heads."""
     kv_heads, shape = _check_pages(pages, layout), query.shape
@@ -372,5 +356,5 @@ def _check_attention(
         raise ValueError(f"out is {list(out.shape)}; it must have the shape of query, {list(shape)}")
     if modifiers.sinks is not None and modifiers.sinks.numel() != shape[1]:
         raise ValueError(f"sinks has {modifiers.sinks.numel()} entries; it must have one per query head, {shape[1]}")
-    _check_calibration(modifiers.calibration, (kv_heads, shape[2]))
+    modifiers.calibration.check(kv_heads, shape[2])
     return shape[1] // kv_heads

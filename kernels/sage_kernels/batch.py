@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -105,6 +106,31 @@ class LayerCalibration:
         """The same calibration with all tensors on `device`."""
         return self._of_each(lambda x: x.to(device))
 
+    def check(self, kv_heads: int, head_dim: int) -> None:
+        """Raises ValueError for tensors of another shape or dtype than those of a layer of this shape, or not contiguous."""
+        if (kv_heads, head_dim) in self._checked:  # it is asked for in every call, and shapes do not change
+            return
+        for name, dtype, wanted in (
+            ("k_anchor", torch.float32, (kv_heads, head_dim)),
+            ("equalizer", torch.float32, (kv_heads, head_dim)),
+            ("order", torch.int32, (kv_heads, head_dim // 2)),
+            ("v_anchor", torch.float32, (kv_heads, head_dim)),
+        ):
+            x = getattr(self, name)
+            if x is not None and (x.dtype is not dtype or tuple(x.shape) != wanted or not x.is_contiguous()):
+                kind = str(dtype).removeprefix("torch.")
+                raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be {kind} {list(wanted)}, contiguous")
+        self._checked.add((kv_heads, head_dim))
+
+    @cached_property
+    def _checked(self) -> set[tuple[int, int]]:
+        """The shapes that have passed `check`."""
+        return set()
+
+    @cached_property
+    def without_k_anchor(self) -> "LayerCalibration":
+        return replace(self, k_anchor=None)
+
     def for_keys(self, k_bits: int) -> "LayerCalibration":
         """The part that keys of k_bits are stored with: only INT4 keys have an order."""
         return self if k_bits == 4 or self.order is None else replace(self, order=None)
@@ -147,7 +173,7 @@ class Modifiers:
         """
         needs_whole_logits = self.soft_cap > 0 or self.sinks is not None or batch.rope_shift is not None
         own = self.calibration.for_keys(k_bits)
-        return own if needs_whole_logits or own.k_anchor is None else replace(own, k_anchor=None)
+        return own if needs_whole_logits or own.k_anchor is None else own.without_k_anchor
 
     def to(self, device: torch.device | str) -> "Modifiers":
         """The same modifiers with all tensors on `device`."""

@@ -76,6 +76,12 @@ def reasons(
             f"--block-size {block_size} is not a multiple of the {options.page_tokens} tokens of a page; leave it out",
         ),
         (capability is not None and capability < (8, 0), f"compute capability {capability} is below 8.0; {_INSTEAD}"),
+        (
+            # Its shared memory is smaller than that of 8.0, and it multiplies V in FP16, which takes twice the room of FP8.
+            capability is not None and capability == (8, 6) and head_size > 256 and options.page_tokens > 64,
+            f"head size {head_size} needs pages of 64 tokens on compute capability 8.6; add "
+            '--additional-config \'{"sage": {"page_tokens": 64}}\'',
+        ),
     ]
     return [reason for applies, reason in rows if applies]
 

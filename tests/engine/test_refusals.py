@@ -102,6 +102,10 @@ def test_layers() -> None:
     assert len(reasons(**config, use_non_causal=True, use_sparse=True)) == 2
     assert reasons(**config, capability=(8, 0)) == []
     assert "compute capability" in reasons(**config, capability=(7, 5))[0]
+    large = config | {"head_size": 512}
+    assert "needs pages of 64 tokens" in reasons(**large, capability=(8, 6))[0]
+    assert reasons(**large | {"options": SageOptions(page_tokens=64)}, capability=(8, 6)) == []
+    assert reasons(**large, capability=(8, 9)) == []
 
 
 def _truncate(model: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 """Shared memory that a program may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 HEAD_DIMS = dict.fromkeys((80, 89, 90, 100), (64, 80, 128, 192, 256, 512))
-HEAD_DIMS[86] = (256,)  # the code of sm_80 in the shared memory of sm_89: what matters is whether the largest tiles fit
+HEAD_DIMS[86] = (256, 512)  # the code of sm_80 in the shared memory of sm_89: what matters is whether the largest tiles fit
 
 Launch = tuple[str, Callable[[], Any]]
 """The name of a case, unique for its kernel, head size and key precision, and the call that launches the kernels."""
@@ -38,7 +38,7 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
 
     starts, lengths, table = (torch.zeros(*shape, dtype=torch.int32) for shape in ((2,), (1,), (1, 2)))
     batch = PagedBatch(table, lengths, starts)
-    layout = PageLayout(head_dim, k_bits)
+    layout = PageLayout(head_dim, k_bits, 64 if (capability, head_dim) == (86, 512) else 128)
     pages = layout.empty(2, 2)
     key, query = torch.zeros(1, 2, head_dim, dtype=torch.bfloat16), torch.zeros(1, 8, head_dim, dtype=torch.bfloat16)
     anchor, equalizer = torch.zeros(2, head_dim), torch.ones(2, head_dim)
