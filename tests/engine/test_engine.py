@@ -169,6 +169,7 @@ DELTA_NET = {f"linear_{name}": 2 if name.startswith("num") else 64 for name in (
 )}  # fmt: skip
 # Every expert is always used: a different choice of experts would not come from attention.
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+GEMMA4 = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}
 GEMMA3N = {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 32, "laurel_rank": 8, "altup_num_inputs": 2}
 SHARING = {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [128] * 4}
 
@@ -183,6 +184,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"soft_cap": 0.0},
     ),
     "sliding and full layers": ("Gemma3Text", {**SLIDING, "head_dim": 256, "query_pre_attn_scalar": 64}, {"window": 0}),
+    "two head sizes": ("Gemma4Text", {**SLIDING, **GEMMA4, "head_dim": 256, "global_head_dim": 512}, {"window": 0}),
     "sinks": ("GptOss", {**SLIDING, "num_local_experts": 2, "num_experts_per_tok": 2}, {"sinks": None}),
     "shared KV": ("Gemma3nText", {**SLIDING, **GEMMA3N, **SHARING}, {}),
     "attention beside Mamba": ("FalconH1", MAMBA, {}),
@@ -223,9 +225,9 @@ def test_features_of_models(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_unknown_head_sizes_are_refused_by_name(tmp_path: Path) -> None:
-    """Gemma 4 has heads of 512 channels in its full layers."""
-    values = {**SLIDING, "global_head_dim": 512}
+    """Also those that only some layers have."""
+    values = {**SLIDING, **GEMMA4, "global_head_dim": 320}
     save_random_model(tmp_path, transformers.Gemma4TextConfig(**BASE | values))
     arguments = {"skip_tokenizer_init": True, "max_model_len": 1024}
-    with pytest.raises(ValueError, match="head size 512 has no page format"), engine(model=tmp_path, **arguments):
+    with pytest.raises(ValueError, match="head size 320 has no page format"), engine(model=tmp_path, **arguments):
         pass

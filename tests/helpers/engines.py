@@ -133,6 +133,8 @@ def save_random_model(folder: Path, config: Any) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("sinks"):
                 parameter.fill_(4.0)  # as much weight as many keys
+            elif name.endswith("q_norm.weight") and config.model_type == "gemma4_text":
+                parameter.fill_(0.2)  # this model does not scale its logits: as large as those of the others
     model.save_pretrained(folder)
 
 
