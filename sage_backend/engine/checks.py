@@ -48,11 +48,13 @@ def reasons(
     *,
     capability: Any = None,
     attn_type: str = "decoder",
+    head_size_v: int | None = None,
     **flags: Any,
 ) -> list[str]:
     """Why this layer cannot be served, in words for the user; empty if it can. Arguments are those of vLLM's selector.
 
-    capability: the GPU's compute capability, None on CPU; flags: those of _UNSUPPORTED and others.
+    capability: the GPU's compute capability, None on CPU; head_size_v: channels of values, None if head_size; flags: those of
+    _UNSUPPORTED and others.
     """
     has_heads = not (flags.get("use_mla") or flags.get("attention_free"))
     rows = [
@@ -61,6 +63,10 @@ def reasons(
         (
             has_heads and head_size not in HEAD_DIMS,
             f"head size {head_size} has no page format (there is {', '.join(map(str, HEAD_DIMS))}); {_INSTEAD}",
+        ),
+        (
+            has_heads and head_size_v not in (None, head_size),
+            f"keys of {head_size} channels with values of {head_size_v} have no page format; {_INSTEAD}",
         ),
         (
             dtype == torch.float32 and capability is not None,
@@ -158,6 +164,7 @@ def reasons_of(model: Any, cache_dtype: str, config: Any, options: SageOptions) 
         options,
         capability=None if current_platform.is_cpu() else current_platform.get_device_capability(),
         attn_type=attn_type,
+        head_size_v=_value_size(model.hf_text_config),
         use_mla=model.use_mla,
         attention_free=model.is_attention_free,
         use_mm_prefix=model.is_mm_prefix_lm,
@@ -165,6 +172,17 @@ def reasons_of(model: Any, cache_dtype: str, config: Any, options: SageOptions) 
         use_pcp=parallel.prefill_context_parallel_size > 1,
         use_dcp=parallel.decode_context_parallel_size > 1,
     )
+
+
+def _value_size(text: Any) -> int | None:
+    """The channels of a head of values, if the configuration of a text model has them apart from those of keys.
+
+    Such models (MiMo-V2, openPangu) do not ask vLLM's selector: they choose a backend of their own without a word. Models with
+    latent attention have the attribute as well, but values as long as keys where they do without it.
+    """
+    if getattr(text, "kv_lora_rank", None) is not None:
+        return None
+    return getattr(text, "v_head_dim", None) or getattr(text, "v_channels", None)
 
 
 def _check_memory(options: SageOptions, memory: MemoryOptions, model: Any) -> None:

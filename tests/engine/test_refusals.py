@@ -79,6 +79,10 @@ MODELS = {
     "BloomForCausalLM": ({"hidden_size": 128, "n_head": 2, "n_layer": 2, "vocab_size": 512}, "(ALiBi) is not supported"),
     "DeepseekV2ForCausalLM": (TINY | MLA | {"num_key_value_heads": 2}, "multi-head latent attention has its own"),
     "LlamaForCausalLM": (TINY | {"hidden_size": 144}, "head size 72 has no page format (there is 64, 80, 96, 112, 128, 160,"),
+    "MiMoV2FlashForCausalLM": (
+        TINY | {"model_type": "mimo_v2_flash", "head_dim": 192, "v_head_dim": 128},
+        "keys of 192 channels with values of 128 have no page format",
+    ),
     "MambaForCausalLM": ({"hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 512}, "no attention layers"),
 }
 
