@@ -4,7 +4,7 @@
 What: wraps `WorkerWrapperBase.initialize_from_config`.
 Why: layers of other backends and padded pages share the cache. Only vLLM's KVCacheConfig knows of all of them, and a backend is
     not given it.
-Releases: 0.32.0.
+Releases: 0.31 to 0.33.
 Remove when: metadata builders get the KVCacheConfig, or vLLM exports the bytes of a token.
 """
 
