@@ -190,7 +190,7 @@ def seconds(tokens: int) -> float:
             canary.collect()
         taken.append(clock() - began)
     assert len(errors) == len(taken)
-    return min(taken)  # other processes only add to it
+    return sorted(taken)[len(taken) // 4]
 
 
 @pytest.mark.engine
