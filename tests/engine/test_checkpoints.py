@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import assert_same_tokens, capacity, engine, environment, greedy, heldout_prompts
+from engines import assert_same_tokens, capacity, engine, environment, greedy, heldout_prompts, logged
 from safetensors.torch import save_file
 
 from sage_backend import plugin
@@ -75,7 +75,7 @@ def test_declared_caches(
         assert_same_tokens(greedy(llm, prompts), answers)
         assert capacity(llm) == tokens
         assert llm.llm_engine.vllm_config.cache_config.cache_dtype == "auto"
-    told = [record.getMessage() for record in caplog.records if "declares a quantized KV cache" in record.getMessage()]
+    told = logged(caplog, "declares a quantized KV cache")
     assert len(told) == 1
     assert "\n" not in told[0]
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import assert_same_tokens, capacity, engine, environment, greedy, heldout_prompts, metric
+from engines import NEAR_TIE, assert_same_tokens, capacity, engine, environment, greedy, heldout_prompts, logged, metric
 from recording import scraped
 
 from sage_backend import BACKEND, plugin
@@ -18,7 +18,6 @@ from sage_backend.observability import sinks
 
 DRAFTS = {"method": "draft_model", "model": str(MODEL_DIR), "num_speculative_tokens": 3}
 LENGTHS = (5, 129, 300)
-NEAR_TIE = 0.375  # as in test_engine.py
 MEMORY = 64 << 20
 BF16 = 4 * 2 * 2 * 2 * 128
 """Bytes of a token in the embedded model: layers, KV heads, keys and values, two bytes, channels."""
@@ -58,7 +57,7 @@ def test_a_drafter_that_cannot_follow(tmp_path: Path, caplog: pytest.LogCaptureF
     """It gets a backend of vLLM's, with one line about it; asked for by the user, it is refused."""
     with caplog.at_level(logging.WARNING, logger="sage_backend"):
         assert backend_of(odd_heads(tmp_path)) is None
-    [told] = [record.getMessage() for record in caplog.records if "the drafter" in record.getMessage()]
+    [told] = logged(caplog, "the drafter")
     assert "head size 72 has no page format" in told
     with pytest.raises(
         ValueError, match=r"cannot serve the drafter .*: head size 72 .*; leave \"attention_backend\" out"
@@ -70,7 +69,7 @@ def test_a_drafter_that_cannot_follow(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_a_cache_dtype_keeps_a_drafter_back(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="sage_backend"):
         assert backend_of(DRAFTS | {"kv_cache_dtype": "fp8"}) is None
-    [told] = [record.getMessage() for record in caplog.records if "the drafter" in record.getMessage()]
+    [told] = logged(caplog, "the drafter")
     assert "fp8" in told
 
 
@@ -87,7 +86,7 @@ def test_a_drafter_follows_past_the_trained_length_if_its_positions_can_be_chang
     monkeypatch.setattr("sage_backend.engine.drafter.positions", SimpleNamespace(check=refuse))
     with caplog.at_level(logging.WARNING, logger="sage_backend"):
         assert backend_of(DRAFTS, **arguments) is None
-    [told] = [record.getMessage() for record in caplog.records if "the drafter" in record.getMessage()]
+    [told] = logged(caplog, "the drafter")
     assert "has other positions" in told
 
 

@@ -85,9 +85,8 @@ def tile(device: torch.device, layout: PageLayout, group: int, smooth_q: bool = 
     which takes two terms."""
     block_m, block_d = tile_rows(group), triton.next_power_of_2(layout.head_dim)
     element, terms = 2 if fp8_path(device) == "half" else 1, 2 if smooth_q else 1
-    while 2 * group <= block_m and block_m > 16:
-        if terms * block_m * block_d + element * layout.tokens * (block_m + block_d) <= shared_memory(device):
-            break
+    room = shared_memory(device)
+    while block_m >= max(2 * group, 32) and terms * block_m * block_d + element * layout.tokens * (block_m + block_d) > room:
         block_m //= 2
     return block_m, 4 if block_m <= 64 and layout.head_dim <= 128 else 8
 
