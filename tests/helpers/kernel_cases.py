@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 from paged_batch import Batch, make_batch
 
-from sage_kernels import Modifiers, reference, smoothing_block
+from sage_kernels import Modifiers, reference
+from sage_kernels.portable.prefill import tile
 from sage_paged import HEAD_DIMS, K_BITS, PAGE_TOKENS, PageLayout
 
 KERNEL_ERROR = 2e-2
@@ -80,5 +81,7 @@ def build(
 
 
 def smoothing_tokens(shape: dict[str, Any], device: str) -> int:
-    """The Modifiers.q_block of a shape on a device: the query tokens that have one mean in the prefill kernel."""
-    return smoothing_block(torch.device(device), shape["layout"], shape["heads"] // shape["kv_heads"])
+    """The Modifiers.q_block of a shape in the portable prefill kernel, which sm_90 uses, too, if queries are smoothed.
+    (`api.smoothing_block` says the same on a GPU. On a CPU it is the block of the CPU's own path.)"""
+    group = shape["heads"] // shape["kv_heads"]
+    return tile(torch.device(device), shape["layout"], group, smooth_q=True)[0] // group

@@ -27,7 +27,7 @@ def test_prefill(kernels, case, smooth_q: bool) -> None:
 
 
 @pytest.mark.parametrize("variant", [{}, {"soft_cap": 15.0}], ids=str)
-@pytest.mark.parametrize(("head_dim", "k_bits", "group"), [(80, 8, 4), (64, 4, 4), (64, 8, 7), (128, 4, 7)])
+@pytest.mark.parametrize(("head_dim", "k_bits", "group"), [(80, 8, 4), (64, 4, 4), (64, 8, 7), (128, 4, 7), (512, 4, 1)])
 def test_smoothed_queries(kernels, head_dim: int, k_bits: int, group: int, variant: dict[str, float]) -> None:
     """A prompt, a chunk, and a single token behind a history; the last tile of each is only partly filled. Without
     smoothing, or with means of other blocks, attention is further away."""
