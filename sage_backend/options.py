@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from sage_paged import K_BITS, PAGE_TOKENS, Memory, PageLayout
+from sage_paged import K_BITS, PAGE_TOKENS, V_BITS, Memory, PageLayout
 
 MAX_TOPK = 128
 
@@ -43,6 +43,7 @@ _SECTION: Allowed = lambda value: True, "an object"  # checked by the section's 
 
 _SAGE: dict[str, Allowed] = {
     "k_bits": _one_of(*K_BITS),
+    "v_bits": _one_of(*V_BITS),
     "page_tokens": _one_of(*PAGE_TOKENS),
     "smooth_k": _one_of(False, True),
     "smooth_v": _one_of(False, True),
@@ -205,14 +206,15 @@ class VariatorOptions:
 
 @dataclass(frozen=True)
 class SageOptions:
-    """k_bits: bits of a stored key channel. page_tokens: tokens of a KV page, which is vLLM's KV block. smooth_k, smooth_v,
-    smooth_q: whether an anchor is subtracted from keys, one from values, and the mean of a block from the queries of prompts;
-    equalize: whether the channels of keys are equalized (see `sage_kernels.reference`). calibration: a file of `sage
-    calibrate`; without one, the engine calibrates keys when it starts (see `engine.start_calibration`). memory: None to read
-    all of every context. variator: compression plugins on the FFNs, if any. canary: one in `canary` steps in which prompts
-    begin is checked (see `observability.canary`); None for no checks."""
+    """k_bits, v_bits: bits of a stored channel of keys, and of values. page_tokens: tokens of a KV page, which is vLLM's KV
+    block. smooth_k, smooth_v, smooth_q: whether an anchor is subtracted from keys, one from values, and the mean of a block
+    from the queries of prompts; equalize: whether the channels of keys are equalized (see `sage_kernels.reference`).
+    calibration: a file of `sage calibrate`; without one, the engine calibrates keys when it starts (see
+    `engine.start_calibration`). memory: None to read all of every context. variator: compression plugins on the FFNs, if any.
+    canary: one in `canary` steps in which prompts begin is checked (see `observability.canary`); None for no checks."""
 
     k_bits: int = 8
+    v_bits: int = 8
     page_tokens: int = 128
     smooth_k: bool = True
     smooth_v: bool = True
@@ -246,7 +248,7 @@ class SageOptions:
 
     def layout(self, head_dim: int, k_bits: int | None = None) -> PageLayout:
         """k_bits: those of a layer for which a calibration has chosen them."""
-        return PageLayout(head_dim, k_bits or self.k_bits, self.page_tokens, has_summary=self.memory is not None)
+        return PageLayout(head_dim, k_bits or self.k_bits, self.page_tokens, self.memory is not None, self.v_bits)
 
 
 _current = SageOptions()

@@ -20,6 +20,7 @@ from sage_kernels.reference import (
     quantize_p,
     query_terms,
     rotate_back,
+    rotate_values_back,
     visible_keys,
 )
 from sage_paged import PageLayout
@@ -131,6 +132,8 @@ def _attend(
     p, m_ref = quantize_p(logits, layout.tokens)
     l_i = torch.matmul(p.flatten(1, 2), (-v_exponent).exp2()[..., None]).unflatten(1, p.shape[1:3])
     result = torch.matmul(p.flatten(1, 2), v).unflatten(1, p.shape[1:3])
+    if layout.v_bits == 4:
+        result = rotate_values_back(result)
     if calibration.v_anchor is not None:
         result += l_i * calibration.v_anchor[:, None, None]
     if modifiers.sinks is not None:

@@ -6,6 +6,7 @@ from sage_paged.layout import (
     HEAD_DIMS,
     K_BITS,
     PAGE_TOKENS,
+    V_BITS,
     PageLayout,
     PageViews,
     section_offset,
@@ -15,6 +16,6 @@ from sage_paged.layout import (
 from sage_paged.memory import Memory
 
 __all__ = [
-    "GROUP_BYTES", "HEAD_DIMS", "K_BITS", "PAGE_TOKENS", "Memory", "PageLayout", "PageViews", "section_offset", "v_position",
-    "v_token",
+    "GROUP_BYTES", "HEAD_DIMS", "K_BITS", "PAGE_TOKENS", "V_BITS", "Memory", "PageLayout", "PageViews", "section_offset",
+    "v_position", "v_token",
 ]  # fmt: skip

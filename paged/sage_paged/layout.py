@@ -6,11 +6,13 @@ A page holds the keys and values of `tokens` consecutive tokens of one KV head, 
     section      shape                    type      content
     ----------   ----------------------   -------   ---------------------------------------------------------
     k            [tokens, k_row_bytes]    int8      key codes, one row a token
-    v            [head_dim, tokens]       e4m3      value codes, transposed: one row a channel, tokens in `v_position` order
+    v            [head_dim, tokens]       e4m3      value codes, transposed: one row a channel, tokens in `v_position` order.
+                                                    4-bit values: [head_dim // 2, tokens], int8
     k_groups     [tokens, 2, k_groups]    int8      INT4 keys only: steps and zero points that make INT8 codes of nibbles
     k_low        [tokens, GROUP_BYTES]    int8      INT4 keys only: the low nibbles of the first group, whose codes have 8 bits
     k_scale      [tokens]                 float32   key = INT8 code * k_scale
-    v_exponent   [tokens]                 float32   INT8 keys only, right behind k_scale: value = code * 2**v_exponent
+    v_exponent   [tokens]                 float32   right behind k_scale: value = code * 2**v_exponent. Not with INT4 keys and
+                                                    e4m3 values
     summary      [2, head_dim]            float16   of each channel, the mean key and half the range of keys, in pages for
                                                     `sage_paged.memory` only
 
@@ -24,9 +26,14 @@ INT4 keys are INT8 codes kept in 4 bits: byte `i` of a row has channel `i` in it
 its high one, numbers from 0 to 15, and the INT8 code is zero point + step * nibble. The channels of GROUP_BYTES adjacent bytes
 share a step and a zero point. RoPE rotates channels `i` and `i + head_dim // 2` into each other, so they have similar ranges.
 The codes of the first group are whole: its step is 16, its zero point -128, and the low nibbles in `k_low`, packed like those
-of `k`, are added. A calibration puts the RoPE pairs that matter most there. Attention sees INT8 codes only. INT4 pages have no
-section for V's exponent: it is a whole number, and the last 8 bits of k_scale are that plus 127, which changes k_scale by less
-than 2**-15 of itself.
+of `k`, are added. A calibration puts the RoPE pairs that matter most there. Attention sees INT8 codes only. With e4m3 values,
+INT4 pages have no section for V's exponent: it is a whole number, and the last 8 bits of k_scale are that plus 127, which
+changes k_scale by less than 2**-15 of itself.
+
+4-bit values are e4m3 codes kept in 4 bits. The nibble is a sign (8) and a magnitude m from 0 to 7, and the code's magnitude is
+3 * m + m // 4 + 1: the numbers 1, 4, 7, 10, 14, 18, 24 and 30, times 2**-9. Byte i of a token's column has channel 2 * i in its
+low nibble and channel 2 * i + 1 in its high one. What is kept are not the model's channels but their rotation
+(`sage_kernels.reference.rotate_values`); attention rotates its output back.
 """
 
 import math
@@ -38,19 +45,21 @@ import torch
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256, 512)
 PAGE_TOKENS = (64, 128)
 K_BITS = (4, 8)
+V_BITS = (4, 8)
 
 GROUP_BYTES = 8
 """Bytes of INT4 keys, two channels each, that share a step and a zero point."""
 
 
-def section_offset(section, head_dim, k_bits, tokens):  # without annotations, which Triton would look up
+def section_offset(section, head_dim, k_bits, tokens, v_bits=8):  # without annotations, which Triton would look up
     """Bytes from a page's start to one of its sections, or to the "end" of those up to v_exponent. Kernels ask this function,
     too: here stands all that they know of where sections are, and Triton compiles anew what depends on it when it changes."""
     row = head_dim * k_bits // 8
     groups = 2 * (row // GROUP_BYTES) if k_bits == 4 else 0
-    low, exponent = (GROUP_BYTES, 0) if k_bits == 4 else (0, 4)
+    low = GROUP_BYTES if k_bits == 4 else 0
+    exponent = 0 if (k_bits, v_bits) == (4, 8) else 4
     of_token = {
-        "k": row, "v": head_dim, "k_groups": groups, "k_low": low, "k_scale": 4, "v_exponent": exponent, "end": 0
+        "k": row, "v": head_dim * v_bits // 8, "k_groups": groups, "k_low": low, "k_scale": 4, "v_exponent": exponent, "end": 0
     }  # fmt: skip
     offset = 0
     for name, size in of_token.items():
@@ -77,9 +86,10 @@ def v_token(position):
 class PageViews:
     """Typed views of a cache; leading dimensions are [blocks, kv_heads].
 
-    k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens], tokens in `v_position` order; k_groups: int8
-    [..., tokens, step or zero point, k_groups]; k_low: int8 [..., tokens, GROUP_BYTES]; k_scale, v_exponent: float32 [...,
-    tokens]; summary: float16 [..., 2, head_dim]. None where the layout has none.
+    k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens], or int8 [..., head_dim // 2, tokens] of 4-bit
+    values, tokens in `v_position` order; k_groups: int8 [..., tokens, step or zero point, k_groups]; k_low: int8 [..., tokens,
+    GROUP_BYTES]; k_scale, v_exponent: float32 [..., tokens]; summary: float16 [..., 2, head_dim]. None where the layout has
+    none.
     """
 
     k: torch.Tensor
@@ -102,12 +112,14 @@ class PageLayout:
     k_bits: int = 8
     tokens: int = 128
     has_summary: bool = False
+    v_bits: int = 8
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("head_dim", self.head_dim, HEAD_DIMS),
             ("k_bits", self.k_bits, K_BITS),
             ("tokens", self.tokens, PAGE_TOKENS),
+            ("v_bits", self.v_bits, V_BITS),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value} is not supported; choose one of {', '.join(map(str, allowed))}")
@@ -123,7 +135,7 @@ class PageLayout:
 
     def offset(self, section: str) -> int:
         """See `section_offset`."""
-        return section_offset(section, self.head_dim, self.k_bits, self.tokens)
+        return section_offset(section, self.head_dim, self.k_bits, self.tokens, self.v_bits)
 
     @property
     def summary_offset(self) -> int:
@@ -175,12 +187,13 @@ class PageLayout:
 
         scale, narrow = ((self.tokens,), torch.float32), self.k_bits == 4
         groups = (self.tokens, 2, self.k_groups)
+        v_rows, v_type = (self.head_dim, torch.float8_e4m3fn) if self.v_bits == 8 else (self.head_dim // 2, torch.int8)
         return PageViews(
             k=section(self.offset("k"), (self.tokens, self.k_row_bytes), torch.int8),
-            v=section(self.offset("v"), (self.head_dim, self.tokens), torch.float8_e4m3fn),
+            v=section(self.offset("v"), (v_rows, self.tokens), v_type),
             k_groups=section(self.offset("k_groups"), groups, torch.int8) if narrow else None,
             k_low=section(self.offset("k_low"), (self.tokens, GROUP_BYTES), torch.int8) if narrow else None,
             k_scale=section(self.offset("k_scale"), *scale),
-            v_exponent=None if narrow else section(self.offset("v_exponent"), *scale),
+            v_exponent=None if narrow and self.v_bits == 8 else section(self.offset("v_exponent"), *scale),
             summary=section(self.summary_offset, (2, self.head_dim), torch.float16) if self.has_summary else None,
         )

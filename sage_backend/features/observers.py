@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sage_kernels import LayerCalibration, Modifiers, PagedBatch, PageLayout, attend_prefill, reference, store
+from sage_kernels import LayerCalibration, Modifiers, PagedBatch, attend_prefill, reference, store
 from sage_paged import K_BITS
 
 _ERROR_QUERIES = 256
@@ -120,7 +120,7 @@ class PageErrors:
         exact = reference.exact_attention(query, self.key, self.value, impl.scale, plain)
         self.squares["exact"] += float(exact.square().sum())
         for bits in K_BITS:
-            layout = PageLayout(impl.head_size, bits, impl.layout.tokens)
+            layout = replace(impl.layout, k_bits=bits, has_summary=False)
             blocks = -(-tokens // layout.tokens)
             pages = layout.empty(blocks, self.key.shape[1], device)
             store(self.key, self.value, pages, torch.arange(tokens, device=device), layout, self.calibration)

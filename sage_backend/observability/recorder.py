@@ -48,7 +48,8 @@ from sage_kernels import choose_kernels
 from sage_paged import Memory
 
 _KEY_FORMATS = {4: "int4_first16", 8: "int8"}
-"""The names of key formats in `sage_build_info`, by bits. Of INT4 keys, 16 channels have 8 bits."""
+_VALUE_FORMATS = {4: "int4", 8: "e4m3"}
+"""The names of formats in `sage_build_info`, by bits. Of INT4 keys, 16 channels have 8 bits."""
 
 
 @dataclass
@@ -176,7 +177,7 @@ class Recorder:
             architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         chosen = calibration_file.k_bits(self._calibration).values() if self._calibration else ()
         bits = "_".join(_KEY_FORMATS[bits] for bits in sorted({layout.k_bits, *chosen}))
-        page_format = f"k_{bits}_v_e4m3_page{layout.tokens}"
+        page_format = f"k_{bits}_v_{_VALUE_FORMATS[layout.v_bits]}_page{layout.tokens}"
         self._values.set(BUILD, 1, version, vllm_version, page_format, kernels, architecture)
 
     def step(self, names: list[str], common: Any, num_decodes: int) -> Sample | None:

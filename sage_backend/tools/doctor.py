@@ -224,7 +224,7 @@ def _choice(device: Any) -> Finding:
 
 
 def compile_kernels(device: Any) -> str:
-    """Compile the kernels of the default page and of INT4 keys, run them once and compare them with the reference.
+    """Compile the kernels of the default page and of 4-bit keys and values, run them once and compare them with the reference.
 
     Returns a sentence on what was done. Raises RuntimeError if they differ, and any error of compiling and running them.
     """
@@ -250,8 +250,8 @@ def compile_kernels(device: Any) -> str:
     order = torch.rand(kv_heads, head_dim // 2, generator=generator).argsort(-1).int()
     modifiers = Modifiers(calibration=LayerCalibration(key.float().mean(0), equalizer, order))
     calibration, on_device = modifiers.calibration, modifiers.to(device)
-    for k_bits in (8, 4):
-        layout = PageLayout(head_dim, k_bits)
+    for k_bits, v_bits in ((8, 8), (4, 8), (4, 4)):
+        layout = PageLayout(head_dim, k_bits, v_bits=v_bits)
         exact, pages = layout.empty(3, kv_heads), layout.empty(3, kv_heads, device)
         reference.store(key, value, exact, slots, layout, calibration)
         store(key.to(device), value.to(device), pages, slots.to(device), layout, on_device.calibration)
@@ -264,8 +264,8 @@ def compile_kernels(device: Any) -> str:
             attend(rows.to(device), pages, layout, batch.to(device), scale, out, on_device)
             error = float((out.float().cpu() - expected).norm() / expected.norm())
             if not error < KERNEL_ERROR:  # NaN is no smaller
-                raise RuntimeError(f"{name} with INT{k_bits} keys is off by {error:.2g}")
-    return "store, prefill and decode, with INT8 and INT4 keys: compiled, and equal to the reference"
+                raise RuntimeError(f"{name} with {k_bits}-bit keys and {v_bits}-bit values is off by {error:.2g}")
+    return "store, prefill and decode, with 8 and 4 bits of keys and values: compiled, and equal to the reference"
 
 
 def _brief(error: BaseException) -> str:

@@ -49,6 +49,13 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     for name, calibration in {"": LayerCalibration(), "keys": keys, "values": values}.items():
         yield name, partial(store.store, key, key, pages, slots, layout, calibration)
 
+    narrow = replace(layout, v_bits=4)
+    narrow_pages = narrow.empty(2, 2)
+    yield "narrow values", partial(store.store, key, key, narrow_pages, slots, narrow, values)
+    for attend in (prefill.prefill, decode.decode):
+        out = torch.empty_like(query)
+        yield "narrow values", partial(attend, query, narrow_pages, narrow, batch, 0.1, out, Modifiers(calibration=keys))
+
     block = prefill.tile(query.device, layout, 4, smooth_q=True)[0] // 4
     cases: dict[str, tuple[PagedBatch, Modifiers]] = {"": (batch, Modifiers(calibration=keys))}
     if head_dim >= 256:  # whose tiles leave the least shared memory

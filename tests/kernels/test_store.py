@@ -21,20 +21,22 @@ def test_store(kernels, case) -> None:
         assert torch.equal(written, batch.pages)
         return
     # A GPU fuses the multiplication and the rounding: codes on a boundary may be one off, everything else is equal. With INT4
-    # keys, such a code may lead to other levels for its group.
+    # keys, such a code may lead to other levels for its group. Of 4-bit values, two scales may have errors that differ by the
+    # order of a sum.
     actual, expected = (batch.layout.views(pages.cpu()) for pages in (written, batch.pages))
     for name in ("k_scale", "v_exponent", "v"):
         if getattr(actual, name) is not None:
-            assert torch.equal(getattr(actual, name).view(torch.uint8), getattr(expected, name).view(torch.uint8)), name
+            unequal = getattr(actual, name).view(torch.uint8) != getattr(expected, name).view(torch.uint8)
+            assert unequal.float().mean() <= (0.0 if batch.layout.v_bits == 8 or name == "k_scale" else 1e-3), name
     k, k_expected = (reference.key_codes(pages.cpu(), batch.layout)[0].int() for pages in (written, batch.pages))
     assert (k - k_expected).abs().max() <= (1 if batch.layout.k_bits == 8 else 17)
     assert (k != k_expected).float().mean() < (1e-3 if batch.layout.k_bits == 8 else 1e-2)
 
 
-@pytest.mark.parametrize("k_bits", K_BITS)
-def test_values_of_all_sizes(kernels, k_bits: int) -> None:
+@pytest.mark.parametrize(("k_bits", "v_bits"), [(8, 8), (4, 8), (8, 4)])
+def test_values_of_all_sizes(kernels, k_bits: int, v_bits: int) -> None:
     """Values around the largest one that has finer scales, and up to those that saturate."""
-    batch = make_batch(PageLayout(128, k_bits), [(300, 8)], heads=8, kv_heads=2)
+    batch = make_batch(PageLayout(128, k_bits, v_bits=v_bits), [(300, 8)], heads=8, kv_heads=2)
     sizes = torch.tensor([1e-5, 1e-2, 1.0, 100.0, 112.0, 113.0, 224.0, 225.0, 448.0, 800.0, 900.0])
     sizes = sizes.repeat(28)[: len(batch.value), None, None]
     batch.value *= (sizes / batch.value.abs().amax(-1, keepdim=True)).to(torch.bfloat16)

@@ -136,7 +136,7 @@ def test_kernels_are_compared_with_the_reference(kernels: SimpleNamespace, monke
         monkeypatch.setattr(f"sage_kernels.{'attend_' * (name != 'store')}{name}", getattr(kernels, name))
     assert "equal to the reference" in doctor.compile_kernels(device)
     monkeypatch.setattr("sage_kernels.attend_decode", lambda *_: None)
-    with pytest.raises(RuntimeError, match="decode with INT8 keys is off by nan"):
+    with pytest.raises(RuntimeError, match="decode with 8-bit keys and 8-bit values is off by nan"):
         doctor.compile_kernels(device)
 
 

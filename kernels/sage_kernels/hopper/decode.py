@@ -433,7 +433,7 @@ _STAGES = 2
 
 def supports(layout: PageLayout) -> bool:
     """Whether there is a kernel for pages of this layout."""
-    return layout.head_dim in (64, 128, 256)
+    return layout.head_dim in (64, 128, 256) and layout.v_bits == 8
 
 
 def count_programs(device: torch.device, layout: PageLayout) -> int:

@@ -689,7 +689,7 @@ def _prefill_kernel(
 
 def supports(layout: PageLayout, group: int) -> bool:
     """Whether there is a kernel for pages of this layout and `group` query heads per KV head."""
-    return layout.head_dim in (64, 128, 256) and group <= BLOCK_M
+    return layout.head_dim in (64, 128, 256) and layout.v_bits == 8 and group <= BLOCK_M
 
 
 SCRATCH = 512 << 20

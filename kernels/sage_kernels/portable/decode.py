@@ -49,7 +49,7 @@ def _decode_kernel(
     head_stride,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, K_ANCHOR: tl.constexpr,
     EQUALIZE: tl.constexpr, ORDER: tl.constexpr, V_ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr,
-    PAGE: tl.constexpr,
+    V_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (programs). partial: float32 [slots, slot_rows, HEAD_DIM], normalized partial results; partial_m, partial_l:
@@ -84,7 +84,7 @@ def _decode_kernel(
             order + kv_head * (HEAD_DIM // 2), shift_table,
             block_table + table_offset, shifts + table_offset, PageRange(first_page, full_pages, end_page, seq_len), rows,
             kv_head.to(tl.int64) * head_stride, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
-            WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, K_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, SHIFT, 0,
+            WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, SHIFT, 0,
         )  # fmt: skip
         l_i, m_ref = state.l_i, state.m_ref
         # Every part adds the anchor of V itself: the merge takes a weighted mean of parts, where a sink has a share too.
@@ -249,7 +249,8 @@ def decode(
         pages.stride(0), pages.stride(1),
         GROUP=group, WINDOW=modifiers.window, SOFT_CAP=modifiers.soft_cap > 0, SINKS=modifiers.sinks is not None,
         **calibration_constants(calibration), HEAD_DIM=head_dim,
-        K_BITS=layout.k_bits, PAGE=layout.tokens, BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8_path(query.device),
+        K_BITS=layout.k_bits, V_BITS=layout.v_bits, PAGE=layout.tokens, BLOCK_D=block_d, BLOCK_M=block_m,
+        FP8=fp8_path(query.device),
         SHIFT=batch.rope_shift is not None, num_warps=_WARPS,
         num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens), **dependent_launch(query.device),
     )  # fmt: skip

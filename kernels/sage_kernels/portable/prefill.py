@@ -32,7 +32,7 @@ def _prefill_kernel(
     head_stride,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, K_ANCHOR: tl.constexpr,
     EQUALIZE: tl.constexpr, ORDER: tl.constexpr, V_ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr,
-    PAGE: tl.constexpr,
+    V_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, KV heads). The last blocks have the most keys, so they start first."""
@@ -64,7 +64,7 @@ def _prefill_kernel(
         order + kv_head * (HEAD_DIM // 2), shift_table,
         block_table + table_offset, shifts + table_offset, page_range, rows, kv_head.to(tl.int64) * head_stride, block_stride,
         q_token_stride, q_head_stride, scale, soft_cap,
-        WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, K_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, SHIFT, SMOOTH_Q,
+        WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, SHIFT, SMOOTH_Q,
     )  # fmt: skip
     acc = add_v_anchor(state.acc, state.l_i, v_anchor + kv_head * HEAD_DIM, HEAD_DIM, V_ANCHOR)
     l_i, m_ref = state.l_i, state.m_ref
@@ -123,7 +123,8 @@ def prefill(
         pages.stride(0), pages.stride(1),
         GROUP=group, WINDOW=modifiers.window, SOFT_CAP=modifiers.soft_cap > 0, SINKS=modifiers.sinks is not None,
         **calibration_constants(calibration), HEAD_DIM=head_dim,
-        K_BITS=layout.k_bits, PAGE=layout.tokens, BLOCK_D=block_d, BLOCK_M=block_m, FP8=fp8_path(query.device),
+        K_BITS=layout.k_bits, V_BITS=layout.v_bits, PAGE=layout.tokens, BLOCK_D=block_d, BLOCK_M=block_m,
+        FP8=fp8_path(query.device),
         SHIFT=batch.rope_shift is not None, SMOOTH_Q=group if smooth_q else 0,
         num_warps=warps, num_stages=pipeline_stages(query.device, terms * block_m, block_d, layout.tokens),
     )  # fmt: skip

@@ -19,6 +19,8 @@ P_BITS = tl.constexpr(float(reference.P_BITS))
 FALL_BITS = tl.constexpr(float(reference.FALL_BITS))
 V_SCALE_MIN, V_SCALE_MAX = (tl.constexpr(scale) for scale in reference.V_SCALES)
 V_SCALE_FINE = tl.constexpr(reference.V_SCALE_FINE)
+V_INT4_TOP = tl.constexpr(reference.V_INT4_TOP)
+V_INT4_SCALE_MIN, V_INT4_SCALE_MAX = (tl.constexpr(scale) for scale in reference.V_INT4_SCALES)
 NO_FRACTION = tl.constexpr(12582912.0)
 """1.5 * 2**23. A float32 plus this is rounded to a whole number, which its last bits then hold."""
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
@@ -33,6 +35,8 @@ GROUP_BYTES = tl.constexpr(sage_paged.GROUP_BYTES)
 v_position, v_token = (f if INTERPRETED else triton.jit(f) for f in (sage_paged.v_position, sage_paged.v_token))
 section_offset = triton.constexpr_function(sage_paged.section_offset)
 fine_exponent = triton.constexpr_function(reference.fine_exponent)
+v_int4_level = triton.constexpr_function(reference.v_int4_level)
+rotation_span = triton.constexpr_function(reference.rotation_span)
 
 
 class QuantizedQuery(NamedTuple):
@@ -226,12 +230,12 @@ def load_k(page, tokens, channels, K_ROW: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def load_int4_k(page, tokens, channels, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def load_int4_k(page, tokens, channels, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, V_BITS: tl.constexpr):
     """The INT8 codes of a page of INT4 keys, for the low and the high half of the head: int8 [channels, tokens] each."""
     HALF: tl.constexpr = HEAD_DIM // 2
     GROUPS: tl.constexpr = HALF // GROUP_BYTES
     k = load_k(page, tokens, channels, HALF, HALF)
-    section = page + section_offset("k_groups", HEAD_DIM, 4, PAGE)
+    section = page + section_offset("k_groups", HEAD_DIM, 4, PAGE, V_BITS)
     groups = section + tokens[None, :] * (2 * GROUPS) + (channels // GROUP_BYTES)[:, None]
     if channels.shape[0] == HALF:
         step = tl.load(groups)
@@ -241,7 +245,7 @@ def load_int4_k(page, tokens, channels, PAGE: tl.constexpr, HEAD_DIM: tl.constex
         step = tl.load(groups, mask=inside, other=0)
         zero = tl.load(groups + GROUPS, mask=inside, other=0)
     # The low nibbles of the first group, 0 in others.
-    first = page + section_offset("k_low", HEAD_DIM, 4, PAGE) + tokens[None, :] * GROUP_BYTES + channels[:, None]
+    first = page + section_offset("k_low", HEAD_DIM, 4, PAGE, V_BITS) + tokens[None, :] * GROUP_BYTES + channels[:, None]
     first = tl.load(first, mask=(channels < GROUP_BYTES)[:, None], other=0)
     # int8 arithmetic wraps around on the way, and the result is in range again.
     low = (k & 0xF) * step + zero + (first & 0xF)
@@ -253,6 +257,55 @@ def load_int4_k(page, tokens, channels, PAGE: tl.constexpr, HEAD_DIM: tl.constex
 def v_exponent_in_scale(k_scale):
     """V's exponent, float32, from the scale of an INT4 key: its last 8 bits, biased as a float32 exponent is."""
     return ((k_scale.to(tl.int32, bitcast=True) & 0xFF) - 127).to(tl.float32)
+
+
+@triton.jit
+def widen_v_int4(nibbles):
+    """4-bit values, uint8 of 0 to 15, as e4m3 codes (`sage_paged.layout`)."""
+    magnitude = nibbles & 7
+    return (((nibbles & 8) << 4) | (magnitude * 3 + (magnitude >> 2) + 1)).to(tl.uint8)
+
+
+@triton.jit
+def load_v_int4(section, channels, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The 4-bit values of a page as e4m3 codes, uint8 [tokens, channels], tokens in the order of V. section: uint8 pointer to
+    them. What unfilled tokens have left is finite, so P of 0 needs no help."""
+    pair = tl.arange(0, channels.shape[0] // 2)
+    pointers = section + pair[None, :] * PAGE + tl.arange(0, PAGE)[:, None]
+    if channels.shape[0] == HEAD_DIM:
+        packed = tl.load(pointers)
+    else:
+        packed = tl.load(pointers, mask=(pair < HEAD_DIM // 2)[None, :], other=0)
+    return tl.interleave(widen_v_int4(packed & 0xF), widen_v_int4(packed >> 4))
+
+
+@triton.jit
+def odd_bits(x):
+    """1 where an odd number of the lowest 16 bits of x are set, 0 elsewhere."""
+    x ^= x >> 8
+    x ^= x >> 4
+    x ^= x >> 2
+    return (x ^ (x >> 1)) & 1
+
+
+@triton.jit
+def rotation_signs(channels):
+    """`reference.rotation_signs` of channels, float32."""
+    return 1.0 - 2.0 * odd_bits(channels & (channels >> 1)).to(tl.float32)
+
+
+@triton.jit
+def rotate_values_back(acc, HEAD_DIM: tl.constexpr, V_BITS: tl.constexpr):
+    """`reference.rotate_values_back` of rows float32 [rows, channels], if V_BITS is 4. Three TF32 products are as exact as
+    float32."""
+    if V_BITS == 4:
+        SPAN: tl.constexpr = rotation_span(HEAD_DIM)
+        row, column = tl.arange(0, SPAN)[:, None], tl.arange(0, SPAN)[None, :]
+        hadamard = (1.0 - 2.0 * odd_bits(row & column).to(tl.float32)) * SPAN**-0.5
+        spans = acc.reshape([acc.shape[0] * (acc.shape[1] // SPAN), SPAN])
+        spans = tl.dot(spans, hadamard, input_precision="tf32x3")
+        acc = spans.reshape(acc.shape) * rotation_signs(tl.arange(0, acc.shape[1]))[None, :]
+    return acc
 
 
 @triton.jit
@@ -306,7 +359,7 @@ def tanh(x):
 @triton.jit
 def attend_page(
     q, page_bias, state, cache_i8, cache_v, cache_f32, page_offset, length, first_visible, last_visible, soft_cap,
-    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
     SOFT_CAP: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: a query tile against one page. Returns the new SoftmaxState.
@@ -316,7 +369,7 @@ def attend_page(
     last_visible: int [rows], tokens of the page that a row sees. FP8: see `device.fp8_path`.
     """
     tokens = v_token(tl.arange(0, PAGE))  # every column of this tile is in the order of V
-    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
+    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE, V_BITS) // 4
     k_channels = tl.arange(0, q.low.shape[1])
     k_scale = tl.load(cache_f32 + page_offset // 4 + SCALES + tokens)
     if K_BITS == 8:
@@ -324,13 +377,15 @@ def attend_page(
         codes = tl.dot(q.low, k, out_dtype=tl.int32)
         if SMOOTH_Q:
             mean_codes = tl.dot(q.mean_low, k, out_dtype=tl.int32)
-        v_exponent = tl.load(cache_f32 + page_offset // 4 + SCALES + PAGE + tokens)
     else:
-        k_low, k_high = load_int4_k(cache_i8 + page_offset, tokens, k_channels, PAGE, HEAD_DIM)
+        k_low, k_high = load_int4_k(cache_i8 + page_offset, tokens, k_channels, PAGE, HEAD_DIM, V_BITS)
         codes = tl.dot(q.high, k_high, tl.dot(q.low, k_low, out_dtype=tl.int32), out_dtype=tl.int32)
         if SMOOTH_Q:
             mean_codes = tl.dot(q.mean_high, k_high, tl.dot(q.mean_low, k_low, out_dtype=tl.int32), out_dtype=tl.int32)
+    if K_BITS == 4 and V_BITS == 8:
         v_exponent = v_exponent_in_scale(k_scale)
+    else:
+        v_exponent = tl.load(cache_f32 + page_offset // 4 + SCALES + PAGE + tokens)
     v_inverse = tl.exp2(-v_exponent)
 
     logits = codes.to(tl.float32) * k_scale[None, :] * q.scale[:, None]
@@ -354,8 +409,14 @@ def attend_page(
     p = tl.exp2(logits - finite[:, None])
 
     channels = tl.arange(0, state.acc.shape[1])
-    v_section = cache_v + page_offset + section_offset("v", HEAD_DIM, K_BITS, PAGE)
-    v = load_v(v_section, tokens, channels, length, PAGE, HEAD_DIM, MASKED)
+    V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE, V_BITS)
+    if V_BITS == 8:
+        v = load_v(cache_v + page_offset + V_OFFSET, tokens, channels, length, PAGE, HEAD_DIM, MASKED)
+    else:
+        v_section = (cache_i8 + page_offset + V_OFFSET).to(tl.pointer_type(tl.uint8))
+        v = load_v_int4(v_section, channels, PAGE, HEAD_DIM)
+        if FP8 != "half":
+            v = v.to(tl.float8e4nv, bitcast=True)
     if FP8 == "half":
         p_codes = p.to(tl.float16)
         pv = tl.dot(p_codes, e4m3_bits_to_half(v)) * 256.0

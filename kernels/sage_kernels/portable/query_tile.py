@@ -21,6 +21,7 @@ from sage_kernels.portable.primitives import (
     quantize_terms,
     rope_pairs,
     rotate_back,
+    rotate_values_back,
 )
 
 
@@ -120,10 +121,11 @@ def attend_pages(
     query, cache_i8, cache_v, cache_f32, k_anchor, equalizer, order, shift_table, table, shifts, page_range, rows,
     head_offset, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, ORDER: tl.constexpr,
-    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr,
 ):  # fmt: skip
-    """A query tile against a range of its request's pages. Returns SoftmaxState and the bias of `QuantizedQuery`.
+    """A query tile against a range of its request's pages. Returns SoftmaxState, whose acc is of the model's channels, and the
+    bias of `QuantizedQuery`.
 
     page_range: PageRange; rows: QueryRows. k_anchor, equalizer, order: pointers to those of the KV head. table, shifts:
     pointers to the request's list of blocks and, if SHIFT, to its list of shifts in pages. head_offset: int64, bytes from the
@@ -156,9 +158,10 @@ def attend_pages(
             state = attend_page(
                 q, page_bias, state, cache_i8, cache_v, cache_f32, offset, page_range.seq_len - page * PAGE,
                 first_visible, last_visible, soft_cap,
-                HEAD_DIM, K_BITS, PAGE, masked == 1, SOFT_CAP, FP8, SHIFT, SMOOTH_Q,
+                HEAD_DIM, K_BITS, V_BITS, PAGE, masked == 1, SOFT_CAP, FP8, SHIFT, SMOOTH_Q,
             )  # fmt: skip
-    return state, q_bias
+    acc = rotate_values_back(state.acc, HEAD_DIM, V_BITS)
+    return SoftmaxState(acc, state.l_i, state.m_ref, state.m_i), q_bias
 
 
 # Arguments of launches. A kernel is passed any tensor for an argument that it does not read.

@@ -45,14 +45,14 @@ _FOLD_ROWS = 64
 def _summary_kernel(
     cache_i8, cache_f32, cache_f16, block_table, seq_lens, query_start_loc, shift_table, k_anchor, equalizer, order, num_reqs,
     table_stride, block_stride, head_stride,
-    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, SUMMARY: tl.constexpr, BLOCK_D: tl.constexpr,
-    SHIFT: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, ORDER: tl.constexpr,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr, SUMMARY: tl.constexpr,
+    BLOCK_D: tl.constexpr, SHIFT: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, ORDER: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (pages that a step may fill, KV heads)."""
     await_previous_kernel(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
-    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
+    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE, V_BITS) // 4
     head = tl.program_id(1)
     request, nth = find_request(query_start_loc, tl.program_id(0), num_reqs, PAGE)
     q_len = tl.load(query_start_loc + request + 1) - tl.load(query_start_loc + request)
@@ -71,7 +71,7 @@ def _summary_kernel(
         low = load_k(cache_i8 + offset, tokens, half, HEAD_DIM, HALF).to(tl.float32) * scale
         high = load_k(cache_i8 + offset + HALF, tokens, half, HEAD_DIM, HALF).to(tl.float32) * scale
     else:
-        low, high = load_int4_k(cache_i8 + offset, tokens, half, PAGE, HEAD_DIM)
+        low, high = load_int4_k(cache_i8 + offset, tokens, half, PAGE, HEAD_DIM, V_BITS)
         low = low.to(tl.float32) * scale
         high = high.to(tl.float32) * scale
     if EQUALIZE:
@@ -104,8 +104,8 @@ def store_summaries(
         pages.view(torch.int8), pages.view(torch.float32), pages.view(torch.float16), batch.block_table, batch.seq_lens,
         batch.query_start_loc, tensor_or(shift_table, pages), k_anchor, equalizer, order, batch.num_requests,
         batch.block_table.stride(0), pages.stride(0), pages.stride(1),
-        HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens, SUMMARY=layout.summary_offset // 2,
-        BLOCK_D=triton.next_power_of_2(layout.head_dim), SHIFT=shift_table is not None,
+        HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, V_BITS=layout.v_bits, PAGE=layout.tokens,
+        SUMMARY=layout.summary_offset // 2, BLOCK_D=triton.next_power_of_2(layout.head_dim), SHIFT=shift_table is not None,
         K_ANCHOR=calibration.k_anchor is not None, EQUALIZE=calibration.equalizer is not None,
         ORDER=calibration.order is not None, num_warps=4, **dependent_launch(pages.device),
     )  # fmt: skip

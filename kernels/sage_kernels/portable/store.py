@@ -10,6 +10,9 @@ from sage_kernels.device import dependent_launch, fp8_path
 from sage_kernels.portable.primitives import (
     GROUP_BYTES,
     NO_FRACTION,
+    V_INT4_SCALE_MAX,
+    V_INT4_SCALE_MIN,
+    V_INT4_TOP,
     V_SCALE_FINE,
     V_SCALE_MAX,
     V_SCALE_MIN,
@@ -19,19 +22,23 @@ from sage_kernels.portable.primitives import (
     inverse_or_zero,
     next_power_of_two,
     rope_pairs,
+    rotation_signs,
+    rotation_span,
     section_offset,
     to_e4m3_bits,
     to_int,
     to_whole,
+    v_int4_level,
     v_position,
     v_token,
 )
 from sage_kernels.portable.query_tile import calibration_constants, calibration_tensors
-from sage_kernels.reference import V_EIGHTHS
+from sage_kernels.reference import V_EIGHTHS, V_INT4_EIGHTHS
 from sage_paged import PageLayout
 
 BLOCK_TOKENS = 16
 _EIGHTHS, _END = tl.constexpr(V_EIGHTHS.start), tl.constexpr(V_EIGHTHS.stop)
+_FIRST_EIGHTHS, _LAST_EIGHTHS = tl.constexpr(V_INT4_EIGHTHS.start), tl.constexpr(V_INT4_EIGHTHS.stop)
 
 
 @triton.jit
@@ -76,9 +83,61 @@ def _quantize_v(v, FINE: tl.constexpr, FP8: tl.constexpr):
 
 
 @triton.jit
+def _rotate_values(v, SPAN: tl.constexpr, LOG: tl.constexpr):
+    """`reference.rotate_values` of float32 [tokens, channels], addition by addition. SPAN: 2**LOG channels that are mixed."""
+    ROWS: tl.constexpr = v.shape[0] * v.shape[1] // SPAN
+    spans = (v * rotation_signs(tl.arange(0, v.shape[1]))[None, :]).reshape([ROWS, SPAN])
+    for _ in tl.static_range(LOG):
+        even, odd = tl.split(spans.reshape([ROWS, SPAN // 2, 2]))
+        spans = tl.join(even + odd, even - odd).permute([0, 2, 1]).reshape([ROWS, SPAN])
+    return (spans * SPAN**-0.5).reshape(v.shape)
+
+
+@triton.jit
+def _nearest_level(scaled):
+    """The nearest level of 4-bit values to each of `scaled`, float32, not negative, in the levels' units. Returns levels,
+    float32, and magnitudes, int32."""
+    level = tl.full(scaled.shape, 1.0, tl.float32)
+    magnitude = tl.zeros(scaled.shape, tl.int32)
+    for m in tl.static_range(7):
+        above = scaled > (v_int4_level(m) + v_int4_level(m + 1)) / 2
+        level = tl.where(above, v_int4_level(m + 1) * 1.0, level)
+        magnitude += above.to(tl.int32)
+    return level, magnitude
+
+
+@triton.jit
+def _quantize_v_int4(v, HEAD_DIM: tl.constexpr):
+    """`reference.quantize_v_int4`. v: rotated values, float32 [tokens, channels], 0 from HEAD_DIM on. Returns packed bytes, int8
+    [tokens, channels // 2], and exponents, float32 [tokens]."""
+    magnitude = tl.abs(v)
+    power = next_power_of_two(tl.math.div_rn(tl.max(magnitude, 1), V_INT4_TOP))
+    power = tl.minimum(tl.maximum(power, V_INT4_SCALE_MIN), V_INT4_SCALE_MAX)
+    whole = ((power.to(tl.int32, bitcast=True) >> 23) - 128).to(tl.float32)
+    exponent, factor, least = whole, 1024.0 / power, whole
+    for eighths in tl.static_range(_FIRST_EIGHTHS, _LAST_EIGHTHS, -1):
+        scaled = magnitude * (128.0 * eighths / power)[:, None]
+        miss = _nearest_level(scaled)[0] - scaled
+        if v.shape[1] != HEAD_DIM:  # no level is 0
+            miss = tl.where((tl.arange(0, v.shape[1]) < HEAD_DIM)[None, :], miss, 0.0)
+        error = tl.sum(miss * miss, 1) * (64 / (eighths * eighths))
+        if eighths == _FIRST_EIGHTHS:
+            least = error
+        else:
+            better = error < least
+            least = tl.where(better, error, least)
+            exponent = tl.where(better, whole + fine_exponent(eighths), exponent)
+            factor = tl.where(better, 128.0 * eighths / power, factor)
+    _, codes = _nearest_level(magnitude * factor[:, None])
+    codes |= tl.where(v < 0.0, 8, 0)
+    low, high = tl.split(codes.reshape([v.shape[0], v.shape[1] // 2, 2]))
+    return (low | (high << 4)).to(tl.int8), tl.where(least < float("inf"), exponent, float("nan"))
+
+
+@triton.jit
 def _write_rows(
     page_i8, page_f32, row, used, k, k_scale, v_exponent,
-    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the sections of pages that have one row per token: all but the codes of V.
 
@@ -86,7 +145,7 @@ def _write_rows(
     halves of INT8 codes, or packed INT4 codes, steps, zero points and low nibbles.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
-    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // 4
+    SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE, V_BITS) // 4
     half = tl.arange(0, BLOCK_D // 2)
     half_mask = used[:, None] & (half < HALF)[None, :]
     target = (page_i8 + row * (HEAD_DIM * K_BITS // 8))[:, None] + half[None, :]
@@ -95,23 +154,24 @@ def _write_rows(
         low, high = k
         tl.store(target, low, mask=half_mask)
         tl.store(target + HALF, high, mask=half_mask)
-        tl.store(scales, k_scale, mask=used)
-        tl.store(scales + PAGE, v_exponent, mask=used)
     else:
         packed, step, zero, first_low = k
         tl.store(target, packed, mask=half_mask)
-        low_target = page_i8 + section_offset("k_low", HEAD_DIM, K_BITS, PAGE) + row * GROUP_BYTES
+        low_target = page_i8 + section_offset("k_low", HEAD_DIM, K_BITS, PAGE, V_BITS) + row * GROUP_BYTES
         tl.store(low_target[:, None] + half[None, :], first_low, mask=used[:, None] & (half < GROUP_BYTES)[None, :])
         GROUPS: tl.constexpr = HALF // GROUP_BYTES
         group = tl.arange(0, BLOCK_D // 2 // GROUP_BYTES)
         group_mask = used[:, None] & (group < GROUPS)[None, :]
-        first_group = page_i8 + section_offset("k_groups", HEAD_DIM, K_BITS, PAGE) + row * (2 * GROUPS)
+        first_group = page_i8 + section_offset("k_groups", HEAD_DIM, K_BITS, PAGE, V_BITS) + row * (2 * GROUPS)
         groups = first_group[:, None] + group[None, :]
         tl.store(groups, step, mask=group_mask)
         tl.store(groups + GROUPS, zero, mask=group_mask)
-        # The last of the four bytes of k_scale holds V's exponent.
+    if K_BITS == 4 and V_BITS == 8:  # the last of the four bytes of k_scale holds V's exponent
         both = (k_scale.to(tl.int32, bitcast=True) & -256) | (v_exponent.to(tl.int32) + 127)
         tl.store(scales, both.to(tl.float32, bitcast=True), mask=used)
+    else:
+        tl.store(scales, k_scale, mask=used)
+        tl.store(scales + PAGE, v_exponent, mask=used)
 
 
 @triton.jit
@@ -213,14 +273,14 @@ def _prepare_keys(low, high, k_anchor, equalizer, pair, HALF: tl.constexpr, K_AN
 def _store_kernel(
     key, value, slots, cache_i8, cache_f32, k_anchor, equalizer, order, v_anchor, num_tokens,
     key_token_stride, key_head_stride, value_token_stride, value_head_stride, block_stride, head_stride,
-    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, FP8: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr,
     ORDER: tl.constexpr, V_ANCHOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (token blocks, KV heads)."""
     await_previous_kernel(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
-    V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE)
+    V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE, V_BITS)
 
     # Tokens are taken in the order of V. So tokens with consecutive slots, as in most of a prompt, write consecutive bytes of
     # V.
@@ -259,7 +319,13 @@ def _store_kernel(
         k = _pack_int4(low, high, BLOCK_T, BLOCK_D // 2 // GROUP_BYTES, GROUP_BYTES)
     if V_ANCHOR:
         v -= tl.load(v_anchor + head * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)[None, :]
-    v, v_exponent = _quantize_v(v, K_BITS == 8, FP8)
+    if V_BITS == 8:
+        v, v_exponent = _quantize_v(v, K_BITS == 8, FP8)
+    else:
+        SPAN: tl.constexpr = rotation_span(HEAD_DIM)
+        v, v_exponent = _quantize_v_int4(_rotate_values(v, SPAN, 6 if SPAN == 64 else 4), HEAD_DIM)
+    v_rows = tl.arange(0, v.shape[1])
+    V_ROWS: tl.constexpr = HEAD_DIM * V_BITS // 8
 
     head_offset = head.to(tl.int64) * head_stride
     if (first % BLOCK_T == 0) & (tl.min((slot == first + v_token(lanes)).to(tl.int32), 0) == 1):
@@ -267,19 +333,19 @@ def _store_kernel(
         first_row = tl.multiple_of((first % PAGE).to(tl.int32), BLOCK_T)
         _write_rows(
             cache_i8 + same_page, cache_f32 + same_page // 4, first_row + v_token(lanes), lanes >= 0, k, k_scale, v_exponent,
-            HEAD_DIM, K_BITS, PAGE, BLOCK_D,
+            HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D,
         )  # fmt: skip
-        pointers = cache_i8 + same_page + V_OFFSET + first_row + channels[:, None] * PAGE + lanes[None, :]
-        tl.store(pointers, tl.trans(v), mask=(channels < HEAD_DIM)[:, None])
+        pointers = cache_i8 + same_page + V_OFFSET + first_row + v_rows[:, None] * PAGE + lanes[None, :]
+        tl.store(pointers, tl.trans(v), mask=(v_rows < V_ROWS)[:, None])
     else:
         page = (slot // PAGE).to(tl.int64) * block_stride + head_offset
         row = (slot % PAGE).to(tl.int32)
         _write_rows(
             cache_i8 + page, cache_f32 + page // 4, row, used, k, k_scale, v_exponent,
-            HEAD_DIM, K_BITS, PAGE, BLOCK_D,
+            HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D,
         )  # fmt: skip
         positions = cache_i8 + page + V_OFFSET + v_position(row)
-        tl.store(positions[:, None] + channels[None, :] * PAGE, v, mask=used[:, None] & (channels < HEAD_DIM)[None, :])
+        tl.store(positions[:, None] + v_rows[None, :] * PAGE, v, mask=used[:, None] & (v_rows < V_ROWS)[None, :])
 
 
 def store(
@@ -300,7 +366,7 @@ def store(
         key, value, slots, pages.view(torch.int8), pages.view(torch.float32),
         *calibration_tensors(calibration, pages), num_tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), pages.stride(0), pages.stride(1),
-        HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, PAGE=layout.tokens,
+        HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, V_BITS=layout.v_bits, PAGE=layout.tokens,
         BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, FP8=fp8_path(key.device),
         **calibration_constants(calibration),
         num_warps=4, **dependent_launch(key.device),

@@ -5,7 +5,7 @@ import torch
 
 from sage_kernels.batch import LayerCalibration, Modifiers, PagedBatch, RopeShift
 from sage_kernels.reference.pages import load, prepare_queries
-from sage_kernels.reference.quantize import LOG2E, QueryTerms, qk_product, quantize_p, query_terms
+from sage_kernels.reference.quantize import LOG2E, QueryTerms, qk_product, quantize_p, query_terms, rotate_values_back
 from sage_paged import PageLayout
 
 
@@ -131,6 +131,8 @@ def _attend(
     p, m_ref = quantize_p(logits + v_exponent, layout.tokens)
     l_i = (p * (-v_exponent).exp2()).sum(-1, keepdim=True)
     result = p @ v
+    if layout.v_bits == 4:
+        result = rotate_values_back(result)
     if calibration.v_anchor is not None:  # weighted as values are; a sink has no value
         result += l_i * calibration.v_anchor
     if modifiers.sinks is not None:

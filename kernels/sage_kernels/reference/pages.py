@@ -4,7 +4,15 @@
 import torch
 
 from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration
-from sage_kernels.reference.quantize import pack_int4, quantize_k, quantize_v, unpack_int4
+from sage_kernels.reference.quantize import (
+    pack_int4,
+    quantize_k,
+    quantize_v,
+    quantize_v_int4,
+    rotate_values,
+    unpack_int4,
+    v_levels,
+)
 from sage_paged import PageLayout, v_position
 
 
@@ -67,16 +75,23 @@ def store(
     views = layout.views(pages)
     k_codes, k_scale = quantize_k(prepare_keys(key[used], calibration, layout))
     v_anchor = calibration.v_anchor
-    v_codes, v_exponent = quantize_v(value[used] if v_anchor is None else value[used].float() - v_anchor, layout.k_bits == 8)
+    v = value[used] if v_anchor is None else value[used].float() - v_anchor
+    if layout.v_bits == 4:
+        nibbles, v_exponent = quantize_v_int4(rotate_values(v))
+        v_codes = nibbles[..., ::2] | nibbles[..., 1::2] << 4
+    else:
+        v_codes, v_exponent = quantize_v(v, fine=views.v_exponent is not None)
     if views.k_groups is not None and views.k_low is not None:
         k_codes, views.k_groups[block, :, offset], views.k_low[block, :, offset] = pack_int4(k_codes)
-        biased = v_exponent.int() + 127
-        k_scale = ((k_scale.contiguous().view(torch.int32) & ~0xFF) | biased).view(torch.float32)
     if views.v_exponent is not None:
         views.v_exponent[block, :, offset] = v_exponent
+    else:
+        biased = v_exponent.int() + 127
+        k_scale = ((k_scale.contiguous().view(torch.int32) & ~0xFF) | biased).view(torch.float32)
     views.k[block, :, offset] = k_codes
     # torch cannot index-assign float8, so the codes are copied as bytes.
-    views.v.view(torch.uint8)[block, :, :, v_position(offset)] = v_codes.view(torch.uint8)
+    v_bytes = v_codes.view(torch.uint8) if layout.v_bits == 8 else v_codes.to(torch.uint8)
+    views.v.view(torch.uint8)[block, :, :, v_position(offset)] = v_bytes
     views.k_scale[block, :, offset] = k_scale
 
 
@@ -95,13 +110,17 @@ def load(
 
     pages: uint8 [blocks, kv_heads, page_bytes]. block_table: int [n], or [kv_heads, n] where each KV head reads its own pages.
     Returns K as INT8 codes [kv_heads, n * tokens, head_dim] and its scales, float32 [kv_heads, n * tokens]; V codes, float32 of
-    K's shape, and its exponents, float32 [kv_heads, n * tokens].
+    K's shape, rotated if they have 4 bits (`rotate_values`), and its exponents, float32 [kv_heads, n * tokens].
     """
     heads = torch.arange(pages.shape[1], device=pages.device)[:, None]
     pages = pages[block_table.long().expand(pages.shape[1], -1), heads]
     views = layout.views(pages)
     k_codes, k_scale = key_codes(pages, layout)
-    v_codes = views.v.float()[..., v_position(torch.arange(layout.tokens, device=pages.device))].transpose(-1, -2)
+    if layout.v_bits == 4:
+        v_codes = v_levels(torch.stack([views.v.int() & 0xF, views.v.int() >> 4 & 0xF], -2).flatten(-3, -2))
+    else:
+        v_codes = views.v.float()
+    v_codes = v_codes[..., v_position(torch.arange(layout.tokens, device=pages.device))].transpose(-1, -2)
     v_exponent = views.v_exponent
     if v_exponent is None:
         v_exponent = ((k_scale.view(torch.int32) & 0xFF) - 127).float()

@@ -23,11 +23,17 @@ pair have the same factor, so that equalization and rotation commute.
 V smoothing (SageAttention2) works alike: the weights of a row add up to 1, so the anchor of V is added to the normalized
 output. Where values have no common mean there is none: it would add more error than it removes.
 
+4-bit values are e4m3 codes kept in 4 bits (`quantize_v_int4`). Values have no common scale that a calibration could move
+elsewhere, so a token's channels are rotated before, and attention's output is rotated back (`rotate_values`): a signed Hadamard
+matrix, as QuaRot (Ashkboos et al., NeurIPS 2024) applies to values, makes each stored channel a mean of many, and a few large
+ones no longer set the scale of all. Their distribution is then close to the normal one, for which the 16 levels are chosen.
+
 Q smoothing (SageAttention2, section 3.2) quantizes a block of queries less its mean, and adds the products of the mean with the
 keys to the logits. The mean is itself rounded to INT8 codes, and the rounded mean is what is subtracted: the two parts add up
 to the query exactly, and all products are integer products (`query_terms`).
 """
 
+import functools
 import math
 
 import torch
@@ -49,6 +55,13 @@ below 2**-26 become 0."""
 V_EIGHTHS = range(7, 4, -1)
 """Finer scales of V: 8/7, 8/6 and 8/5 of a power of two. Their inverses have three bits, which fit e4m3 up to V_SCALE_FINE."""
 V_SCALE_FINE = 0.25
+V_INT4_TOP = 30 / 512
+"""The largest level of 4-bit values, as an e4m3 number."""
+V_INT4_SCALES = (2.0**-7, 2.0**14)
+"""Least and largest power of two among the scales of 4-bit values. Values beyond +-960 saturate."""
+V_INT4_EIGHTHS = range(8, 3, -1)
+"""Scales of 4-bit values that compete: 8/8, 8/7, 8/6, 8/5 and 8/4 of half the least power of two that holds the largest value.
+The smaller ones clip it."""
 
 
 def fine_exponent(eighths):  # without annotations, which Triton would look up
@@ -61,6 +74,11 @@ def _symmetric(x: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tenso
     amax = x.abs().amax(-1)
     inverse = torch.where(amax > 0, torch.full_like(amax, largest) / amax, 0.0)  # scalar / tensor would round twice
     return (x * inverse[..., None]).round().clamp(-largest, largest).to(torch.int8), amax / largest
+
+
+def _next_power_of_two(x: torch.Tensor) -> torch.Tensor:
+    """The least power of two that is at least x, float32 not negative; 0 for 0."""
+    return ((x.contiguous().view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
 
 def quantize_q(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,9 +189,7 @@ def quantize_v(value: torch.Tensor, fine: bool = True) -> tuple[torch.Tensor, to
     scale with the least squared error wins (the first of equals).
     """
     value = value.float()
-    ratio = (value.abs().amax(-1) / FP8_MAX).contiguous()
-    power = ((ratio.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)  # up to the next power of two
-    power = power.clamp(*V_SCALES)
+    power = _next_power_of_two(value.abs().amax(-1) / FP8_MAX).clamp(*V_SCALES)
 
     def codes(inverse: torch.Tensor) -> torch.Tensor:
         return (value * inverse[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
@@ -192,6 +208,79 @@ def quantize_v(value: torch.Tensor, fine: bool = True) -> tuple[torch.Tensor, to
             least, inverse = torch.where(better, found, least), torch.where(better, smaller, inverse)
             exponent = torch.where(better, whole + fine_exponent(eighths), exponent)
     return codes(inverse), exponent
+
+
+def rotation_span(head_dim):  # without annotations, which Triton would look up
+    """Channels that `rotate_values` mixes: a power of 4, whose square root floating-point numbers hold exactly."""
+    return 64 if head_dim % 64 == 0 else 16
+
+
+@functools.cache
+def rotation_signs(head_dim: int) -> torch.Tensor:
+    """The signs of `rotate_values`, float32 [head_dim]: the Rudin-Shapiro sequence, which is -1 where the bits of the channel
+    have an odd number of pairs 11. It looks like noise to a Hadamard matrix, which maps a constant vector to a single peak."""
+    return torch.tensor([1.0 - 2.0 * ((c & (c >> 1)).bit_count() & 1) for c in range(head_dim)])
+
+
+def _hadamard(x: torch.Tensor) -> torch.Tensor:
+    """x [..., head_dim] times the normalized Hadamard matrix of each `rotation_span` channels, which is its own inverse."""
+    span = rotation_span(x.shape[-1])
+    y = x.unflatten(-1, (-1, span))
+    for _ in range(span.bit_length() - 1):  # by additions in a fixed order: a matrix product's depends on the number of rows
+        even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
+        y = torch.cat([even + odd, even - odd], -1)
+    return (y * span**-0.5).flatten(-2)
+
+
+def rotate_values(value: torch.Tensor) -> torch.Tensor:
+    """value [..., head_dim] -> float32 of the same shape: signs, then a Hadamard matrix over each `rotation_span` channels."""
+    return _hadamard(value.float() * rotation_signs(value.shape[-1]))
+
+
+def rotate_values_back(out: torch.Tensor) -> torch.Tensor:
+    """The inverse of `rotate_values`, for the output of attention, float32 [..., head_dim]."""
+    return _hadamard(out) * rotation_signs(out.shape[-1])
+
+
+def v_int4_level(magnitude):  # without annotations, which Triton would look up
+    """The level of a 4-bit value's magnitude, 0 to 7, in units of 2**-9. E4m3 codes up to 16 are these units; from there to 24
+    a step of the code is two."""
+    code = 3 * magnitude + magnitude // 4 + 1
+    return code if code < 16 else 2 * code - 16
+
+
+def v_levels(nibbles: torch.Tensor) -> torch.Tensor:
+    """The e4m3 numbers of 4-bit values, float32: from int [...] of 0 to 15 (see `sage_paged.layout`)."""
+    magnitude = nibbles & 7
+    code = (nibbles & 8) << 4 | (3 * magnitude + (magnitude >> 2) + 1)
+    return code.to(torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+def quantize_v_int4(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated values [..., head_dim] -> nibbles, int32 of the same shape, and float32 exponents [...]: value = `v_levels` *
+    2**exponent.
+
+    Of the scales in V_INT4_EIGHTHS, that with the least squared error wins (the first of equals). A value halfway between two
+    levels gets the smaller one. A token with a value that is not finite gets the exponent NaN: its levels could not say so.
+    """
+    value = value.float()
+    power = _next_power_of_two(value.abs().amax(-1) / V_INT4_TOP).clamp(*V_INT4_SCALES)
+    whole = (power.view(torch.int32) >> 23).float() - 127
+    levels = torch.tensor([float(v_int4_level(m)) for m in range(8)], device=value.device)
+    middles = (levels[1:] + levels[:-1]) / 2
+    best: tuple[torch.Tensor, ...] = ()
+    for eighths in V_INT4_EIGHTHS:
+        scaled = value.abs() * (128 * eighths / power)[..., None]
+        codes = torch.bucketize(scaled, middles)
+        error = (levels[codes] - scaled).square().sum(-1) * (64 / eighths**2)
+        found = error, codes, whole - 1 + fine_exponent(eighths)
+        if not best:
+            best = found
+        better = error < best[0]
+        best = error.minimum(best[0]), torch.where(better[..., None], codes, best[1]), torch.where(better, found[2], best[2])
+    error, codes, exponent = best
+    exponent = torch.where(error.isfinite(), exponent, torch.nan)
+    return (codes | (value < 0).long() << 3).int(), exponent
 
 
 def quantize_p(logits: torch.Tensor, page_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
