@@ -31,7 +31,7 @@ CASES = [("SAGE", "bfloat16"), ("SAGE", "float16")]
 if not torch.cuda.is_available():
     # Float32 rounds the model's other layers least. On some processors, their sums still depend on the rows of a batch. A code
     # that changes in an early layer then changes more in later layers, and can change a token at a near tie.
-    CASES.append(("SAGE:k_bits=4", "float32"))
+    CASES.append(("SAGE:k_bits=4,v_bits=4", "float32"))
 
 
 @dataclass
@@ -96,11 +96,12 @@ def test_speculative_decoding(plain: Plain) -> None:
 def test_capacity() -> None:
     """Heads of 128 channels: the same memory holds this many more tokens."""
     tokens = {}
-    for run in (PLAIN, "SAGE", "SAGE:k_bits=4"):
+    for run in (PLAIN, "SAGE", "SAGE:k_bits=4", "SAGE:k_bits=4,v_bits=4"):
         with engine(run) as llm:
             tokens[run] = capacity(llm)
     assert tokens["SAGE"] >= 1.88 * tokens[PLAIN]
     assert tokens["SAGE:k_bits=4"] >= 2.32 * tokens[PLAIN]
+    assert tokens["SAGE:k_bits=4,v_bits=4"] >= 3.19 * tokens[PLAIN]
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,10 @@ def test_defaults(config: object) -> None:
 
 def test_all_options() -> None:
     smoothed = {"smooth_k": False, "smooth_v": False, "smooth_q": True}
-    options = SageOptions.parse({"sage": {"k_bits": 4, "page_tokens": 64, **smoothed}, "other": 1})
-    assert options == SageOptions(k_bits=4, page_tokens=64, **smoothed)
-    assert options.layout(80) == PageLayout(80, k_bits=4, tokens=64)
+    options = SageOptions.parse({"sage": {"k_bits": 4, "v_bits": 4, "page_tokens": 64, **smoothed}, "other": 1})
+    assert options == SageOptions(k_bits=4, v_bits=4, page_tokens=64, **smoothed)
+    assert options.layout(80) == PageLayout(80, k_bits=4, tokens=64, v_bits=4)
+    assert options.layout(80, k_bits=8) == PageLayout(80, tokens=64, v_bits=4)
 
 
 @pytest.mark.parametrize("off", [{}, {"smooth_k": False}, {"smooth_v": False}])
@@ -33,6 +34,7 @@ def test_a_calibration_smooths_either(off: dict[str, bool]) -> None:
         ({"k_bits": "8"}, 'option "k_bits" in --additional-config "sage" is \'8\'; it can be 4 or 8'),
         ({"k_bits": 8.0}, 'option "k_bits" in --additional-config "sage" is 8.0; it can be 4 or 8'),
         ({"k_bits": True}, 'option "k_bits" in --additional-config "sage" is True; it can be 4 or 8'),
+        ({"v_bits": 16}, 'option "v_bits" in --additional-config "sage" is 16; it can be 4 or 8'),
         ({"page_tokens": 32}, 'option "page_tokens" in --additional-config "sage" is 32; it can be 64 or 128'),
         ({"smooth_k": 1}, 'option "smooth_k" in --additional-config "sage" is 1; it can be false or true'),
         ({"smooth_k": "no"}, 'option "smooth_k" in --additional-config "sage" is \'no\'; it can be false or true'),
@@ -41,7 +43,8 @@ def test_a_calibration_smooths_either(off: dict[str, bool]) -> None:
         (
             {"kbits": 8},
             'unknown option "kbits" in --additional-config "sage"; '
-            "options are calibration, canary, equalize, k_bits, memory, page_tokens, smooth_k, smooth_q, smooth_v or variator",
+            "options are calibration, canary, equalize, k_bits, memory, page_tokens, smooth_k, smooth_q, smooth_v, "
+            "v_bits or variator",
         ),
         ({"calibration": 1}, 'option "calibration" in --additional-config "sage" is 1; it can be a file'),
         ({"calibration": ""}, 'option "calibration" in --additional-config "sage" is \'\'; it can be a file'),

@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from sage_kernels import reference
-from sage_paged import GROUP_BYTES, HEAD_DIMS, K_BITS, PAGE_TOKENS, PageLayout
+from sage_paged import GROUP_BYTES, HEAD_DIMS, K_BITS, PAGE_TOKENS, V_BITS, PageLayout
 
-LAYOUTS = [PageLayout(*combination) for combination in itertools.product(HEAD_DIMS, K_BITS, PAGE_TOKENS)]
+FORMATS = list(itertools.product(K_BITS, V_BITS))
+LAYOUTS = [
+    PageLayout(head_dim, k_bits, tokens, v_bits=v_bits)
+    for head_dim, tokens, (k_bits, v_bits) in itertools.product(HEAD_DIMS, PAGE_TOKENS, FORMATS)
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -18,7 +22,7 @@ def test_sections_cover_the_page_without_overlap(layout: PageLayout) -> None:
     views = layout.views(pages)
     every = (views.k, views.v, views.k_groups, views.k_low, views.k_scale, views.v_exponent)
     sections = [s for s in every if s is not None]
-    assert len(sections) == (4 if layout.k_bits == 8 else 5)
+    assert len(sections) == {(8, 8): 4, (4, 8): 5, (8, 4): 4, (4, 4): 6}[layout.k_bits, layout.v_bits]
     unused = layout.page_bytes - sum(s[0, 0].numel() * s.element_size() for s in sections)
     assert unused == (2 * layout.tokens if layout.head_dim // 16 % 2 and layout.k_bits == 4 else 0)
     for mark, section in enumerate(sections, start=1):
@@ -61,8 +65,13 @@ def test_round_trip(layout: PageLayout) -> None:
         assert (error.square().mean((-3, -1)).sqrt() <= 0.5 * step + 0.51 * code).all()
         assert (error[..., 0, :].abs() <= 0.505 * code[..., None]).all(), "8 bits, and k_scale is off by up to 2**-15"
         assert (error / step[..., None, :, None]).square().mean().sqrt() < 0.3
-    # e4m3 keeps 3 fraction bits: half a step is 1/16 of a number, and 2**-10 of the scale for its subnormals.
-    assert ((v - value).abs() <= torch.maximum(value.abs() / 16, v_exponent.exp2()[:, slots, None] * 2**-10)).all()
+    if layout.v_bits == 8:
+        # e4m3 keeps 3 fraction bits: half a step is 1/16 of a number, and 2**-10 of the scale for its subnormals.
+        assert ((v - value).abs() <= torch.maximum(value.abs() / 16, v_exponent.exp2()[:, slots, None] * 2**-10)).all()
+    else:
+        error = (reference.rotate_values_back(v) - value).square().mean(-1) / value.square().mean(-1)
+        assert error.max() < 0.04
+        assert error.mean() < 0.0105, "16 levels, chosen for the normal distribution"
 
     untouched = torch.ones(5 * layout.tokens, dtype=torch.bool).index_fill_(0, slots, False)
     for name in ("k", "k_groups", "k_low", "k_scale", "v_exponent"):
@@ -73,9 +82,9 @@ def test_round_trip(layout: PageLayout) -> None:
         assert torch.equal(old[untouched], new[untouched]), f"{name} of other tokens changed"
 
 
-@pytest.mark.parametrize("k_bits", K_BITS)
-def test_zero_nan_and_huge_tokens_stay_their_own(k_bits: int) -> None:
-    layout = PageLayout(64, k_bits)
+@pytest.mark.parametrize(("k_bits", "v_bits"), FORMATS)
+def test_zero_nan_and_huge_tokens_stay_their_own(k_bits: int, v_bits: int) -> None:
+    layout = PageLayout(64, k_bits, v_bits=v_bits)
     key = torch.randn(4, 1, 64)
     value = torch.randn(4, 1, 64)
     key[1], value[1] = 0, 0
@@ -86,11 +95,16 @@ def test_zero_nan_and_huge_tokens_stay_their_own(k_bits: int) -> None:
     k, k_scale, v, v_exponent = reference.load(pages, torch.tensor([0]), layout)
     k, v = decoded(k, k_scale)[0], (v * v_exponent.exp2()[..., None])[0]
     assert (k[1] == 0).all()
-    assert (v[1] == 0).all()
     assert k[2].isnan().any()
     assert v[2].isnan().any()
     torch.testing.assert_close(k[3], key[3, 0], rtol=1e-2, atol=0)
-    assert (v[3] == -896).all(), "V saturates there"
+    if v_bits == 8:
+        assert (v[1] == 0).all()
+        assert (v[3] == -896).all(), "V saturates there"
+    else:
+        v = reference.rotate_values_back(v)
+        assert (v[1].abs() < 1e-4).all(), "no level is 0"
+        torch.testing.assert_close(v[3], value[3, 0], rtol=0.07, atol=0)
     torch.testing.assert_close(k[0], key[0, 0], rtol=0, atol=0.02 if k_bits == 8 else 0.25)
 
 
@@ -119,7 +133,38 @@ def test_int4_keys_stand_for_int8_codes() -> None:
     assert torch.equal(wide.int().unflatten(-1, (2, 48)), expected)
 
 
-@pytest.mark.parametrize(("argument", "value"), [("head_dim", 72), ("k_bits", 5), ("tokens", 32)])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_rotated_values(head_dim: int) -> None:
+    """The rotation is orthogonal, mixes spans of 16 or 64 channels, and has an inverse."""
+    matrix = reference.rotate_values(torch.eye(head_dim)).T  # its columns
+    span = 64 if head_dim % 64 == 0 else 16
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(head_dim), rtol=0, atol=1e-6)
+    torch.testing.assert_close(reference.rotate_values_back(matrix.T), torch.eye(head_dim), rtol=0, atol=1e-6)
+    blocks = torch.block_diag(*[torch.ones(span, span)] * (head_dim // span))
+    assert torch.equal(matrix.abs(), blocks * span**-0.5)
+    constant = reference.rotate_values(torch.ones(head_dim)).abs().max()
+    assert constant <= 2 * 2**0.5, "a constant vector has no single peak"
+
+
+def test_4_bit_values_are_the_nearest_levels() -> None:
+    levels = reference.v_levels(torch.arange(16))
+    assert (levels * 512).tolist() == [1, 4, 7, 10, 14, 18, 24, 30, -1, -4, -7, -10, -14, -18, -24, -30]
+    value = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, 300)[:, None]
+    nibbles, exponent = reference.quantize_v_int4(value)
+    scaled = value / exponent.exp2()[:, None]
+    nearest = (scaled[..., None] - levels).abs().amin(-1)
+    torch.testing.assert_close((scaled - reference.v_levels(nibbles)).abs(), nearest, rtol=0, atol=1e-6)
+
+    def error(exponent: torch.Tensor) -> torch.Tensor:
+        """Relative squared errors with the nearest levels for these exponents."""
+        miss = ((value / exponent.exp2()[:, None])[..., None] - levels).abs().amin(-1) * exponent.exp2()[:, None]
+        return miss.square().sum(-1) / value.square().sum(-1)
+
+    best = torch.stack([error(exponent + change) for change in torch.linspace(-1, 1, 33)]).amin(0)
+    assert best.mean() < error(exponent).mean() < 1.15 * best.mean(), "the five scales are nearly as good as any"
+
+
+@pytest.mark.parametrize(("argument", "value"), [("head_dim", 72), ("k_bits", 5), ("tokens", 32), ("v_bits", 2)])
 def test_unknown_formats_are_refused(argument: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{argument}={value} is not supported"):
         PageLayout(**{"head_dim": 128, argument: value})

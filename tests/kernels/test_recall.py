@@ -144,9 +144,9 @@ def test_distant_pages_are_read_right_before_the_local_ones() -> None:
 
 
 @pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("page_format", [(64, 8, 64), (80, 4, 128), (128, 8, 128)])
-def test_store_summaries(kernels, page_format: tuple[int, int, int], shifted: bool) -> None:
-    layout = PageLayout(*page_format, has_summary=True)
+@pytest.mark.parametrize("page_format", [(64, 8, 64, True), (80, 4, 128, True), (128, 8, 128, True, 4), (64, 4, 64, True, 4)])
+def test_store_summaries(kernels, page_format: tuple[int, ...], shifted: bool) -> None:
+    layout = PageLayout(*page_format)
     table = reference.rope_shift_table(torch.rand(layout.head_dim // 2), 64, layout.tokens) if shifted else None
     batch = make_batch(layout, REQUESTS, heads=4, kv_heads=2, smooth=True)
     expected = batch.pages.clone()

@@ -108,8 +108,8 @@ def _nearest_level(scaled):
 
 @triton.jit
 def _quantize_v_int4(v, HEAD_DIM: tl.constexpr):
-    """`reference.quantize_v_int4`. v: rotated values, float32 [tokens, channels], 0 from HEAD_DIM on. Returns packed bytes, int8
-    [tokens, channels // 2], and exponents, float32 [tokens]."""
+    """`reference.quantize_v_int4`. v: rotated values, float32 [tokens, channels], 0 from HEAD_DIM on. Returns packed bytes,
+    int8 [tokens, channels // 2], and exponents, float32 [tokens]."""
     magnitude = tl.abs(v)
     power = next_power_of_two(tl.math.div_rn(tl.max(magnitude, 1), V_INT4_TOP))
     power = tl.minimum(tl.maximum(power, V_INT4_SCALE_MIN), V_INT4_SCALE_MAX)
