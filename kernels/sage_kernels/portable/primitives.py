@@ -296,14 +296,16 @@ def rotation_signs(channels):
 
 @triton.jit
 def rotate_values_back(acc, HEAD_DIM: tl.constexpr, V_BITS: tl.constexpr):
-    """`reference.rotate_values_back` of rows float32 [rows, channels], if V_BITS is 4. Three TF32 products are as exact as
-    float32."""
+    """`reference.rotate_values_back` of rows float32 [rows, channels], if V_BITS is 4, to 16 bits: rows are multiplied as the sum
+    of two bfloat16 terms. The matrix is exact."""
     if V_BITS == 4:
         SPAN: tl.constexpr = rotation_span(HEAD_DIM)
         row, column = tl.arange(0, SPAN)[:, None], tl.arange(0, SPAN)[None, :]
-        hadamard = (1.0 - 2.0 * odd_bits(row & column).to(tl.float32)) * SPAN**-0.5
+        hadamard = ((1.0 - 2.0 * odd_bits(row & column).to(tl.float32)) * SPAN**-0.5).to(tl.bfloat16)
         spans = acc.reshape([acc.shape[0] * (acc.shape[1] // SPAN), SPAN])
-        spans = tl.dot(spans, hadamard, input_precision="tf32x3")
+        high = spans.to(tl.bfloat16)
+        low = (spans - high.to(tl.float32)).to(tl.bfloat16)
+        spans = tl.dot(low, hadamard, tl.dot(high, hadamard))
         acc = spans.reshape(acc.shape) * rotation_signs(tl.arange(0, acc.shape[1]))[None, :]
     return acc
 
