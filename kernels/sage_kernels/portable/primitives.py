@@ -296,17 +296,17 @@ def rotation_signs(channels):
 
 @triton.jit
 def rotate_values_back(acc, HEAD_DIM: tl.constexpr, V_BITS: tl.constexpr):
-    """`reference.rotate_values_back` of rows float32 [rows, channels], if V_BITS is 4, to 16 bits: rows are multiplied as the sum
-    of two bfloat16 terms. The matrix is exact."""
+    """`reference.rotate_values_back` of rows float32 [rows, channels], if V_BITS is 4. Tensor cores multiply TF32 numbers, which
+    have 11 bits, so rows are the sum of two of them. The matrix is exact."""
     if V_BITS == 4:
         SPAN: tl.constexpr = rotation_span(HEAD_DIM)
         row, column = tl.arange(0, SPAN)[:, None], tl.arange(0, SPAN)[None, :]
-        hadamard = ((1.0 - 2.0 * odd_bits(row & column).to(tl.float32)) * SPAN**-0.5).to(tl.bfloat16)
+        hadamard = (1.0 - 2.0 * odd_bits(row & column).to(tl.float32)) * SPAN**-0.5
         spans = acc.reshape([acc.shape[0] * (acc.shape[1] // SPAN), SPAN])
-        high = spans.to(tl.bfloat16)
-        low = (spans - high.to(tl.float32)).to(tl.bfloat16)
-        spans = tl.dot(low, hadamard, tl.dot(high, hadamard))
-        acc = spans.reshape(acc.shape) * rotation_signs(tl.arange(0, acc.shape[1]))[None, :]
+        high = (spans.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+        product = tl.dot(high, hadamard, input_precision="tf32")
+        product = tl.dot(spans - high, hadamard, product, input_precision="tf32")
+        acc = product.reshape(acc.shape) * rotation_signs(tl.arange(0, acc.shape[1]))[None, :]
     return acc
 
 
