@@ -246,9 +246,10 @@ class SageOptions:
             )
         return options
 
-    def layout(self, head_dim: int, k_bits: int | None = None) -> PageLayout:
-        """k_bits: those of a layer for which a calibration has chosen them."""
-        return PageLayout(head_dim, k_bits or self.k_bits, self.page_tokens, self.memory is not None, self.v_bits)
+    def layout(self, head_dim: int, k_bits: int | None = None, v_bits: int | None = None) -> PageLayout:
+        """k_bits, v_bits: those of a layer for which a calibration has chosen them."""
+        memory = self.memory is not None
+        return PageLayout(head_dim, k_bits or self.k_bits, self.page_tokens, memory, v_bits or self.v_bits)
 
 
 _current = SageOptions()

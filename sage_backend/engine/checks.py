@@ -201,10 +201,13 @@ def _check_memory(options: SageOptions, memory: MemoryOptions, model: Any) -> No
 def _check_calibration(file: str, config: Any) -> None:
     """Raises ValueError for a calibration that is unusable, or has chosen what an option sets as well."""
     calibration_file.check(file, config.model_config)
-    if calibration_file.k_bits(file) and "k_bits" in config.additional_config["sage"]:
-        raise ValueError(
-            f'the calibration {file} has chosen the bits of keys; leave out option "k_bits" in --additional-config "sage"'
-        )
+    chosen = {option for bits in calibration_file.layer_bits(file).values() for option in bits}
+    for option, what in (("k_bits", "keys"), ("v_bits", "values")):
+        if option in chosen and option in config.additional_config["sage"]:
+            raise ValueError(
+                f'the calibration {file} has chosen the bits of {what}; leave out option "{option}" in --additional-config '
+                '"sage"'
+            )
 
 
 def check_arguments(arguments: Any) -> None:

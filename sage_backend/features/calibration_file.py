@@ -4,7 +4,7 @@
 It is a safetensors file. For each attention layer, by vLLM's name of it, it has the anchor of keys, float32 [kv_heads,
 head_dim]. By that name and `OF_EQUALIZER` it has the equalizer; and `OF_ORDER`, the order of RoPE pairs, int32 [kv_heads,
 head_dim // 2]; and `OF_VALUES`, the anchor of values, if the layer has one. Its metadata identify the model and have the bits
-of each layer's keys, if they were chosen.
+of each layer's keys and values, if they were chosen.
 """
 
 import json
@@ -15,18 +15,25 @@ import torch
 
 from sage_backend.model_file import ModelFileFormat
 from sage_kernels import LayerCalibration
-from sage_paged import K_BITS
+from sage_paged import K_BITS, V_BITS
 
 _FILE = ModelFileFormat("calibration", "sage calibrate", "sage-calibration-2")
 OF_EQUALIZER, OF_ORDER, OF_VALUES = ".equalizer", ".order", ".values"
 
+LayerBits = dict[str, int]
+"""What was chosen for a layer, by the name of the option that it replaces: k_bits, v_bits, or both."""
+_CHOICES = {"k_bits": K_BITS, "v_bits": V_BITS}
 
-def save(path: Path, tensors: dict[str, torch.Tensor], model_config: Any, k_bits: dict[str, int] | None = None) -> None:
+
+def save(
+    path: Path, tensors: dict[str, torch.Tensor], model_config: Any, bits: dict[str, LayerBits] | None = None
+) -> None:
     """Write a calibration; an older file is replaced when the new one is complete.
 
-    tensors: by the names of the file; model_config: vLLM's ModelConfig; k_bits: bits of keys by layer, if they were chosen.
+    tensors: by the names of the file; model_config: vLLM's ModelConfig; bits: by layer, if they were chosen.
     """
-    metadata = {"k_bits": json.dumps(k_bits)} if k_bits else {}
+    of_option = {option: {layer: each[option] for layer, each in (bits or {}).items() if option in each} for option in _CHOICES}
+    metadata = {option: json.dumps(chosen) for option, chosen in of_option.items() if chosen}
     _FILE.save(path, tensors, model_config.model, model_config.hf_config, **metadata)
 
 
@@ -40,16 +47,21 @@ def tensors(path: str) -> dict[str, torch.Tensor]:
     return _FILE.read(path, _FILE.shapes(path))[1]
 
 
-def k_bits(path: str) -> dict[str, int]:
-    """The bits of each layer's keys, for the layers where the calibration chooses them. Raises ValueError like `check`."""
+def layer_bits(path: str) -> dict[str, LayerBits]:
+    """The bits that the calibration chooses, for the layers where it does. Raises ValueError like `check`."""
     metadata, _ = _FILE.read(path)
-    try:
-        chosen = json.loads(metadata.get("k_bits", "{}"))
-        if set(chosen.values()) <= set(K_BITS):
-            return chosen
-    except (ValueError, AttributeError, TypeError):
-        pass
-    raise ValueError(f"{path} is damaged: its k_bits are {metadata['k_bits']!r}; make one with: {_FILE.command}")
+    found: dict[str, LayerBits] = {}
+    for option, allowed in _CHOICES.items():
+        try:
+            chosen = json.loads(metadata.get(option, "{}"))
+            valid = set(chosen.values()) <= set(allowed)
+        except (ValueError, AttributeError, TypeError):
+            valid = False
+        if not valid:
+            raise ValueError(f"{path} is damaged: its {option} are {metadata[option]!r}; make one with: {_FILE.command}")
+        for layer, bits in chosen.items():
+            found.setdefault(layer, {})[option] = bits
+    return found
 
 
 def calibration(path: str, layer: str, heads: int, rank: int, ranks: int) -> LayerCalibration:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Observers of one layer, which see its keys, values and queries before quantization. `SageImpl.observer` is one."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
 from sage_kernels import LayerCalibration, Modifiers, PagedBatch, attend_prefill, reference, store
-from sage_paged import K_BITS
 
 _ERROR_QUERIES = 256
 """The last queries of a prompt, for which errors of pages are measured, and queries that attend exactly at a time."""
@@ -101,12 +101,13 @@ class PageErrors:
     The last _ERROR_QUERIES queries of a prompt count, compared with exact attention to the keys and values before quantization.
     """
 
-    def __init__(self, impl: Any, calibration: LayerCalibration) -> None:
-        """impl: the layer's SageImpl; calibration: that of the pages, on the layer's device."""
+    def __init__(self, impl: Any, calibration: LayerCalibration, formats: Iterable[tuple[int, int]]) -> None:
+        """impl: the layer's SageImpl; calibration: that of the pages, on the layer's device; formats: bits of keys and of
+        values of each kind of page."""
         self.impl, self.calibration = impl, calibration
         self.key = self.value = torch.empty(0)
-        self.squares = dict.fromkeys((*K_BITS, "exact"), 0.0)
-        """By bits of keys, the sum of squared errors; by "exact", the sum of the exact outputs' squares."""
+        self.squares: dict[Any, float] = dict.fromkeys((*formats, "exact"), 0.0)
+        """By format, the sum of squared errors; by "exact", the sum of the exact outputs' squares."""
 
     def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         self.key, self.value = key[slots >= 0], value[slots >= 0]
@@ -119,8 +120,9 @@ class PageErrors:
         plain = Modifiers(impl.window, impl.soft_cap, impl.sinks)
         exact = reference.exact_attention(query, self.key, self.value, impl.scale, plain)
         self.squares["exact"] += float(exact.square().sum())
-        for bits in K_BITS:
-            layout = replace(impl.layout, k_bits=bits, has_summary=False)
+        for pages_of in self.squares.keys() - {"exact"}:
+            k_bits, v_bits = pages_of
+            layout = replace(impl.layout, k_bits=k_bits, v_bits=v_bits, has_summary=False)
             blocks = -(-tokens // layout.tokens)
             pages = layout.empty(blocks, self.key.shape[1], device)
             store(self.key, self.value, pages, torch.arange(tokens, device=device), layout, self.calibration)
@@ -131,4 +133,4 @@ class PageErrors:
             quantized = torch.empty_like(exact)
             modifiers = replace(plain, calibration=self.calibration, q_block=impl.q_block(device, layout))
             attend_prefill(query, pages, layout, batch, impl.scale, quantized, modifiers)
-            self.squares[bits] += float((quantized - exact).square().sum())
+            self.squares[pages_of] += float((quantized - exact).square().sum())

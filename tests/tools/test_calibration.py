@@ -179,23 +179,25 @@ def test_unusable_files_are_refused(file: Path, tmp_path: Path) -> None:
         calibration_file.check(str(weights), config(MODEL_DIR))
     with pytest.raises(ValueError, match=r"there is no calibration nowhere; make one with: sage calibrate"):
         calibration_file.check("nowhere", config(MODEL_DIR))
-    calibration_file.save(file, {}, config(MODEL_DIR), {"layer": 5})
-    with pytest.raises(ValueError, match="is damaged: its k_bits are"):
-        calibration_file.k_bits(str(file))
+    for option in ("k_bits", "v_bits"):
+        calibration_file.save(file, {}, config(MODEL_DIR), {"layer": {option: 5}})
+        with pytest.raises(ValueError, match=f"is damaged: its {option} are"):
+            calibration_file.layer_bits(str(file))
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="is not a calibration or is damaged"):
         calibration_file.check(str(file), config(MODEL_DIR))
 
 
 def test_bits_are_the_least_within_the_budget(file: Path) -> None:
-    errors = {"a": {4: 0.2, 8: 0.03}, "b": {4: 0.1, 8: 0.02}}
+    errors = {"a": {(4, 8): 0.2, (8, 8): 0.03}, "b": {(4, 4): 0.16, (8, 4): 0.12, (4, 8): 0.1, (8, 8): 0.02}}
     found = calibrate.Calibration(config(MODEL_DIR), {}, errors)
-    assert found.choose(0.15) == {"a": 8, "b": 4}
+    assert found.choose(0.15) == {"a": (8, 8), "b": (8, 4)}
     with pytest.raises(ValueError, match=r"--budget 0.025 cannot be met: the error of a is at least 0.0300"):
         found.choose(0.025)
-    assert calibration_file.k_bits(str(file)) == {}
-    calibration_file.save(file, {}, config(MODEL_DIR), found.choose(0.15))
-    assert calibration_file.k_bits(str(file)) == {"a": 8, "b": 4}
+    assert calibration_file.layer_bits(str(file)) == {}
+    bits = {"a": {"k_bits": 8, "v_bits": 4}, "b": {"k_bits": 4}}
+    calibration_file.save(file, {}, config(MODEL_DIR), bits)
+    assert calibration_file.layer_bits(str(file)) == bits
 
 
 @pytest.mark.parametrize(("soft_cap", "smooth_q"), [(0.0, False), (5.0, False), (0.0, True)])
@@ -209,7 +211,8 @@ def test_errors_of_pages(soft_cap: float, smooth_q: bool) -> None:
     q_block = 32 if smooth_q else 0
     shape = {"head_size": 64, "scale": 0.125, "window": 0, "soft_cap": soft_cap, "sinks": None}
     impl = SimpleNamespace(**shape, layout=PageLayout(64), q_block=lambda device, layout: q_block)
-    observer = observers.PageErrors(impl, own)
+    formats = [(8, 8), (4, 8), (8, 4), (4, 4)]
+    observer = observers.PageErrors(impl, own, formats)
     observer.stored(torch.cat([key, key[:1]]), torch.cat([value, value[:1]]), torch.tensor([*range(300), -1]))
     observer.attended(query, query)
     observer.attended(query[:1], query[:1])  # a decode
@@ -218,8 +221,8 @@ def test_errors_of_pages(soft_cap: float, smooth_q: bool) -> None:
     requests = PagedBatch(torch.arange(3)[None], torch.tensor([300]), torch.tensor([0, 256]))
     modifiers = Modifiers(soft_cap=soft_cap, calibration=own, q_block=q_block)
     query = query[-256:]
-    for bits in (4, 8):
-        layout = PageLayout(64, bits)
+    for bits in formats:
+        layout = PageLayout(64, bits[0], v_bits=bits[1])
         pages = layout.empty(3, 2)
         reference.store(key, value, pages, torch.arange(300), layout, own)
         out = reference.attention(query, pages, layout, requests, 0.125, modifiers)
@@ -237,12 +240,13 @@ def test_only_layers_of_one_kind_can_differ() -> None:
         assert calibrate._can_differ(worker) == can_differ
 
 
-def test_bits_are_chosen_once(file: Path) -> None:
+@pytest.mark.parametrize(("of", "what"), [("k_bits", "keys"), ("v_bits", "values")])
+def test_bits_are_chosen_once(of: str, what: str, file: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    calibration_file.save(file, {}, config(MODEL_DIR), {"layer": 4})
-    option = {"sage": {"calibration": str(file), "k_bits": 8}}
-    with environment(), pytest.raises(ValueError, match='has chosen the bits of keys; leave out option "k_bits"'):
+    calibration_file.save(file, {}, config(MODEL_DIR), {"layer": {of: 4}})
+    option = {"sage": {"calibration": str(file), of: 8}}
+    with environment(), pytest.raises(ValueError, match=f'has chosen the bits of {what}; leave out option "{of}"'):
         EngineArgs(str(MODEL_DIR), attention_backend="SAGE", additional_config=option).create_engine_config()
 
 
@@ -252,17 +256,20 @@ def test_engine_with_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture
     kinds that were chosen."""
     monkeypatch.setattr(calibration, "MIN_MEAN_FRACTION", 0.01)  # 2% to 3% of its values are common to all tokens
     file = tmp_path / "anchors.safetensors"
-    choice = ["--k-bits", "auto", "--budget", "0.05"]
+    choice = ["--k-bits", "auto", "--v-bits", "auto", "--budget", "0.075"]
     with environment():
         assert calibrate.main([str(MODEL_DIR), "--out", str(file), "--tokens", "3000", *choice]) == 0
     told = capsys.readouterr().out
     assert f"{file}: 4 layers, 4 of which have an anchor of values" in told
-    chosen = calibration_file.k_bits(str(file))
-    assert set(chosen.values()) == {4, 8}, "this test needs a budget between the errors of these layers"
+    chosen = calibration_file.layer_bits(str(file))
+    for option in ("k_bits", "v_bits"):
+        bits = {each[option] for each in chosen.values()}
+        assert bits == {4, 8}, "this test needs a budget between the errors of these layers"
     for name, bits in chosen.items():
-        assert f"{name}: INT{bits} (errors: INT8 0.0" in told
+        words = f"K INT{bits['k_bits']} V {'e4m3' if bits['v_bits'] == 8 else '4 bits'}"
+        assert f"{name}: {words} (errors: K INT8 V e4m3 0.0" in told
     with engine(additional_config={"sage": {"calibration": str(file)}}) as llm:
-        bytes_per_token = sum(2 * PageLayout(128, bits).bytes_per_token for bits in chosen.values())
+        bytes_per_token = sum(2 * PageLayout(128, **bits).bytes_per_token for bits in chosen.values())
         assert capacity(llm) == (64 << 20) // (128 * bytes_per_token) * 128, "pages of two sizes share the memory without waste"
         answers = greedy(llm, heldout_prompts(llm, [100, 300]), tokens=8)
         assert all(len(answer.tokens) == 8 for answer in answers)
@@ -274,7 +281,7 @@ def test_engine_with_a_calibration(tmp_path: Path, capsys: pytest.CaptureFixture
             assert torch.equal(own.k_anchor, expected.k_anchor)
             assert torch.equal(own.equalizer, expected.equalizer)
             assert torch.equal(own.v_anchor, expected.v_anchor)
-            assert layer.impl.layout == PageLayout(128, chosen[name])
+            assert layer.impl.layout == PageLayout(128, **chosen[name])
             assert own.k_anchor.abs().max() > 15, "the biases of the embedded model's keys reach 21"
         # With another anchor, the same values get other codes.
         with torch.inference_mode():  # in which it was allocated
@@ -302,7 +309,7 @@ def test_engine_refuses_a_calibration_of_another_model(file: Path, tmp_path: Pat
         (["EMPTY/model", "--out", "c", "--text", "EMPTY/text"], "EMPTY/text is not a file with text"),
         ([str(MODEL_DIR), "--out", "NOWHERE/c"], "there is no folder"),
         ([str(MODEL_DIR), "--out", "c", "--tokens", "0"], "--tokens must be at least 1 and --context at least 2"),
-        ([str(MODEL_DIR), "--out", "c", "--k-bits", "auto"], "--k-bits auto and --budget go together"),
+        ([str(MODEL_DIR), "--out", "c", "--v-bits", "auto"], "--budget goes with --k-bits auto, --v-bits auto, or both"),
         ([str(MODEL_DIR), "--out", "c", "--k-bits", "auto", "--budget", "0"], "--budget must be above 0"),
         (["EMPTY", "--out", "c"], "EMPTY is not a model folder: it has no config.json"),
         ([str(MODEL_DIR), "--out", "c", "--context", "4096"], "(4096) is greater than the derived max_model_len"),

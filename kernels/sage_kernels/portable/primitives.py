@@ -296,8 +296,8 @@ def rotation_signs(channels):
 
 @triton.jit
 def rotate_values_back(acc, HEAD_DIM: tl.constexpr, V_BITS: tl.constexpr):
-    """`reference.rotate_values_back` of rows float32 [rows, channels], if V_BITS is 4. Tensor cores multiply TF32 numbers, which
-    have 11 bits, so rows are the sum of two of them. The matrix is exact."""
+    """`reference.rotate_values_back` of rows float32 [rows, channels], if V_BITS is 4. Tensor cores multiply TF32 numbers,
+    which have 11 bits, so rows are the sum of two of them. The matrix is exact."""
     if V_BITS == 4:
         SPAN: tl.constexpr = rotation_span(HEAD_DIM)
         row, column = tl.arange(0, SPAN)[:, None], tl.arange(0, SPAN)[None, :]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives each layer pages with the key precision that a calibration has chosen for it.
+"""Gives each layer pages with the precision of keys and values that a calibration has chosen for it.
 
 What: adds `get_kv_cache_spec` to `WorkerWrapperBase`, in front of the worker's own.
 Why: vLLM asks a backend for the bytes of a token (`customize_spec`) without saying of which layer. Here layers have names.
@@ -38,12 +38,12 @@ def choose_pages(specs: dict[str, Any], config: Any, impls: dict[str, Any]) -> d
     for a damaged calibration.
     """
     file = options.current().calibration
-    k_bits = calibration_file.k_bits(file) if file is not None else {}
+    bits = calibration_file.layer_bits(file) if file is not None else {}
     layers = config.compilation_config.static_forward_context
     for name, impl in impls.items():
         owner = getattr(layers[name], "kv_sharing_target_layer_name", None) or name
-        if owner in k_bits:
-            impl.layout = options.current().layout(impl.head_size, k_bits[owner])
+        if owner in bits:
+            impl.layout = options.current().layout(impl.head_size, **bits[owner])
             if name in specs:
                 specs[name] = replace(specs[name], state_content_bytes=impl.layout.bytes_per_token)
     return specs
