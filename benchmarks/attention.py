@@ -189,7 +189,7 @@ class Prepared:
     store: Callable[[], object] | None = None
 
 
-def sage(batch: Batch, k_bits: int) -> Prepared:
+def sage(batch: Batch, k_bits: int, v_bits: int) -> Prepared:
     from sage_kernels import (
         LayerCalibration,
         Modifiers,
@@ -202,7 +202,7 @@ def sage(batch: Batch, k_bits: int) -> Prepared:
     )
 
     case, shape = batch.case, batch.shape
-    layout = PageLayout(shape.head_dim, k_bits, 128)
+    layout = PageLayout(shape.head_dim, k_bits, 128, v_bits=v_bits)
     paging = batch.paging(layout.tokens)
     pages = layout.empty(paging.blocks, shape.kv_heads, batch.device)
     # As in an engine, which calibrates keys when it starts.
@@ -227,10 +227,10 @@ def sage(batch: Batch, k_bits: int) -> Prepared:
     return Prepared(attend, write)
 
 
-def sage_bytes(head_dim: int, k_bits: int) -> int:
+def sage_bytes(head_dim: int, k_bits: int, v_bits: int) -> int:
     from sage_paged import PageLayout
 
-    return PageLayout(head_dim, k_bits, 128).bytes_per_token
+    return PageLayout(head_dim, k_bits, 128, v_bits=v_bits).bytes_per_token
 
 
 def filled(batch: Batch, paging: Paging, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -450,9 +450,12 @@ BF16, FP8 = partial(plain_bytes, of_an_element=2), partial(plain_bytes, of_an_el
 EXACT, EIGHT_BITS, FOUR_BITS = 0.02, 0.15, 0.5
 
 
-def sage_contender(bits: int, bound: float) -> Contender:
-    kv_bytes = partial(sage_bytes, k_bits=bits)
-    return Contender(f"sage-int{bits}", f"SAGE, K INT{bits}", kv_bytes, bound, partial(sage, k_bits=bits))
+def sage_contender(k_bits: int, bound: float, v_bits: int = 8) -> Contender:
+    name, title = f"sage-int{k_bits}", f"SAGE, K INT{k_bits}"
+    if v_bits == 4:
+        name, title = f"{name}-v4", f"{title}, V 4 bits"
+    formats = {"k_bits": k_bits, "v_bits": v_bits}
+    return Contender(name, title, partial(sage_bytes, **formats), bound, partial(sage, **formats))
 
 
 def triton_contender(name: str, cache_dtype: str, bound: float) -> Contender:
@@ -466,6 +469,7 @@ CONTENDERS = {
     for contender in (
         sage_contender(8, EIGHT_BITS),
         sage_contender(4, FOUR_BITS),
+        sage_contender(4, FOUR_BITS, v_bits=4),
         Contender("fa3-bf16", "FlashAttention-3 BF16", BF16, EXACT, flash_attention),
         Contender("fa3-fp8", "FlashAttention-3 FP8", FP8, EIGHT_BITS, partial(flash_attention, fp8=True)),
         Contender("fa3-fp8-q", "FlashAttention-3 FP8 + Q cast", FP8, EIGHT_BITS, partial(flash_attention, fp8=True, cast=True)),

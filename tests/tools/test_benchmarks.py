@@ -64,6 +64,7 @@ def test_kv_bytes(attention: ModuleType) -> None:
     per_token = {name: contender.kv_bytes(128) for name, contender in attention.CONTENDERS.items()}
     assert per_token["sage-int8"] == 128 + 128 + 8
     assert per_token["sage-int4"] == 64 + 128 + 28
+    assert per_token["sage-int4-v4"] == 64 + 64 + 32
     assert per_token["triton-int8"] == per_token["triton-fp8"] == 2 * (128 + 4)
     assert per_token["triton-int4"] == 2 * (64 + 4)
     assert {per_token[name] for name in per_token if name.endswith("bf16") or name.startswith("sageattention")} == {512}
@@ -140,7 +141,7 @@ def test_exact_rows_and_paging(attention: ModuleType, kind: str, batch: int, que
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("name", ["sage-int8", "sage-int4"])
+@pytest.mark.parametrize("name", ["sage-int8", "sage-int4", "sage-int4-v4"])
 @pytest.mark.parametrize(("kind", "batch", "queries", "length"), [("chunk", 1, 5, 200), ("decode", 2, 1, 200)])
 def test_our_contenders(attention: ModuleType, name: str, kind: str, batch: int, queries: int, length: int) -> None:
     shape = attention.Shape(4, 2, 64)
