@@ -46,6 +46,8 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256, 512)
 PAGE_TOKENS = (64, 128)
 K_BITS = (4, 8)
 V_BITS = (4, 8)
+MAX_V_INT4_DIM = 256
+"""The largest head size with 4-bit values: beyond it, a query tile that is rotated back does not fit the registers of sm_100."""
 
 GROUP_BYTES = 8
 """Bytes of INT4 keys, two channels each, that share a step and a zero point."""
@@ -123,6 +125,8 @@ class PageLayout:
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value} is not supported; choose one of {', '.join(map(str, allowed))}")
+        if self.v_bits == 4 and self.head_dim > MAX_V_INT4_DIM:
+            raise ValueError(f"v_bits=4 is not supported at head_dim={self.head_dim}, only up to {MAX_V_INT4_DIM}")
 
     @property
     def k_row_bytes(self) -> int:

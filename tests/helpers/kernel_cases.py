@@ -10,7 +10,7 @@ from paged_batch import Batch, make_batch
 
 from sage_kernels import Modifiers, reference
 from sage_kernels.portable.prefill import tile
-from sage_paged import HEAD_DIMS, K_BITS, PAGE_TOKENS, V_BITS, PageLayout
+from sage_paged import HEAD_DIMS, K_BITS, MAX_V_INT4_DIM, PAGE_TOKENS, V_BITS, PageLayout
 
 KERNEL_ERROR = 2e-2
 """Bound on the relative L2 distance to the reference, for any shape. A logit that is one float32 step off may move a weight
@@ -36,7 +36,8 @@ def batches(draw: st.DrawFn, max_query: int | None = None) -> tuple[dict[str, An
     """The arguments of `make_batch`, and the variant of attention: window, soft_cap, and whether there are sinks. max_query:
     most query tokens of a request; None for any number."""
     head_dim, k_bits, tokens = (draw(st.sampled_from(choices)) for choices in (HEAD_DIMS, K_BITS, PAGE_TOKENS))
-    layout = PageLayout(head_dim, k_bits, tokens, v_bits=draw(st.sampled_from(V_BITS)))
+    v_bits = draw(st.sampled_from(V_BITS)) if head_dim <= MAX_V_INT4_DIM else 8
+    layout = PageLayout(head_dim, k_bits, tokens, v_bits=v_bits)
     edge = draw(st.sampled_from([layout.tokens, 2 * layout.tokens]))
     length = st.one_of(st.sampled_from([1, edge - 1, edge, edge + 1]), st.integers(1, 700 if ON_GPU else 300))
     requests = []

@@ -35,6 +35,7 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
 
     from sage_kernels import LayerCalibration, Memory, Modifiers, PagedBatch, PageLayout, RopeShift
     from sage_kernels.portable import decode, prefill, recall, store
+    from sage_paged import MAX_V_INT4_DIM
 
     starts, lengths, table = (torch.zeros(*shape, dtype=torch.int32) for shape in ((2,), (1,), (1, 2)))
     batch = PagedBatch(table, lengths, starts)
@@ -49,12 +50,13 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     for name, calibration in {"": LayerCalibration(), "keys": keys, "values": values}.items():
         yield name, partial(store.store, key, key, pages, slots, layout, calibration)
 
-    narrow = replace(layout, v_bits=4)
-    narrow_pages = narrow.empty(2, 2)
-    yield "narrow values", partial(store.store, key, key, narrow_pages, slots, narrow, values)
-    for attend in (prefill.prefill, decode.decode):
-        out = torch.empty_like(query)
-        yield "narrow values", partial(attend, query, narrow_pages, narrow, batch, 0.1, out, Modifiers(calibration=keys))
+    if head_dim <= MAX_V_INT4_DIM:
+        narrow = replace(layout, v_bits=4)
+        narrow_pages = narrow.empty(2, 2)
+        yield "narrow values", partial(store.store, key, key, narrow_pages, slots, narrow, values)
+        for attend in (prefill.prefill, decode.decode):
+            out = torch.empty_like(query)
+            yield "narrow values", partial(attend, query, narrow_pages, narrow, batch, 0.1, out, Modifiers(calibration=keys))
 
     block = prefill.tile(query.device, layout, 4, smooth_q=True)[0] // 4
     cases: dict[str, tuple[PagedBatch, Modifiers]] = {"": (batch, Modifiers(calibration=keys))}

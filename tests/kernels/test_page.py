@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from sage_kernels import reference
-from sage_paged import GROUP_BYTES, HEAD_DIMS, K_BITS, PAGE_TOKENS, V_BITS, PageLayout
+from sage_paged import GROUP_BYTES, HEAD_DIMS, K_BITS, MAX_V_INT4_DIM, PAGE_TOKENS, V_BITS, PageLayout
 
 FORMATS = list(itertools.product(K_BITS, V_BITS))
 LAYOUTS = [
     PageLayout(head_dim, k_bits, tokens, v_bits=v_bits)
     for head_dim, tokens, (k_bits, v_bits) in itertools.product(HEAD_DIMS, PAGE_TOKENS, FORMATS)
+    if v_bits == 8 or head_dim <= MAX_V_INT4_DIM
 ]
 
 
@@ -168,6 +169,11 @@ def test_4_bit_values_are_the_nearest_levels() -> None:
 def test_unknown_formats_are_refused(argument: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{argument}={value} is not supported"):
         PageLayout(**{"head_dim": 128, argument: value})
+
+
+def test_large_heads_have_no_4_bit_values() -> None:
+    with pytest.raises(ValueError, match="v_bits=4 is not supported at head_dim=512, only up to 256"):
+        PageLayout(512, v_bits=4)
 
 
 def test_an_engine_cache_is_seen_as_pages() -> None:
