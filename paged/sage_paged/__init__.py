@@ -17,6 +17,6 @@ from sage_paged.layout import (
 from sage_paged.memory import Memory
 
 __all__ = [
-    "GROUP_BYTES", "HEAD_DIMS", "K_BITS", "MAX_V_INT4_DIM", "PAGE_TOKENS", "V_BITS", "Memory", "PageLayout", "PageViews", "section_offset",
-    "v_position", "v_token",
+    "GROUP_BYTES", "HEAD_DIMS", "K_BITS", "MAX_V_INT4_DIM", "PAGE_TOKENS", "V_BITS", "Memory", "PageLayout",
+    "PageViews", "section_offset", "v_position", "v_token",
 ]  # fmt: skip

@@ -47,7 +47,7 @@ PAGE_TOKENS = (64, 128)
 K_BITS = (4, 8)
 V_BITS = (4, 8)
 MAX_V_INT4_DIM = 256
-"""The largest head size with 4-bit values: beyond it, a query tile that is rotated back does not fit the registers of sm_100."""
+"""The largest head size with 4-bit values. A larger query tile that is rotated back does not fit the registers of sm_100."""
 
 GROUP_BYTES = 8
 """Bytes of INT4 keys, two channels each, that share a step and a zero point."""

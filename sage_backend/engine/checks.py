@@ -16,7 +16,7 @@ from sage_backend.features import calibration_file, positions
 from sage_backend.options import MemoryOptions, SageOptions, VariatorOptions
 from sage_backend.variator import files
 from sage_backend.variator.checks import check_compression
-from sage_paged import HEAD_DIMS
+from sage_paged import HEAD_DIMS, MAX_V_INT4_DIM
 
 _INSTEAD = "use vLLM's default backend for it"
 
@@ -63,6 +63,10 @@ def reasons(
         (
             has_heads and head_size not in HEAD_DIMS,
             f"head size {head_size} has no page format (there is {', '.join(map(str, HEAD_DIMS))}); {_INSTEAD}",
+        ),
+        (
+            has_heads and head_size > MAX_V_INT4_DIM and options.v_bits == 4,
+            f"head size {head_size} has no 4-bit values; leave out option \"v_bits\"",
         ),
         (
             has_heads and head_size_v not in (None, head_size),
