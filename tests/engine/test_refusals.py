@@ -108,7 +108,8 @@ def test_layers() -> None:
     assert "compute capability" in reasons(**config, capability=(7, 5))[0]
     large = config | {"head_size": 512}
     assert "needs pages of 64 tokens" in reasons(**large, capability=(8, 6))[0]
-    assert reasons(**large | {"options": SageOptions(v_bits=4)}) == ['head size 512 has no 4-bit values; leave out option "v_bits"']
+    narrow = large | {"options": SageOptions(v_bits=4)}
+    assert reasons(**narrow) == ['head size 512 has no 4-bit values; leave out option "v_bits"']
     assert reasons(**large | {"options": SageOptions(page_tokens=64)}, capability=(8, 6)) == []
     assert reasons(**large, capability=(8, 9)) == []
 
