@@ -10,9 +10,9 @@ request that decodes. For each row and KV head, what is read is a list of pages 
 
 Where all pages fit into the list, it is the context itself, and attention is what it is without memory.
 
-Past the length that a model was trained for (`trained_tokens`), distances grow that it has never seen. There, all sinks and
-recalled pages are turned: their keys get the positions of the page right before the local ones, where InfLLM puts them too
-(section 3.2), and keep their order inside a page.
+Past the length that a model was trained for (`trained_tokens`), queries and keys reach distances that it has never seen. There,
+all sinks and recalled pages are read at shifted positions: those of the page right before the local ones, where InfLLM puts
+them too (section 3.2). The order inside a page stays.
 """
 
 from dataclasses import dataclass
@@ -46,5 +46,5 @@ class Memory:
         return tokens <= self.local_tokens + listed and (not self.trained_tokens or tokens <= self.trained_tokens)
 
     def farthest(self, page_tokens: int) -> int:
-        """The largest distance, in tokens, at which a turned context is read."""
+        """The largest distance, in tokens, at which a context with shifted pages is read."""
         return self.local_tokens + self.query_block + 2 * page_tokens

@@ -58,8 +58,8 @@ class SageMetadata(AttentionMetadata):
         cls, batch: PagedBatch, num_tokens: int, num_decodes: int, num_decode_tokens: int, max_prefill_len: int | None = None,
         **others: Any,
     ) -> "SageMetadata":  # fmt: skip
-        """Split a batch whose first num_decodes requests decode. batch: with max_query_len, of decodes, and max_seq_len.
-        max_prefill_len: upper bound on the seq_lens of the others."""
+        """Split a batch whose first num_decodes requests decode. batch: all requests, with max_seq_len; its max_query_len is
+        that of the decodes. max_prefill_len: upper bound on the seq_lens of the other requests."""
         phases = []
         if num_decodes:
             phases.append(Phase(DECODE, batch.requests(0, num_decodes), 0))
@@ -121,12 +121,8 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         max_prefill_len, lengths = common.max_seq_len, common.seq_lens_cpu_upper_bound
         if lengths is not None and num_decodes < lengths.numel():
             max_prefill_len = min(max_prefill_len, int(lengths[num_decodes:].max()))
-        batch = PagedBatch(
-            common.block_table_tensor, common.seq_lens, common.query_start_loc, threshold, common.max_seq_len
-        )
-        return SageMetadata.of(
-            batch, common.num_actual_tokens, num_decodes, num_decode_tokens, max_prefill_len, **others
-        )
+        batch = PagedBatch(common.block_table_tensor, common.seq_lens, common.query_start_loc, threshold, common.max_seq_len)
+        return SageMetadata.of(batch, common.num_actual_tokens, num_decodes, num_decode_tokens, max_prefill_len, **others)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> SageMetadata:
         metadata = self.build(0, common_attn_metadata)

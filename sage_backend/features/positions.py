@@ -71,7 +71,7 @@ def find_frequencies(models: Iterable[torch.nn.Module], config: Any) -> None:
         if impl.rotates_pages:
             attention = beside.get(id(layers[name]))
             if not hasattr(attention, "rotary_emb"):
-                raise ValueError(_refusal(config.model_config.model, f"not found beside {name}"))
+                raise ValueError(_refusal(config.model_config.model, f"not found next to {name}"))
             impl.frequencies = _frequencies(attention, impl.head_size, config.model_config.model)
             impl.max_pages = -(-max_tokens // impl.layout.tokens) + 1
 
@@ -92,8 +92,6 @@ def _frequencies(attention: Any, head_size: int, model: str) -> tuple[float, ...
 
 
 @functools.cache
-def rope_shift_table(
-    frequencies: tuple[float, ...], max_pages: int, page_tokens: int, device: torch.device
-) -> torch.Tensor:
+def rope_shift_table(frequencies: tuple[float, ...], max_pages: int, page_tokens: int, device: torch.device) -> torch.Tensor:
     """`reference.rope_shift_table`, computed once for all layers."""
     return reference.rope_shift_table(torch.tensor(frequencies), max_pages, page_tokens).to(device)

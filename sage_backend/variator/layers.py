@@ -38,9 +38,7 @@ class CompressedFFN:
     """A FFN and its plugins by ratio. attention: vLLM's name of the same layer's attention, whose metadata have the
     segments."""
 
-    def __init__(
-        self, plain: Callable[[Tensor], Tensor], plugins: dict[int, CompressionPlugin], attention: str
-    ) -> None:
+    def __init__(self, plain: Callable[[Tensor], Tensor], plugins: dict[int, CompressionPlugin], attention: str) -> None:
         self.plain, self.plugins, self.attention = plain, plugins, attention
 
     def compute(self, x: Tensor, out: Tensor) -> None:
@@ -129,7 +127,7 @@ def attach(worker: Any, config: Any, options: VariatorOptions, ratios: list[int]
         attention = layer.removesuffix("mlp") + "self_attn.attn"
         if not (attention in ours and hasattr(ffn, "gate_up_proj") and hasattr(ffn, "down_proj")):
             name = type(model).__name__
-            raise ValueError(f"{name} has no FFN {layer} beside attention of this backend; leave the option variator out")
+            raise ValueError(f"{name} has no FFN {layer} next to attention of this backend; leave the option variator out")
         plugins = files.load(options.plugins, layer, hf_config.hidden_size, ratios)
         for plugin in plugins.values():
             plugin.to(runner.device, config.model_config.dtype)

@@ -103,5 +103,5 @@ def test_a_layer_whose_rotary_embedding_is_unknown_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot serve m: its rotary positions are of the form 'Identity'"):
         frequencies(attention)
     del attention.rotary_emb
-    with pytest.raises(ValueError, match=r"not found beside draft\.layers\.0\.attn"):
+    with pytest.raises(ValueError, match=r"not found next to draft\.layers\.0\.attn"):
         frequencies(attention)

@@ -60,6 +60,16 @@ def test_tables_of_options(document: str, options: Any) -> None:
     assert {name: default.strip("`") for name, default in found.items()} == defaults
 
 
+def test_tables_of_patches() -> None:
+    """The document and the package's docstring list all patches, in one order."""
+    folder = ROOT / "sage_backend" / "engine" / "patches"
+    document = (ROOT / "docs" / "developer" / "vllm.md").read_text(encoding="utf-8").partition("\n## Patches")[2]
+    listed = re.findall(r"^\| `?(\w+)`? +\|", document.partition("\n## ")[0], re.MULTILINE)
+    in_package = re.findall(r"^\| (\w+) +\|", (folder / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert listed == in_package
+    assert set(listed) == {"patch"} | {file.stem for file in folder.glob("*.py")} - {"__init__", "target"}
+
+
 def test_results_are_named() -> None:
     """Every results file is named by a document, and names its own command."""
     text = "\n".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)

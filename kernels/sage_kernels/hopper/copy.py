@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages from the KV cache to shared memory, by the copy engine of sm_90 (tensor memory accelerator, TMA).
 
-Addresses are counted in rows of PAGE bytes: a page has bytes_per_token rows, and each section of a page begins at a row.
+Addresses are counted in rows of PAGE bytes: a page has bytes_per_token rows, and each section of a page begins at a row. K and
+scales have rows of other sizes, in which TMA addresses them, so `copy_keys` and `copy_scales` convert.
 """
 
 import functools
@@ -48,6 +49,7 @@ def plain(buffer, shape: gl.constexpr, dtype: gl.constexpr):
 
 @gluon.jit
 def copy_keys(k_pages, row, buffer, full, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr):
+    """K is the first section of a page. A row of K has K_ROW bytes."""
     K_ROW: gl.constexpr = HEAD_DIM * K_BITS // 8
     k_row = row * (PAGE // K_ROW) if PAGE >= K_ROW else row // (K_ROW // PAGE)
     tma.async_copy_global_to_shared(k_pages, [k_row, 0], full, buffer)
@@ -73,6 +75,7 @@ def copy_low(low_rows, row, buffer, full, HEAD_DIM: gl.constexpr, PAGE: gl.const
 
 @gluon.jit
 def copy_scales(scale_rows, row, buffer, full, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr):
+    """Scales of K and, with INT8 keys, V's exponents right behind them. A row has PAGE float32 numbers."""
     SCALE_ROW: gl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // PAGE
     tma.async_copy_global_to_shared(scale_rows, [(row + SCALE_ROW) // 4, 0], full, buffer)
 

@@ -6,6 +6,10 @@ and as few as 8 columns from B. So the few query rows are the columns here: K Q^
 output. K [tokens, channels] and V [channels, tokens] are A operands just as a page holds them. No thread ever touches a code,
 and a page costs the 128 threads a few hundred instructions. INT4 keys are widened to INT8 codes on the way, from shared memory
 to shared memory.
+
+To read: `_decode_kernel`, at the end, walks a program's pages. `_copy_page` brings a page, `_load_query_tile` quantizes the
+queries, and `_attend_page` multiplies them by the page's keys, and P by its values. `portable.scheduler` divides the pages
+among programs, and `portable.decode.merge` combines partial results.
 """
 
 from typing import NamedTuple
@@ -187,7 +191,7 @@ def _load_query_tile(
     offsets = (q_start + rows // GROUP).to(gl.int64) * q_token_stride + (kv_head * GROUP + rows % GROUP) * q_head_stride
     valid = rows // GROUP < q_len
     channels = gl.arange(0, PART, gl.SliceLayout(0, Q_LAYOUT))
-    if ORDER:
+    if ORDER:  # only with INT4 keys: PART is half a head
         channels = gl.load(order + kv_head * PART + channels)
     q = _load_query(query, offsets, valid, channels)
     q_high = q

@@ -11,6 +11,10 @@ units, and the second waits for the first. So a warpgroup computes the exponenti
 next, in one straight run of instructions. Heads of 256 channels leave no registers for that: there a page is finished before
 the logits of the next, and P V is accumulated a quarter of the channels at a time.
 
+To read: `_prefill_kernel`, at the end, allocates shared memory and starts the partitions. `_copy_partition` and
+`_scale_partition` bring pages. `_attend_partition` takes tiles; for each, `_attend_tile` quantizes the queries and walks the
+pages. `_qk_product` multiplies queries by the keys of a page, `_add_page` multiplies P by its values.
+
 What limits the speed, and what was tried: docs/developer/kernel-tuning.md.
 
 Length: the four partitions of one kernel share its barriers and buffers, and are read together.
@@ -155,9 +159,7 @@ class SoftmaxState(NamedTuple):
 
 
 @gluon.jit
-def _copy_tile(
-    source, tile, tile_index, n, buffers, barriers, tables, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr
-):
+def _copy_tile(source, tile, tile_index, n, buffers, barriers, tables, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr):
     """Copy the pages of a tile. n: pages of this program's tiles before."""
     STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     table = tables.block_table + tile.request.to(gl.int64) * tables.stride + tile.kv_head * tables.head_stride
@@ -664,7 +666,7 @@ def _prefill_kernel(
     tensors = Tensors(
         query, out, sinks, k_anchor, equalizer, order, v_anchor,
         q_token_stride, q_head_stride, out_token_stride, out_head_stride,
-    )
+    )  # fmt: skip
     tables = Tables(block_table, query_start_loc, seq_lens, table_stride, table_head_stride)
     gl.warp_specialize(
         [
