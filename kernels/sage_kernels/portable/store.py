@@ -277,7 +277,7 @@ def _store_kernel(
     BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, FP8: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr,
     ORDER: tl.constexpr, V_ANCHOR: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (token blocks, KV heads)."""
+    """Write the keys and values of BLOCK_T tokens of one KV head into their pages. Grid: (token blocks, KV heads)."""
     await_previous_kernel(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
     V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE, V_BITS)
