@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import patch_language_once
+from interpreter import leave_arguments_in_place, patch_language_once
 from server import Server, serve
 
 if not torch.cuda.is_available():
@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     import triton.language  # noqa: F401  # its functions are defined now, not while an engine runs
 
     patch_language_once()
+    leave_arguments_in_place()
 
 if "VLLM_CACHE_ROOT" not in os.environ:
     # Calibrations of the tests' engines go to a folder of their own. With pytest -n, all processes inherit the first one's.

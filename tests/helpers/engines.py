@@ -87,20 +87,30 @@ class Answer:
     margins: list[float]
     cached: int
     """Prompt tokens that came from the prefix cache."""
+    logprobs: Sequence[float] = ()
+    """Of the tokens."""
 
 
-def greedy(llm: Any, prompts: Sequence[list[int]], tokens: int = 32, together: bool = True) -> list[Answer]:
-    """Continue the prompts (token ids) by `tokens` tokens, as one batch or one after another."""
+def greedy(
+    llm: Any, prompts: Sequence[list[int]], tokens: int = 32, together: bool = True, read_cache: bool = True
+) -> list[Answer]:
+    """Continue the prompts (token ids) by `tokens` tokens, as one batch or one after another. read_cache: whether their pages
+    may come from the prefix cache."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=2, detokenize=False)
+    params = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=2, detokenize=False,
+        skip_reading_prefix_cache=not read_cache,
+    )  # fmt: skip
     batches = [prompts] if together else [[prompt] for prompt in prompts]
     answers = []
     for batch in batches:
         for output in llm.generate([{"prompt_token_ids": prompt} for prompt in batch], params, use_tqdm=False):
             best = [sorted((each.logprob for each in at.values()), reverse=True) for at in output.outputs[0].logprobs]
             margins = [first - second for first, second, *_ in best]
-            answers.append(Answer(list(output.outputs[0].token_ids), margins, output.num_cached_tokens))
+            ids = list(output.outputs[0].token_ids)
+            logprobs = [at[token].logprob for token, at in zip(ids, output.outputs[0].logprobs, strict=True)]
+            answers.append(Answer(ids, margins, output.num_cached_tokens, logprobs))
     return answers
 
 

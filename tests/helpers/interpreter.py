@@ -5,6 +5,16 @@ from types import FunctionType
 from typing import Any
 
 
+def leave_arguments_in_place() -> None:
+    """Keep the interpreter from copying every argument's memory onto itself when a kernel has ended.
+
+    It copies to and from the CPU, where all tensors are. Memory that is only reserved would be allocated by that.
+    """
+    from triton.runtime import interpreter
+
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None
+
+
 def patch_language_once() -> None:
     """Put the interpreter's functions into `triton.language` once per kernel, and not again in each function that it calls.
 

@@ -144,7 +144,7 @@ def disassembler(name: str) -> str | None:
 
 
 def disassembled(kernel: Any, name: str) -> tuple[str, str]:
-    """".sass" and the kernel's machine code, or ".ptx" and its PTX where there is no disassembler. The first line is a comment
+    """ ".sass" and the kernel's machine code, or ".ptx" and its PTX where there is no disassembler. The first line is a comment
     with `name` and the kernel's resources as JSON."""
     resources = {"kernel": name, "warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
     nvdisasm, cuobjdump = disassembler("nvdisasm"), disassembler("cuobjdump")
