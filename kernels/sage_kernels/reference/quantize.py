@@ -25,7 +25,7 @@ output. Where values have no common mean there is none: it would add more error 
 
 4-bit values are e4m3 codes kept in 4 bits (`quantize_v_int4`). Values have no common scale that a calibration could move
 elsewhere, so a token's channels are rotated before, and attention's output is rotated back (`rotate_values`): a signed Hadamard
-matrix, as QuaRot (Ashkboos et al., NeurIPS 2024) applies to values, makes each stored channel a mean of many, and a few large
+matrix, as QuaRot (Ashkboos et al., NeurIPS 2024) applies to values, makes each stored channel a sum of many, and a few large
 ones no longer set the scale of all. Their distribution is then close to the normal one, for which the 16 levels are chosen.
 
 Q smoothing (SageAttention2, section 3.2) quantizes a block of queries less its mean, and adds the products of the mean with the
