@@ -69,6 +69,77 @@ def allocations(llm: Any) -> Iterator[list[tuple[int, list[int]]]]:
     pool.get_new_blocks = allocate
 
 
+# These come first: vLLM does not start a model with experts next to an engine that has none.
+
+HYBRID: dict[str, Any] = {
+    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "vocab_size": 512, "intermediate_size": 128, "max_position_embeddings": 1024, "initializer_range": 0.1,
+    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "sliding_window": 100,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_local_experts": 2, "num_experts_per_tok": 2,  # all are used: a choice of experts would have near ties
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["caching", "no caching"])
+def hybrid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Sliding and full layers with sinks, and 96 blocks of 64 tokens for both kinds."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    save_random_model(folder, transformers.GptOssConfig(**HYBRID))
+    limits = {
+        "max_model_len": 1024,
+        "max_num_seqs": 48,
+        "max_num_batched_tokens": 4096,
+        "num_gpu_blocks_override": 97,
+        "block_size": 64,
+        "enable_prefix_caching": request.param,
+    }
+    with engine("SAGE:page_tokens=64", folder, skip_tokenizer_init=True, dtype=DTYPE, **limits) as llm:
+        yield llm
+
+
+def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, 512, (length,), generator=generator).tolist() for length in lengths]
+
+
+FULL = {6: (504, 503, 497, 460, 450, 449), 48: range(9, 57)}
+"""Lengths of prompts that fill the 96 blocks as one batch: 6 with 8 blocks of either kind, or 48 with one."""
+
+
+@pytest.mark.parametrize("requests", FULL)
+def test_a_pool_that_is_full_to_the_last_block(hybrid: Any, requests: int) -> None:
+    """Answers were corrupted where the last block of a context is partly filled, or where the pool has no block left."""
+    prompts = random_prompts(FULL[requests])
+    with allocations(hybrid) as found:
+        together = greedy(hybrid, prompts, 8)
+    assert min(free for free, _ in found) == 0
+    assert_same(together, greedy(hybrid, prompts, 8, together=False))
+
+
+def owned_before(llm: Any, prompt: list[int], others: Callable[[int], list[list[int]]]) -> list[Answer]:
+    """Eight answers to a prompt. Before, its pages are full of 0x7F, 0xFF and 0x00, and then of other prompts."""
+    answers, pages = [], set()
+    for turn in range(8):
+        if turn < 3:
+            fill_cache(llm, (0x7F, 0xFF, 0x00)[turn])
+        else:
+            greedy(llm, others(turn), 2)
+        assert llm.reset_prefix_cache()
+        with allocations(llm) as found:
+            answers += greedy(llm, [prompt], 8)
+        pages.add(tuple(block for _, blocks in found for block in blocks))
+    assert len(pages) > 3
+    return answers
+
+
+def test_earlier_owners_of_pages(hybrid: Any) -> None:
+    """The same prompt got other answers in pages that had other owners before: what they left behind was read. The bytes 0x7F
+    and 0xFF are NaN as values and as scales."""
+    [prompt] = random_prompts([300], seed=1)
+    answers = owned_before(hybrid, prompt, lambda turn: random_prompts(FULL[6], seed=turn))
+    assert answers == answers[:1] * 8
+
+
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Any]:
     """The embedded model, without drafts."""
@@ -174,75 +245,6 @@ def test_chunks_with_memory(remembering: Any, monkeypatch: pytest.MonkeyPatch) -
         assert tokenizer.decode(answer.tokens).strip().startswith(key)
     assert_same([chunked.pop(64)], [whole])
     assert max(change(each, whole) for each in chunked.values()) > 0
-
-
-HYBRID: dict[str, Any] = {
-    "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-    "vocab_size": 512, "intermediate_size": 128, "max_position_embeddings": 1024, "initializer_range": 0.1,
-    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "sliding_window": 100,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "num_local_experts": 2, "num_experts_per_tok": 2,  # all are used: a choice of experts would have near ties
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["caching", "no caching"])
-def hybrid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Sliding and full layers with sinks, and 96 blocks of 64 tokens for both kinds."""
-    folder = tmp_path_factory.mktemp("hybrid")
-    save_random_model(folder, transformers.GptOssConfig(**HYBRID))
-    limits = {
-        "max_model_len": 1024,
-        "max_num_seqs": 48,
-        "max_num_batched_tokens": 4096,
-        "num_gpu_blocks_override": 97,
-        "block_size": 64,
-        "enable_prefix_caching": request.param,
-    }
-    with engine("SAGE:page_tokens=64", folder, skip_tokenizer_init=True, dtype=DTYPE, **limits) as llm:
-        yield llm
-
-
-def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, 512, (length,), generator=generator).tolist() for length in lengths]
-
-
-FULL = {6: (504, 503, 497, 460, 450, 449), 48: range(9, 57)}
-"""Lengths of prompts that fill the 96 blocks as one batch: 6 with 8 blocks of either kind, or 48 with one."""
-
-
-@pytest.mark.parametrize("requests", FULL)
-def test_a_pool_that_is_full_to_the_last_block(hybrid: Any, requests: int) -> None:
-    """Answers were corrupted where the last block of a context is partly filled, or where the pool has no block left."""
-    prompts = random_prompts(FULL[requests])
-    with allocations(hybrid) as found:
-        together = greedy(hybrid, prompts, 8)
-    assert min(free for free, _ in found) == 0
-    assert_same(together, greedy(hybrid, prompts, 8, together=False))
-
-
-def owned_before(llm: Any, prompt: list[int], others: Callable[[int], list[list[int]]]) -> list[Answer]:
-    """Eight answers to a prompt. Before, its pages are full of 0x7F, 0xFF and 0x00, and then of other prompts."""
-    answers, pages = [], set()
-    for turn in range(8):
-        if turn < 3:
-            fill_cache(llm, (0x7F, 0xFF, 0x00)[turn])
-        else:
-            greedy(llm, others(turn), 2)
-        assert llm.reset_prefix_cache()
-        with allocations(llm) as found:
-            answers += greedy(llm, [prompt], 8)
-        pages.add(tuple(block for _, blocks in found for block in blocks))
-    assert len(pages) > 3
-    return answers
-
-
-def test_earlier_owners_of_pages(hybrid: Any) -> None:
-    """The same prompt got other answers in pages that had other owners before: what they left behind was read. The bytes 0x7F
-    and 0xFF are NaN as values and as scales."""
-    [prompt] = random_prompts([300], seed=1)
-    answers = owned_before(hybrid, prompt, lambda turn: random_prompts(FULL[6], seed=turn))
-    assert answers == answers[:1] * 8
 
 
 def test_earlier_owners_of_summaries(remembering: Any) -> None:

@@ -29,6 +29,7 @@ NEAR_TIE = 0.375
 @contextmanager
 def environment() -> Iterator[None]:
     """The environment of engines: vLLM in one process, without Triton's interpreter and without the user's settings."""
+    _keep_cpu_kernels()  # here, too: an engine of a fixture lives on while a test starts another
     with mock.patch.dict(os.environ, ENVIRONMENT):
         for name in ("TRITON_INTERPRET", "VLLM_CPU_KVCACHE_SPACE"):
             os.environ.pop(name, None)
