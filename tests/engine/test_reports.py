@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 NOISE = NEAR_TIE if torch.cuda.is_available() else 0.02
 """Bound on the change of a token's log-probability by the other requests of a batch, in nats."""
-PAGE = 128
+PAGE = 64
 
 
 def assert_same(actual: Sequence[Answer], expected: Sequence[Answer], noise: float = NOISE) -> None:
@@ -116,10 +116,10 @@ def test_a_pool_that_is_full_to_the_last_block(hybrid: Any, requests: int) -> No
     assert_same(together, greedy(hybrid, prompts, 8, together=False))
 
 
-def owned_before(llm: Any, prompt: list[int], others: Callable[[int], list[list[int]]]) -> list[Answer]:
-    """Eight answers to a prompt. Before, its pages are full of 0x7F, 0xFF and 0x00, and then of other prompts."""
+def owned_before(llm: Any, prompt: list[int], others: Callable[[int], list[list[int]]], turns: int) -> list[Answer]:
+    """Answers to a prompt. Before, its pages are full of 0x7F, 0xFF and 0x00, and then of other prompts."""
     answers, pages = [], set()
-    for turn in range(8):
+    for turn in range(turns):
         if turn < 3:
             fill_cache(llm, (0x7F, 0xFF, 0x00)[turn])
         else:
@@ -128,7 +128,7 @@ def owned_before(llm: Any, prompt: list[int], others: Callable[[int], list[list[
         with allocations(llm) as found:
             answers += greedy(llm, [prompt], 8)
         pages.add(tuple(block for _, blocks in found for block in blocks))
-    assert len(pages) > 3
+    assert len(pages) > turns - 5
     return answers
 
 
@@ -136,14 +136,15 @@ def test_earlier_owners_of_pages(hybrid: Any) -> None:
     """The same prompt got other answers in pages that had other owners before: what they left behind was read. The bytes 0x7F
     and 0xFF are NaN as values and as scales."""
     [prompt] = random_prompts([300], seed=1)
-    answers = owned_before(hybrid, prompt, lambda turn: random_prompts(FULL[6], seed=turn))
+    answers = owned_before(hybrid, prompt, lambda turn: random_prompts(FULL[6], seed=turn), 8)
     assert answers == answers[:1] * 8
 
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Any]:
     """The embedded model, without drafts."""
-    with engine(dtype=DTYPE, max_num_batched_tokens=8192, max_num_seqs=128, kv_cache_memory_bytes=128 << 20) as llm:
+    limits = {"max_num_batched_tokens": 8192, "max_num_seqs": 128, "kv_cache_memory_bytes": 128 << 20}
+    with engine(f"SAGE:page_tokens={PAGE}", dtype=DTYPE, **limits) as llm:
         yield llm
 
 
@@ -153,20 +154,20 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3
 @pytest.fixture(scope="module")
 def drafting() -> Iterator[Any]:
     limits = {"max_num_batched_tokens": 8192, "max_num_seqs": 128, "kv_cache_memory_bytes": 128 << 20}
-    with engine(dtype=DTYPE, speculative_config=DRAFTS, **limits) as llm:
+    with engine(f"SAGE:page_tokens={PAGE}", dtype=DTYPE, speculative_config=DRAFTS, **limits) as llm:
         yield llm
 
 
 def test_every_length_behind_a_cached_prefix(plain: Any, drafting: Any) -> None:
-    """One prompt length in 128 gave wrong answers, with prefix caching and drafts: all lengths from one page to two. Half of
-    them find the first page in the cache while it is being filled, the others later."""
+    """One prompt length in 128, which was a page, gave wrong answers with prefix caching and drafts: all lengths from one page
+    to two. Half of them find the first page in the cache while it is being filled, the others later."""
     [text] = heldout_prompts(plain, [2 * PAGE])
     prompts = [text[:length] for length in range(PAGE + 1, 2 * PAGE + 1)]
     expected = greedy(plain, prompts, 4, read_cache=False)
     assert {answer.cached for answer in expected} == {0}
-    answers = greedy(drafting, prompts[:64], 4) + greedy(drafting, prompts[64:], 4)
-    assert [answer.cached for answer in answers] == [0] + [PAGE] * 127
-    assert metric(drafting, "vllm:spec_decode_num_accepted_tokens") > 10
+    answers = greedy(drafting, prompts[: PAGE // 2], 4) + greedy(drafting, prompts[PAGE // 2 :], 4)
+    assert [answer.cached for answer in answers] == [0] + [PAGE] * (PAGE - 1)
+    assert metric(drafting, "vllm:spec_decode_num_accepted_tokens") > 3
     assert_same(answers, expected)
 
 
@@ -187,20 +188,20 @@ def test_chunks_while_others_decode(plain: Any, drafting: Any, monkeypatch: pyte
         assert_same(answers, expected)
 
 
-CHUNKS = (1, 63, 64, 65, 127, 129)
+CHUNKS = (63, 64, 65, 127, 129)
 
 
 def changes_by_chunks(
-    llm: Any, prompt: list[int], cached: int, monkeypatch: pytest.MonkeyPatch
+    llm: Any, prompt: list[int], cached: int, monkeypatch: pytest.MonkeyPatch, chunks: Sequence[int] = CHUNKS
 ) -> tuple[Answer, dict[int, Answer]]:
     """The answer to a prompt whose first `cached` tokens are in the cache, in one chunk, and in chunks of these sizes."""
     answers = {}
-    for chunk in (len(prompt), *CHUNKS):
+    for chunk in (len(prompt), *chunks):
         assert llm.reset_prefix_cache()
         greedy(llm, [prompt[: cached + 1]], 1)
         with monkeypatch.context() as patch:
             patch.setattr(scheduler(llm), "max_num_scheduled_tokens", chunk)
-            [answers[chunk]] = greedy(llm, [prompt], 8)
+            [answers[chunk]] = greedy(llm, [prompt], 6)
         assert answers[chunk].cached == cached
     return answers.pop(len(prompt)), answers
 
@@ -216,13 +217,14 @@ def test_chunks_behind_a_cached_prefix(plain: Any, monkeypatch: pytest.MonkeyPat
     """Chunks that end inside a page, behind a prefix that is in the cache, gave other answers than one chunk. With smooth_q,
     that is documented: a chunk that ends inside a block of queries has other means, and answers within the error of codes."""
     [prompt] = heldout_prompts(plain, [PAGE + 140])
-    whole, chunked = changes_by_chunks(plain, prompt, PAGE, monkeypatch)
-    assert_same(list(chunked.values()), [whole] * len(chunked))
+    for part, chunks in ((prompt, CHUNKS), (prompt[: PAGE + 9], [1])):
+        whole, chunked = changes_by_chunks(plain, part, PAGE, monkeypatch, chunks)
+        assert_same(list(chunked.values()), [whole] * len(chunked))
     for layer in layers(plain):
         monkeypatch.setattr(layer.impl, "smooth_q", True)
     block = layer.impl.q_block(layer.kv_cache.device, layer.impl.layout)
     smoothed, chunked = changes_by_chunks(plain, prompt, PAGE, monkeypatch)
-    assert_same([chunked.pop(n) for n in CHUNKS if n > 1 and n % block == 0], [smoothed])
+    assert_same([chunked.pop(n) for n in CHUNKS if n % block == 0], [smoothed])
     assert 0 < max(change(each, smoothed) for each in chunked.values()) < 0.1
 
 
@@ -249,7 +251,6 @@ def test_chunks_with_memory(remembering: Any, monkeypatch: pytest.MonkeyPatch) -
 
 def test_earlier_owners_of_summaries(remembering: Any) -> None:
     """The same with memory, whose pages have summaries."""
-    lengths = [1000, 700, 500]
-    prompt, *rest = heldout_prompts(remembering, [700, *lengths * 5])
-    answers = owned_before(remembering, prompt, lambda turn: rest[3 * (turn - 3) : 3 * (turn - 2)])
-    assert answers == answers[:1] * 8
+    prompt, *rest = heldout_prompts(remembering, [600, 560, 300, 300, 560])
+    answers = owned_before(remembering, prompt, lambda turn: rest[2 * (turn - 3) : 2 * (turn - 2)], 5)
+    assert answers == answers[:1] * 5

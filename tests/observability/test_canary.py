@@ -228,7 +228,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
             context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
             impls = [layer.impl for layer in context.values() if isinstance(getattr(layer, "impl", None), SageImpl)]
             for impl in impls:
-                impl.observer = observers.PageErrors(impl, impl.calibration)
+                impl.observer = observers.PageErrors(impl, impl.calibration, [(bits, 8)])
             # Each layer and KV head is checked once. A repeated prompt is cached in part, and not checked.
             prompts = heldout_prompts(llm, [TOKENS] * len(impls) * impls[0].num_kv_heads)
             greedy(llm, [*prompts, prompts[0]], tokens=2, together=False)
@@ -237,7 +237,7 @@ def test_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         count = values[("sage_canary_relative_error_count",)]
         assert count == len(prompts)
         means[bits] = values[("sage_canary_relative_error_sum",)] / count
-        known[bits] = sum((each[bits] / each["exact"]) ** 0.5 for each in squares) / len(squares)
+        known[bits] = sum((each[bits, 8] / each["exact"]) ** 0.5 for each in squares) / len(squares)
     print(f"mean errors {means}, known {known}")
     for bits in (8, 4):
         assert means[bits] == pytest.approx(known[bits], rel=0.25)
