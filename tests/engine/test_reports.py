@@ -143,7 +143,7 @@ def test_earlier_owners_of_pages(hybrid: Any) -> None:
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Any]:
     """The embedded model, without drafts."""
-    limits = {"max_num_batched_tokens": 8192, "max_num_seqs": 128, "kv_cache_memory_bytes": 128 << 20}
+    limits = {"max_num_batched_tokens": 8192, "max_num_seqs": 128, "block_size": PAGE, "kv_cache_memory_bytes": 64 << 20}
     with engine(f"SAGE:page_tokens={PAGE}", dtype=DTYPE, **limits) as llm:
         yield llm
 
@@ -153,7 +153,7 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3
 
 @pytest.fixture(scope="module")
 def drafting() -> Iterator[Any]:
-    limits = {"max_num_batched_tokens": 8192, "max_num_seqs": 128, "kv_cache_memory_bytes": 128 << 20}
+    limits = {"max_num_batched_tokens": 8192, "max_num_seqs": 128, "block_size": PAGE, "kv_cache_memory_bytes": 64 << 20}
     with engine(f"SAGE:page_tokens={PAGE}", dtype=DTYPE, speculative_config=DRAFTS, **limits) as llm:
         yield llm
 
