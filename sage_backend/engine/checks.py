@@ -66,7 +66,7 @@ def reasons(
         ),
         (
             has_heads and head_size > MAX_V_INT4_DIM and options.v_bits == 4,
-            f"head size {head_size} has no 4-bit values; leave out option \"v_bits\"",
+            f'head size {head_size} has no 4-bit values; leave out option "v_bits"',
         ),
         (
             has_heads and head_size_v not in (None, head_size),

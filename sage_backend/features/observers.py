@@ -104,9 +104,9 @@ class PageErrors:
     def __init__(self, impl: Any, calibration: LayerCalibration, formats: Iterable[tuple[int, int]]) -> None:
         """impl: the layer's SageImpl; calibration: that of the pages, on the layer's device; formats: bits of keys and of
         values of each kind of page."""
-        self.impl, self.calibration = impl, calibration
+        self.impl, self.calibration, self.formats = impl, calibration, tuple(formats)
         self.key = self.value = torch.empty(0)
-        self.squares: dict[Any, float] = dict.fromkeys((*formats, "exact"), 0.0)
+        self.squares: dict[Any, float] = dict.fromkeys((*self.formats, "exact"), 0.0)
         """By format, the sum of squared errors; by "exact", the sum of the exact outputs' squares."""
 
     def stored(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
@@ -120,8 +120,7 @@ class PageErrors:
         plain = Modifiers(impl.window, impl.soft_cap, impl.sinks)
         exact = reference.exact_attention(query, self.key, self.value, impl.scale, plain)
         self.squares["exact"] += float(exact.square().sum())
-        for pages_of in self.squares.keys() - {"exact"}:
-            k_bits, v_bits = pages_of
+        for k_bits, v_bits in self.formats:
             layout = replace(impl.layout, k_bits=k_bits, v_bits=v_bits, has_summary=False)
             blocks = -(-tokens // layout.tokens)
             pages = layout.empty(blocks, self.key.shape[1], device)
@@ -133,4 +132,4 @@ class PageErrors:
             quantized = torch.empty_like(exact)
             modifiers = replace(plain, calibration=self.calibration, q_block=impl.q_block(device, layout))
             attend_prefill(query, pages, layout, batch, impl.scale, quantized, modifiers)
-            self.squares[pages_of] += float((quantized - exact).square().sum())
+            self.squares[k_bits, v_bits] += float((quantized - exact).square().sum())

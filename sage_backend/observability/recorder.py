@@ -176,11 +176,12 @@ class Recorder:
             kernels = "gluon+triton" if "hopper" in (choice.prefill, choice.decode) else "triton"
             architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         chosen = calibration_file.layer_bits(self._calibration).values() if self._calibration else ()
-        k_bits = sorted({layout.k_bits, *(bits["k_bits"] for bits in chosen if "k_bits" in bits)})
-        v_bits = sorted({layout.v_bits, *(bits["v_bits"] for bits in chosen if "v_bits" in bits)})
-        keys = "_".join(_KEY_FORMATS[bits] for bits in k_bits)
-        values = "_".join(_VALUE_FORMATS[bits] for bits in v_bits)
-        page_format = f"k_{keys}_v_{values}_page{layout.tokens}"
+
+        def used(option: str, formats: dict[int, str]) -> str:
+            bits = {getattr(layout, option), *(each[option] for each in chosen if option in each)}
+            return "_".join(formats[each] for each in sorted(bits))
+
+        page_format = f"k_{used('k_bits', _KEY_FORMATS)}_v_{used('v_bits', _VALUE_FORMATS)}_page{layout.tokens}"
         self._values.set(BUILD, 1, version, vllm_version, page_format, kernels, architecture)
 
     def step(self, names: list[str], common: Any, num_decodes: int) -> Sample | None:

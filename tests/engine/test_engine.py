@@ -11,6 +11,7 @@ import torch
 import transformers
 from engines import (
     NEAR_TIE,
+    NGRAM_DRAFTS,
     PLAIN,
     Answer,
     assert_same_tokens,
@@ -21,6 +22,7 @@ from engines import (
     heldout_prompts,
     metric,
     prompt_logprobs,
+    random_prompts,
     save_random_model,
 )
 
@@ -86,8 +88,7 @@ def test_preemption(plain: Plain) -> None:
 
 def test_speculative_decoding(plain: Plain) -> None:
     """Drafts taken from the prompt, verified several tokens at a time."""
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    with engine(plain.run, dtype=plain.dtype, enable_prefix_caching=False, speculative_config=drafts) as llm:
+    with engine(plain.run, dtype=plain.dtype, enable_prefix_caching=False, speculative_config=NGRAM_DRAFTS) as llm:
         answers = greedy(llm, plain.prompts)
         assert metric(llm, "vllm:spec_decode_num_accepted_tokens") > 0
         assert_same_tokens(answers, plain.answers, NEAR_TIE)
@@ -198,8 +199,7 @@ def test_features_of_models(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     """Models with random weights give every token nearly the log-probability that vLLM's own backend gives it."""
     kind, values, flaw = MODELS[name]
     save_random_model(tmp_path, getattr(transformers, f"{kind}Config")(**BASE | values))
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(1, 512, (length,), generator=generator).tolist() for length in (500, 130, 20)]
+    prompts = random_prompts((500, 130, 20))
 
     def logprobs(run: str) -> torch.Tensor:
         limits = {"max_model_len": 1024, "max_num_batched_tokens": 256, "max_num_seqs": 8, "enable_prefix_caching": False}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import assert_same_tokens, engine, greedy, heldout_prompts, metric
+from engines import NGRAM_DRAFTS, assert_same_tokens, engine, greedy, heldout_prompts, metric
 
 from sage_backend.demo import MODEL_DIR
 from sage_backend.engine import start_calibration
@@ -107,8 +107,7 @@ def test_sizes_of_a_step_do_not_matter(cache: Path) -> None:
         for run in ("SAGE", "SAGE:page_tokens=64"):
             with engine(run, **arguments):
                 pass
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    with engine("SAGE", speculative_config=drafts):  # which no model makes
+    with engine("SAGE", speculative_config=NGRAM_DRAFTS):  # which no model makes
         pass
     assert len(list(cache.iterdir())) == 1
     with engine("SAGE", dtype="float32"):

@@ -21,6 +21,8 @@ PLAIN = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
+NGRAM_DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+"""A `speculative_config` that takes drafts from the prompt."""
 
 NEAR_TIE = 0.375
 """In nats: three steps of a BF16 logit above 16. Margins of an eager and a compiled engine differed by up to 0.31."""
@@ -119,6 +121,12 @@ def heldout_prompts(llm: Any, lengths: Sequence[int]) -> list[list[int]]:
     """Prompts of these lengths, each from another part of the held-out text."""
     ids = llm.get_tokenizer().encode(HELDOUT.read_text(encoding="utf-8"))
     return [ids[i * 2000 : i * 2000 + length] for i, length in enumerate(lengths)]
+
+
+def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Prompts of these lengths for a model with 512 tokens, all but the first of them drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, 512, (length,), generator=generator).tolist() for length in lengths]
 
 
 def assert_same_tokens(actual: Sequence[Answer], expected: Sequence[Answer], near_tie: float = 0.0) -> None:

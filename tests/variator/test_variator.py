@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from engines import (
+    NGRAM_DRAFTS,
     Answer,
     assert_same_tokens,
     engine,
@@ -25,6 +26,7 @@ from engines import (
     give_two_workers_cores,
     heldout_prompts,
     metric,
+    random_prompts,
     save_random_model,
 )
 from prometheus_client import REGISTRY
@@ -691,8 +693,7 @@ def test_what_is_served_is_what_was_trained(kind: str, tmp_path: Path) -> None:
     model = tmp_path / "model"
     save_random_model(model, getattr(transformers, f"{kind}Config")(**sizes, **heads, **special, **MODELS[kind]))
     path = loud_plugins(tmp_path, model)
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(1, 512, (length,), generator=generator).tolist() for length in (500, 330)]
+    prompts = random_prompts((500, 330))
     options = {"sage": {**OPTIONS, "variator": {"plugins": str(path), "ratio": 4}}}
     scored = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "flat_logprobs": True, "detokenize": False}
     parameters = [SamplingParams(**scored, extra_args={TAIL: len(prompt) - 256}) for prompt in prompts]
@@ -763,9 +764,8 @@ def test_tensor_parallel(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_speculative_decoding(
     plugins: Path, answers: dict[int, list[Answer]], plain: tuple[list[list[int]], list[Answer]]
 ) -> None:
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     limits = {"enable_prefix_caching": False, "max_num_batched_tokens": 64, "max_num_seqs": 8}
-    with compressing(plugins, speculative_config=drafts, **limits) as llm:
+    with compressing(plugins, speculative_config=NGRAM_DRAFTS, **limits) as llm:
         assert_same(ask_all(llm, plain[0], 4), answers[4])
 
 
