@@ -50,13 +50,23 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     for name, calibration in {"": LayerCalibration(), "keys": keys, "values": values}.items():
         yield name, partial(store.store, key, key, pages, slots, layout, calibration)
 
+    attentions: list[Callable[..., Any]] = [prefill.prefill, decode.decode]
+    if capability == 90:
+        from sage_kernels.hopper import decode as hopper_decode
+        from sage_kernels.hopper import prefill as hopper_prefill
+
+        if hopper_prefill.supports(layout, 4):
+            attentions.append(hopper_prefill.prefill)
+        if hopper_decode.supports(layout):
+            attentions.append(hopper_decode.decode)
+
     if head_dim <= MAX_V_INT4_DIM:
         narrow = replace(layout, v_bits=4)
         narrow_pages = narrow.empty(2, 2)
         yield "narrow values", partial(store.store, key, key, narrow_pages, slots, narrow, values)
-        for attend in (prefill.prefill, decode.decode):
+        for attention in attentions:
             out = torch.empty_like(query)
-            yield "narrow values", partial(attend, query, narrow_pages, narrow, batch, 0.1, out, Modifiers(calibration=keys))
+            yield "narrow values", partial(attention, query, narrow_pages, narrow, batch, 0.1, out, Modifiers(calibration=keys))
 
     block = prefill.tile(query.device, layout, 4, smooth_q=True)[0] // 4
     cases: dict[str, tuple[PagedBatch, Modifiers]] = {"": (batch, Modifiers(calibration=keys))}
@@ -81,15 +91,6 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
             table_of = torch.zeros(2, 128)
             yield f"trained {query_block}", partial(recall.select_pages, query, *cache, batch, trained, query_block, table_of)
 
-    attentions: list[Callable[..., Any]] = [prefill.prefill, decode.decode]
-    if capability == 90:
-        from sage_kernels.hopper import decode as hopper_decode
-        from sage_kernels.hopper import prefill as hopper_prefill
-
-        if hopper_prefill.supports(layout, 4):
-            attentions.append(hopper_prefill.prefill)
-        if hopper_decode.supports(layout):
-            attentions.append(hopper_decode.decode)
     for name, (where, modifiers) in cases.items():
         # Only the portable kernels rotate queries, and of these only that for prefill smooths them.
         for attention in attentions[: 1 if modifiers.q_block else 2 if where.rope_shift else None]:

@@ -104,7 +104,7 @@ def test_zero_nan_and_huge_tokens_stay_their_own(k_bits: int, v_bits: int) -> No
         assert (v[3] == -896).all(), "V saturates there"
     else:
         v = reference.rotate_values_back(v)
-        assert (v[1].abs() < 1e-4).all(), "no level is 0"
+        assert (v[1].abs() < 2e-3).all(), "no level is 0"
         torch.testing.assert_close(v[3], value[3, 0], rtol=0.07, atol=0)
     torch.testing.assert_close(k[0], key[0, 0], rtol=0, atol=0.02 if k_bits == 8 else 0.25)
 

@@ -72,8 +72,10 @@ def test_tiles_of_smoothed_queries_in_99_kib(fp8: str, head_dim: int, rows: int,
 @pytest.mark.skipif(ON_GPU, reason="widens pages that are not on the GPU")
 @pytest.mark.parametrize(("scratch", "parts"), [(1, 9), (200_000, 6), (1 << 30, 1)])
 @pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize("window", [0, 70])
-def test_int4_prompts_in_parts(scratch: int, parts: int, per_head: bool, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("window", "k_bits", "v_bits"), [(0, 4, 8), (70, 4, 8), (0, 4, 4), (70, 8, 4)])
+def test_int4_prompts_in_parts(
+    scratch: int, parts: int, per_head: bool, window: int, k_bits: int, v_bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The parts that the kernel for sm_90 is given make up the whole. The CPU path, which reads as few pages, replaces the
     kernel."""
     from sage_kernels.hopper import prefill
@@ -88,10 +90,11 @@ def test_int4_prompts_in_parts(scratch: int, parts: int, per_head: bool, window:
         def launch(self, query, out, k, v, pages, table, lengths, starts, *rest: Any, **constants: Any) -> None:
             sinks, k_anchor, equalizer, order, v_anchor, _, scale, soft_cap, *_ = rest
             layout = PageLayout(constants["HEAD_DIM"], 8, constants["PAGE"])
-            # Queries come in the model's order. The kernel puts them into that of the keys, which these pages have.
-            channels = torch.cat([order, order + 64], -1).long().repeat_interleave(4, 0)
-            query = query.gather(-1, channels.expand_as(query))
-            k_anchor, equalizer = (x.gather(-1, channels[::4]) for x in (k_anchor, equalizer))
+            if constants["ORDER"]:
+                # Queries come in the model's order. The kernel puts them into that of the keys, which these pages have.
+                channels = torch.cat([order, order + 64], -1).long().repeat_interleave(4, 0)
+                query = query.gather(-1, channels.expand_as(query))
+                k_anchor, equalizer = (x.gather(-1, channels[::4]) for x in (k_anchor, equalizer))
             calibration = LayerCalibration(k_anchor, equalizer, None, v_anchor)
             modifiers = Modifiers(constants["WINDOW"], soft_cap, sinks, calibration)
             cpu.attention(query, pages, layout, PagedBatch(table, lengths, starts), scale, out, modifiers)
@@ -101,7 +104,7 @@ def test_int4_prompts_in_parts(scratch: int, parts: int, per_head: bool, window:
     monkeypatch.setattr(prefill, "descriptors", lambda pages, layout: PageDescriptors(None, None, None, None, pages))
     monkeypatch.setattr(prefill, "SCRATCH", scratch)
     shape = {"requests": [(300, 8), (70, 70), (200, 1)], "heads": 12, "kv_heads": 3}
-    batch = make_batch(PageLayout(128, 4, 64), **shape, smooth=True, smooth_v=True, equalize=True)
+    batch = make_batch(PageLayout(128, k_bits, 64, v_bits=v_bits), **shape, smooth=True, smooth_v=True, equalize=True)
     requests = replace(batch.requests, max_seq_len=300)
     if per_head:
         requests = replace(requests, block_table=requests.block_table[:, None].repeat(1, 3, 1))
@@ -125,13 +128,15 @@ def test_pages_that_tma_cannot_address_are_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="only the kernel for sm_90 widens pages")
-def test_scratch_memory_for_one_context(kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("k_bits", "v_bits"), [(4, 8), (4, 4), (8, 4)])
+def test_scratch_memory_for_one_context(kernels, k_bits: int, v_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages are widened for one KV head of one request at a time."""
     from sage_kernels.hopper import prefill
 
     monkeypatch.setattr(prefill, "SCRATCH", 1)
     requests = [(500, 8), (70, 70), (300, 1)]
-    shape = {"layout": PageLayout(128, 4), "requests": requests, "heads": 8, "kv_heads": 2, "smooth": True}
+    layout = PageLayout(128, k_bits, v_bits=v_bits)
+    shape = {"layout": layout, "requests": requests, "heads": 8, "kv_heads": 2, "smooth": True, "smooth_v": True}
     batch, modifiers, expected = build(shape, {"soft_cap": 15.0, "sinks": True}, kernels.device)
     out = poisoned(batch.query)
     kernels.prefill(*batch.attention_args(), out, modifiers)

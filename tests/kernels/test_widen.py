@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""INT4 pages as INT8 pages, bit for bit."""
+"""Pages of 4-bit keys or values as pages of 8-bit ones, bit for bit."""
 
 from dataclasses import replace
 
@@ -13,12 +13,12 @@ from sage_paged import PAGE_TOKENS, PageLayout
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("tokens", PAGE_TOKENS)
-@pytest.mark.parametrize("per_head", [False, True])
-def test_widened_pages_hold_the_same(kernels, head_dim: int, tokens: int, per_head: bool) -> None:
-    """INT4 keys as INT8 keys: the same codes, scales and values, to the bit."""
+@pytest.mark.parametrize(("k_bits", "v_bits", "per_head"), [(4, 8, False), (4, 8, True), (8, 4, False), (4, 4, True)])
+def test_widened_pages_hold_the_same(kernels, head_dim: int, tokens: int, k_bits: int, v_bits: int, per_head: bool) -> None:
+    """The same codes, scales and values, to the bit; 4-bit values stay rotated."""
     from sage_kernels.portable.widen import widen
 
-    batch = make_batch(PageLayout(head_dim, 4, tokens), [(384, 5), (128, 128)], 4, 2, device=kernels.device)
+    batch = make_batch(PageLayout(head_dim, k_bits, tokens, v_bits=v_bits), [(384, 5), (128, 128)], 4, 2, device=kernels.device)
     requests = batch.requests
     if per_head:
         table = requests.block_table[:, None].repeat(1, 2, 1)

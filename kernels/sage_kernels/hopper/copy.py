@@ -62,21 +62,23 @@ def copy_values(v_pages, row, buffer, full, HEAD_DIM: gl.constexpr, K_BITS: gl.c
 
 
 @gluon.jit
-def copy_groups(group_rows, row, buffer, full, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr):
-    GROUP_ROW: gl.constexpr = section_offset("k_groups", HEAD_DIM, 4, PAGE) // PAGE
+def copy_groups(group_rows, row, buffer, full, HEAD_DIM: gl.constexpr, V_BITS: gl.constexpr, PAGE: gl.constexpr):
+    GROUP_ROW: gl.constexpr = section_offset("k_groups", HEAD_DIM, 4, PAGE, V_BITS) // PAGE
     tma.async_copy_global_to_shared(group_rows, [row + GROUP_ROW, 0], full, buffer)
 
 
 @gluon.jit
-def copy_low(low_rows, row, buffer, full, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr):
-    LOW_ROW: gl.constexpr = section_offset("k_low", HEAD_DIM, 4, PAGE) // PAGE
+def copy_low(low_rows, row, buffer, full, HEAD_DIM: gl.constexpr, V_BITS: gl.constexpr, PAGE: gl.constexpr):
+    LOW_ROW: gl.constexpr = section_offset("k_low", HEAD_DIM, 4, PAGE, V_BITS) // PAGE
     tma.async_copy_global_to_shared(low_rows, [row + LOW_ROW, 0], full, buffer)
 
 
 @gluon.jit
-def copy_scales(scale_rows, row, buffer, full, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr):
-    """Scales of K and, with INT8 keys, V's exponents right behind them. A row has PAGE float32 numbers."""
-    SCALE_ROW: gl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE) // PAGE
+def copy_scales(
+    scale_rows, row, buffer, full, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, PAGE: gl.constexpr
+):
+    """Scales of K and, where the layout has them, V's exponents right behind them. A row has PAGE float32 numbers."""
+    SCALE_ROW: gl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE, V_BITS) // PAGE
     tma.async_copy_global_to_shared(scale_rows, [(row + SCALE_ROW) // 4, 0], full, buffer)
 
 
@@ -116,12 +118,17 @@ def _descriptors(data: int, blocks: int, block_stride: int, head_stride: int, la
         shared = gl.NVMMASharedLayout.get_default_for(block, gl_dtype) if tiled else row_by_row
         return TensorDescriptor(_Address(data, dtype), shape, [block[1], 1], block, shared)
 
+    if layout.v_bits == 8:
+        values = descriptor(torch.float8_e4m3fn, gl.float8e4nv, [layout.head_dim, page])
+    else:
+        values = descriptor(torch.int8, gl.int8, [layout.head_dim // 2, page])
+    scales = (layout.offset("end") - layout.offset("k_scale")) // (4 * page)
     return PageDescriptors(
         k=descriptor(torch.int8, gl.int8, [page, layout.k_row_bytes]),
-        v=descriptor(torch.float8_e4m3fn, gl.float8e4nv, [layout.head_dim, page]),
+        v=values,
         groups=descriptor(torch.int8, gl.int8, [max(1, 2 * layout.k_groups), page], tiled=False),
         low=descriptor(torch.int8, gl.int8, [GROUP_BYTES, page], tiled=False),
-        scales=descriptor(torch.float32, gl.float32, [2 if layout.k_bits == 8 else 1, page], tiled=False),
+        scales=descriptor(torch.float32, gl.float32, [scales, page], tiled=False),
     )
 
 

@@ -3,9 +3,9 @@
 
 Decoding is bound by the bytes of the pages, so nothing else may hold them up. wgmma takes at least 64 rows from its A operand
 and as few as 8 columns from B. So the few query rows are the columns here: K Q^T gives transposed logits, V^T P^T a transposed
-output. K [tokens, channels] and V [channels, tokens] are A operands just as a page holds them. No thread ever touches a code,
-and a page costs the 128 threads a few hundred instructions. INT4 keys are widened to INT8 codes on the way, from shared memory
-to shared memory.
+output. K [tokens, channels] and V [channels, tokens] are A operands just as a page holds them. No thread ever touches an 8-bit
+code, and a page costs the 128 threads a few hundred instructions. wgmma also takes its A operand from registers. That is where
+4-bit codes are widened (`int4`).
 
 To read: `_decode_kernel`, at the end, walks a program's pages. `_copy_page` brings a page, `_load_query_tile` quantizes the
 queries, and `_attend_page` multiplies them by the page's keys, and P by its values. `portable.scheduler` divides the pages
@@ -15,6 +15,7 @@ among programs, and `portable.decode.merge` combines partial results.
 from typing import NamedTuple
 
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -37,6 +38,7 @@ from sage_kernels.hopper.copy import (
     page_rows,
     plain,
 )
+from sage_kernels.hopper.int4 import load_k_int4, load_v_int4
 from sage_kernels.hopper.ring import wait_full
 from sage_kernels.portable.decode import Workspace, check_rows, merge
 from sage_kernels.portable.primitives import (
@@ -46,6 +48,8 @@ from sage_kernels.portable.primitives import (
     TABLES,
     await_previous_kernel,
     inverse_or_zero,
+    rotation_signs,
+    rotation_span,
     section_offset,
     softmax_reference,
     to_int,
@@ -85,13 +89,11 @@ class Buffers(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Operands of matrix products in shared memory. q_low, q_high: codes of the query tile (INT8 keys: all in q_low); k_low,
-    k_high: a page of INT4 keys, widened; p: P of a page."""
+    """Operands of matrix products in shared memory. q_low, q_high: codes of the query tile (INT8 keys: all in q_low); p: P of a
+    page."""
 
     q_low: gl.shared_memory_descriptor
     q_high: gl.shared_memory_descriptor
-    k_low: gl.shared_memory_descriptor
-    k_high: gl.shared_memory_descriptor
     p: gl.shared_memory_descriptor
 
 
@@ -116,60 +118,39 @@ class SoftmaxState(NamedTuple):
 
 
 @gluon.jit
-def _copy_page(source, buffers, slot, row, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr):
+def _copy_page(
+    source, buffers, slot, row, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, PAGE: gl.constexpr
+):
     """Start to copy the page that begins at `row` into a slot."""
     full = buffers.full.index(slot)
-    mbarrier.expect(full, section_offset("end", HEAD_DIM, K_BITS, PAGE))
+    mbarrier.expect(full, section_offset("end", HEAD_DIM, K_BITS, PAGE, V_BITS))
     copy_keys(source.k, row, buffers.k.index(slot), full, HEAD_DIM, K_BITS, PAGE)
     copy_values(source.v, row, buffers.v.index(slot), full, HEAD_DIM, K_BITS, PAGE)
     if K_BITS == 4:
-        copy_groups(source.groups, row, buffers.groups.index(slot), full, HEAD_DIM, PAGE)
-        copy_low(source.low, row, buffers.low.index(slot), full, HEAD_DIM, PAGE)
-    copy_scales(source.scales, row, buffers.scales.index(slot), full, HEAD_DIM, K_BITS, PAGE)
+        copy_groups(source.groups, row, buffers.groups.index(slot), full, HEAD_DIM, V_BITS, PAGE)
+        copy_low(source.low, row, buffers.low.index(slot), full, HEAD_DIM, V_BITS, PAGE)
+    copy_scales(source.scales, row, buffers.scales.index(slot), full, HEAD_DIM, K_BITS, V_BITS, PAGE)
+
+
+@triton.constexpr_function
+def _log2(number):
+    return number.bit_length() - 1
 
 
 @gluon.jit
-def _widen(k_buffer, group_buffer, first_buffer, low_buffer, high_buffer, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr):
-    """INT4 keys of a page as INT8 codes, one thread per token. The halves of the head go to buffers of their own, as their
-    nibbles are apart."""
-    HALF: gl.constexpr = HEAD_DIM // 2
-    GROUPS: gl.constexpr = HALF // GROUP_BYTES
-    BYTES: gl.constexpr = gl.BlockedLayout([1, GROUPS, GROUP_BYTES], [32, 1, 1], [4, 1, 1], [2, 1, 0])
-    OF_GROUPS: gl.constexpr = gl.SliceLayout(2, BYTES)
-    TOKENS: gl.constexpr = gl.BlockedLayout([1, HALF], [32, 1], [4, 1], [1, 0])
-    groups = plain(group_buffer, [PAGE, 2 * GROUPS], gl.int8)
-    step = groups.slice(0, GROUPS, dim=1).load(OF_GROUPS)[:, :, None]
-    zero = groups.slice(GROUPS, GROUPS, dim=1).load(OF_GROUPS)[:, :, None]
-    nibbles = gl.convert_layout(k_buffer.load(TOKENS).reshape([PAGE, GROUPS, GROUP_BYTES]), BYTES)
-    nibbles, step, zero = gl.broadcast(nibbles, step)[0], gl.broadcast(step, nibbles)[0], gl.broadcast(zero, nibbles)[0]
-    # The low nibbles of the first group, 0 in others.
-    first = plain(first_buffer, [PAGE, GROUP_BYTES], gl.int8).load(gl.SliceLayout(1, BYTES))[:, None, :]
-    is_first = gl.arange(0, GROUPS, gl.SliceLayout(0, gl.SliceLayout(2, BYTES)))[None, :, None] == 0
-    first = gl.where(is_first, gl.broadcast(first, nibbles)[0], 0).to(gl.int8)
-    # Four bytes at a time: with 128 added to the zero point, no byte of zero + step * nibble carries into the next.
-    low, high = gl.inline_asm_elementwise(
-        """{
-        .reg .b32 low, high, step, zero, first;
-        and.b32 low, $2, 0x0F0F0F0F;
-        shr.u32 high, $2, 4;
-        and.b32 high, high, 0x0F0F0F0F;
-        and.b32 step, $3, 0xFF;
-        xor.b32 zero, $4, 0x80808080;
-        mad.lo.u32 low, low, step, zero;
-        mad.lo.u32 high, high, step, zero;
-        and.b32 first, $5, 0x0F0F0F0F;
-        add.u32 low, low, first;
-        shr.u32 first, $5, 4;
-        and.b32 first, first, 0x0F0F0F0F;
-        add.u32 high, high, first;
-        xor.b32 $0, low, 0x80808080;
-        xor.b32 $1, high, 0x80808080;
-        }""",
-        "=r,=r,r,r,r,r", [nibbles, step, zero, first], dtype=(gl.int8, gl.int8), is_pure=True, pack=4,
-    )  # fmt: skip
-    low_buffer.store(gl.convert_layout(low.reshape([PAGE, HALF]), TOKENS))
-    high_buffer.store(gl.convert_layout(high.reshape([PAGE, HALF]), TOKENS))
-    fence_async_shared()
+def _rotate_back(acc, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+    """`reference.rotate_values_back` of an output [channels, rows] whose channels are in the order of `load_v_int4`, addition
+    by addition. Only once for many pages, so that the exchanges between threads do not matter."""
+    SPAN: gl.constexpr = rotation_span(HEAD_DIM)
+    PAIRS: gl.constexpr = gl.BlockedLayout([2, 1], [4, 8], [4, 1], [1, 0])
+    y = acc.reshape([HEAD_DIM // 16, 2, 8, BLOCK_M]).permute([0, 2, 1, 3]).reshape([HEAD_DIM, BLOCK_M])
+    for _ in gl.static_range(_log2(SPAN)):
+        y = gl.convert_layout(y, PAIRS)
+        even, odd = gl.split(y.reshape([HEAD_DIM // 2, 2, BLOCK_M]).permute([0, 2, 1]))
+        y = gl.join(even + odd, even - odd).reshape([HEAD_DIM // SPAN, SPAN // 2, BLOCK_M, 2])
+        y = y.permute([0, 3, 1, 2]).reshape([HEAD_DIM, BLOCK_M])
+    y = gl.convert_layout(y * SPAN**-0.5, LAYOUT)
+    return y * rotation_signs(gl.arange(0, HEAD_DIM, gl.SliceLayout(1, LAYOUT)))[:, None]
 
 
 @gluon.jit
@@ -248,31 +229,31 @@ def _row_of_page(item, source):
 @gluon.jit
 def _attend_page(
     q, state, tokens, operands, buffers, n, first_token, soft_cap,
-    WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, PAGE: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
+    WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr,
+    PAGE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: the query tile against page n of the span, once its copy has arrived.
 
     tokens: 0 to PAGE - 1. first_token: the page's first token, counted from the first page that is read. Returns the new
     SoftmaxState."""
-    SCALES: gl.constexpr = 2 if K_BITS == 8 else 1
+    SCALES: gl.constexpr = 1 if K_BITS == 4 and V_BITS == 8 else 2
     slot = n % STAGES
     wait_full(buffers.full, n, STAGES)
     codes = gl.zeros([PAGE, BLOCK_M], gl.int32, LAYOUT)
     if K_BITS == 8:
-        k = buffers.k.index(slot)
+        codes = warpgroup_mma(buffers.k.index(slot), operands.q_low.permute((1, 0)), codes, use_acc=False, is_async=True)
     else:
-        _widen(
-            buffers.k.index(slot), buffers.groups.index(slot), buffers.low.index(slot), operands.k_low, operands.k_high,
-            HEAD_DIM, PAGE,
-        )  # fmt: skip
-        k = operands.k_low
-    codes = warpgroup_mma(k, operands.q_low.permute((1, 0)), codes, use_acc=False, is_async=True)
-    if K_BITS == 4:
-        codes = warpgroup_mma(operands.k_high, operands.q_high.permute((1, 0)), codes, is_async=True)
+        low, high = load_k_int4(
+            buffers.k.index(slot), buffers.groups.index(slot), buffers.low.index(slot), HEAD_DIM, PAGE, LAYOUT
+        )
+        codes = warpgroup_mma(low, operands.q_low.permute((1, 0)), codes, use_acc=False, is_async=True)
+        codes = warpgroup_mma(high, operands.q_high.permute((1, 0)), codes, is_async=True)
+    v = buffers.v.index(slot)
+    if V_BITS == 4:  # now, while the tensor cores are busy
+        v = load_v_int4(v, HEAD_DIM, PAGE, LAYOUT)
     scales = plain(buffers.scales.index(slot), [SCALES, PAGE], gl.float32)
     k_scale = scales.slice(0, 1, dim=0).permute((1, 0)).load(LAYOUT)
-    if K_BITS == 8:
+    if SCALES == 2:
         v_exponent = scales.slice(1, 1, dim=0).permute((1, 0)).load(LAYOUT)
     else:
         v_exponent = v_exponent_in_scale(k_scale)
@@ -299,12 +280,13 @@ def _attend_page(
     l_i = state.l_i * decay[None, :] + gl.where((tokens < filled)[:, None], weighted, 0.0)
     p = p.reshape([PAGE // 16, 2, 4, 2, BLOCK_M]).permute([0, 2, 1, 3, 4]).reshape([PAGE, BLOCK_M])  # in the order of V
     operands.p.permute((1, 0)).store(p)
-    if filled < PAGE:
-        clear_v_behind(buffers.v.index(slot), filled, PAGE)
+    if V_BITS == 8:  # noqa: SIM102 - known when the kernel is compiled; codes of 4-bit values are finite, whatever they are
+        if filled < PAGE:
+            clear_v_behind(v, filled, PAGE)
     fence_async_shared()
     # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator (SageAttention2, section 3.4).
     pv = gl.zeros([HEAD_DIM, BLOCK_M], gl.float32, LAYOUT)
-    pv = warpgroup_mma(buffers.v.index(slot), operands.p.permute((1, 0)), pv, use_acc=False, is_async=True)
+    pv = warpgroup_mma(v, operands.p.permute((1, 0)), pv, use_acc=False, is_async=True)
     pv = warpgroup_mma_wait(0, deps=[pv])
     return SoftmaxState(state.acc * decay[None, :] + pv, l_i, m_ref, m_i)
 
@@ -316,7 +298,7 @@ def _decode_kernel(
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_rows, head_rows,
     GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, K_ANCHOR: gl.constexpr,
     EQUALIZE: gl.constexpr, ORDER: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, K_BITS: gl.constexpr,
-    PAGE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    V_BITS: gl.constexpr, PAGE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid and results as those of the portable kernel."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
@@ -326,22 +308,19 @@ def _decode_kernel(
     PART: gl.constexpr = HEAD_DIM if K_BITS == 8 else HEAD_DIM // 2
     """Channels that are multiplied at a time."""
     K_ROW: gl.constexpr = HEAD_DIM * K_BITS // 8
-    SCALES: gl.constexpr = 2 if K_BITS == 8 else 1
+    SCALES: gl.constexpr = 1 if K_BITS == 4 and V_BITS == 8 else 2
     Q_BUFFER: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, PART], gl.int8)
-    WIDE_BUFFER: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE, PART], gl.int8)
     P_BUFFER: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, PAGE], gl.float8e4nv)
 
     k_buffers = gl.allocate_shared_memory(gl.int8, [STAGES, PAGE, K_ROW], k_pages.layout)
-    v_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, HEAD_DIM, PAGE], v_pages.layout)
+    v_buffers = gl.allocate_shared_memory(v_pages.dtype, [STAGES, HEAD_DIM * V_BITS // 8, PAGE], v_pages.layout)
     scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, SCALES, PAGE], scale_rows.layout)
     q_buffer = gl.allocate_shared_memory(gl.int8, [BLOCK_M, PART], Q_BUFFER)
-    group_buffers, first_buffers, low_buffer, high_buffer, q_high_buffer = k_buffers, k_buffers, k_buffers, k_buffers, q_buffer
+    group_buffers, first_buffers, q_high_buffer = k_buffers, k_buffers, q_buffer
     if K_BITS == 4:
         group_buffers = gl.allocate_shared_memory(gl.int8, [STAGES, HEAD_DIM // GROUP_BYTES, PAGE], group_rows.layout)
         first_buffers = gl.allocate_shared_memory(gl.int8, [STAGES, GROUP_BYTES, PAGE], low_rows.layout)
         q_high_buffer = gl.allocate_shared_memory(gl.int8, [BLOCK_M, PART], Q_BUFFER)
-        low_buffer = gl.allocate_shared_memory(gl.int8, [PAGE, PART], WIDE_BUFFER)
-        high_buffer = gl.allocate_shared_memory(gl.int8, [PAGE, PART], WIDE_BUFFER)
     p_buffer = gl.allocate_shared_memory(gl.float8e4nv, [BLOCK_M, PAGE], P_BUFFER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -351,7 +330,7 @@ def _decode_kernel(
         k_pages, v_pages, group_rows, low_rows, scale_rows, block_rows, head_rows, block_table, table_stride, table_head_stride
     )
     buffers = Buffers(k_buffers, v_buffers, group_buffers, first_buffers, scale_buffers, full)
-    operands = Operands(q_buffer, q_high_buffer, low_buffer, high_buffer, p_buffer)
+    operands = Operands(q_buffer, q_high_buffer, p_buffer)
 
     await_previous_kernel(PDL)
     program = gl.program_id(0)
@@ -364,7 +343,7 @@ def _decode_kernel(
     ahead = item
     for stage in gl.static_range(STAGES):
         if ahead.left > 0:
-            _copy_page(source, buffers, stage, _row_of_page(ahead, source), HEAD_DIM, K_BITS, PAGE)
+            _copy_page(source, buffers, stage, _row_of_page(ahead, source), HEAD_DIM, K_BITS, V_BITS, PAGE)
             ahead = _next_page(ahead, seq_lens, query_start_loc, kv_heads, WINDOW, PAGE)
 
     n = 0  # page of the span
@@ -388,15 +367,17 @@ def _decode_kernel(
             row = _row_of_page(ahead, source)
             state = _attend_page(
                 q, state, tokens, operands, buffers, n, i * PAGE, soft_cap,
-                WINDOW, SOFT_CAP, HEAD_DIM, K_BITS, PAGE, BLOCK_M, STAGES, LAYOUT,
+                WINDOW, SOFT_CAP, HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_M, STAGES, LAYOUT,
             )  # fmt: skip
             gl.thread_barrier()  # no warp reads this slot any more
             if ahead.left > 0:
-                _copy_page(source, buffers, n % STAGES, row, HEAD_DIM, K_BITS, PAGE)
+                _copy_page(source, buffers, n % STAGES, row, HEAD_DIM, K_BITS, V_BITS, PAGE)
                 ahead = _next_page(ahead, seq_lens, query_start_loc, kv_heads, WINDOW, PAGE)
             n += 1
 
         acc, m_ref = state.acc, state.m_ref
+        if V_BITS == 4:
+            acc = _rotate_back(acc, HEAD_DIM, BLOCK_M, LAYOUT)
         l_i = gl.sum(state.l_i, 0)
         channels = gl.arange(0, HEAD_DIM, COLUMN)
         if V_ANCHOR:
@@ -437,13 +418,21 @@ _STAGES = 2
 
 def supports(layout: PageLayout) -> bool:
     """Whether there is a kernel for pages of this layout."""
-    return layout.head_dim in (64, 128, 256) and layout.v_bits == 8
+    return layout.head_dim in (64, 128, 256)
+
+
+def _programs_at_once(layout: PageLayout) -> int:
+    """Programs that a multiprocessor runs at a time. Where pages are small, or 4-bit codes take time to widen, it takes more of
+    them to keep the memory busy. Measured on an H200 at 128 x 1K, 64 x 8K and 8 x 128K tokens."""
+    widened = (layout.k_bits == 4) + (layout.v_bits == 4)
+    if layout.head_dim == 64:
+        return 4 if widened else 2
+    return (4 if layout.head_dim == 128 else 2) if widened == 2 else (2 if layout.head_dim == 128 else 1)
 
 
 def count_programs(device: torch.device, layout: PageLayout) -> int:
-    """How many programs share the work of a step: two per multiprocessor, or one where pages of 256 channels leave no more
-    room."""
-    return (2 if layout.head_dim <= 128 else 1) * multiprocessors(device)
+    """How many programs share the work of a step."""
+    return _programs_at_once(layout) * multiprocessors(device)
 
 
 def decode(
@@ -466,6 +455,9 @@ def decode(
     programs = programs or count_programs(query.device, layout)
     workspace = workspace or Workspace.allocate(programs, rows, head_dim, query.device)
     workspace.check(programs, rows, head_dim)
+    block_m = max(8, 1 << (rows - 1).bit_length())
+    # Four programs of 128 threads fit into the registers if each has at most 128. More rows need more.
+    registers = 128 if block_m == 8 and _programs_at_once(layout) == 4 else None
     _decode_kernel[(programs,)](
         query, out, *workspace.tensors, *descriptors(pages, layout), batch.block_table, batch.seq_lens, batch.query_start_loc,
         tensor_or(modifiers.sinks, query), *calibration_tensors(calibration, query), scale, modifiers.soft_cap,
@@ -473,7 +465,7 @@ def decode(
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *batch.table_strides, *page_rows(pages, layout),
         GROUP=group, WINDOW=modifiers.window, SOFT_CAP=modifiers.soft_cap > 0, SINKS=modifiers.sinks is not None,
         **calibration_constants(calibration), HEAD_DIM=head_dim,
-        K_BITS=layout.k_bits, PAGE=layout.tokens, BLOCK_M=max(8, 1 << (rows - 1).bit_length()), STAGES=_STAGES, num_warps=4,
-        **dependent_launch(query.device),
+        K_BITS=layout.k_bits, V_BITS=layout.v_bits, PAGE=layout.tokens, BLOCK_M=block_m, STAGES=_STAGES, num_warps=4,
+        maxnreg=registers, **dependent_launch(query.device),
     )  # fmt: skip
     merge(query, out, batch, kv_heads, rows, programs, modifiers, workspace)

@@ -20,6 +20,7 @@ What limits the speed, and what was tried: docs/developer/kernel-tuning.md.
 Length: the four partitions of one kernel share its barriers and buffers, and are read together.
 """
 
+import functools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -60,7 +61,8 @@ from sage_kernels.hopper.scheduler import (
 )
 from sage_kernels.portable.primitives import LOG2E, TABLE_STRIDES, TABLES, inverse_or_zero, softmax_reference
 from sage_kernels.portable.query_tile import calibration_constants, calibration_tensors, tensor_or
-from sage_kernels.portable.widen import widen
+from sage_kernels.portable.widen import rotate_output_back, widen
+from sage_kernels.reference import rotate_values
 from sage_paged import PageLayout
 
 ROWS = gl.constexpr(64)
@@ -94,6 +96,12 @@ LOGIT_BIAS = gl.constexpr(1024.0)
 """Added to all base-2 logits, to make a row's largest positive. The weights of a row are wrong in a page where all its logits
 are below -LOGIT_BIAS (-710 in the exponent of e). It leaves 13 bits behind the binary point of logits and V's exponents; more
 would leave fewer."""
+
+
+@triton.constexpr_function
+def _inverse_bits(v_bits):
+    """The inverses of V's scales times 2 to this power are e4m3 numbers: `reference.V_SCALES`, `reference.V_INT4_INVERSE`."""
+    return -8.0 if v_bits == 8 else 5.0
 
 
 class PageSource(NamedTuple):
@@ -175,7 +183,7 @@ def _copy_tile(source, tile, tile_index, n, buffers, barriers, tables, HEAD_DIM:
         wait_empty(barriers.empty, n + i, STAGES)
         v_full = barriers.v_full.index(slot)
         mbarrier.expect(v_full, PAGE * (HEAD_DIM + 2 * 4))
-        copy_scales(source.scales, row, buffers.raw_scales.index(slot), v_full, HEAD_DIM, 8, PAGE)
+        copy_scales(source.scales, row, buffers.raw_scales.index(slot), v_full, HEAD_DIM, 8, 8, PAGE)
         k_full = barriers.k_full.index(slot)
         if i + 1 < tile.pages:
             mbarrier.expect(k_full, PAGE * HEAD_DIM)
@@ -217,11 +225,11 @@ def _in_v_order(x, COUNT: gl.constexpr, PAGE: gl.constexpr):
 
 
 @gluon.jit
-def _prepare_scales(tile, n, buffers, barriers, PAGE: gl.constexpr, STAGES: gl.constexpr):
+def _prepare_scales(tile, n, buffers, barriers, V_BITS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr):
     """Prepare a tile's scales for the softmax, once for both warpgroups. n: pages of this program's tiles before.
 
     buffers.scales: for each pair of tokens, both scales of K, then both exponents of V plus LOGIT_BIAS. buffers.inverses:
-    2**-exponent times 2**-8, which is an e4m3 number, in the order of V and in eight equal columns. It is the B operand of a
+    2**-exponent as an e4m3 number (`_inverse_bits`), in the order of V and in eight equal columns. It is the B operand of a
     matrix product with P, which leaves a row's sum in every thread that holds a part of the row. Tokens behind the last count
     nothing, whatever their scales are.
     """
@@ -238,7 +246,7 @@ def _prepare_scales(tile, n, buffers, barriers, PAGE: gl.constexpr, STAGES: gl.c
         in_pairs = gl.join(k_scale, exponent + LOGIT_BIAS).reshape([PAGE // 2, 2, 2]).permute([0, 2, 1]).reshape([2 * PAGE])
         buffers.scales.index(slot).store(gl.convert_layout(in_pairs, PAIRS))
         filled = tokens < tile.seq_len - (tile.first_page + i) * PAGE
-        inverse = gl.where(filled, gl.exp2(-8.0 - exponent), 0.0)
+        inverse = gl.where(filled, gl.exp2(_inverse_bits(V_BITS) - exponent), 0.0)
         inverse = gl.convert_layout(_in_v_order(inverse[None, :], 1, PAGE), LAYOUT)
         inverses = gl.zeros([8, PAGE], gl.float32, LAYOUT) + inverse
         buffers.inverses.index(slot).store(inverses.to(gl.float8e4nv))
@@ -247,13 +255,13 @@ def _prepare_scales(tile, n, buffers, barriers, PAGE: gl.constexpr, STAGES: gl.c
 
 
 @gluon.jit
-def _scale_partition(buffers, barriers, queue, PAGE: gl.constexpr, STAGES: gl.constexpr):
+def _scale_partition(buffers, barriers, queue, V_BITS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr):
     """The warp that prepares scales."""
     tile_index = 0
     n = 0  # pages so far
     tile = get_tile(queue, 0, 1)
     while tile.pages > 0:
-        _prepare_scales(tile, n, buffers, barriers, PAGE, STAGES)
+        _prepare_scales(tile, n, buffers, barriers, V_BITS, PAGE, STAGES)
         release_tile(queue, tile_index)
         n += tile.pages
         tile_index += 1
@@ -486,8 +494,8 @@ def _codes(q, inverse):
 def _attend_tile(
     q, tensors, tile, tile_index, n, buffers, barriers, q_codes, scale, soft_cap,
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
-    K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, ORDER: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
+    K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, ORDER: gl.constexpr, HEAD_DIM: gl.constexpr, V_BITS: gl.constexpr,
+    PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """Quantize a warpgroup's query rows q of a tile, and attend to all its pages. q_codes: where the codes of q go. n: pages of
     this program's tiles before. Returns acc, l_i and m_ref after the last page, and q_bias."""
@@ -534,7 +542,7 @@ def _attend_tile(
     acc = ()
     for _ in gl.static_range(HEAD_DIM // PART):
         acc += (gl.zeros([ROWS, PART], gl.float32, O_LAYOUT),)  # type: ignore[assignment]
-    l_i = gl.zeros([ROWS, 8], gl.float32, T_LAYOUT)  # eight equal columns, 2**-8 times the sum of P
+    l_i = gl.zeros([ROWS, 8], gl.float32, T_LAYOUT)  # eight equal columns
     nothing = gl.full([ROWS], float("-inf"), gl.float32, S_ROWS)
     m_ref, m_i = softmax_reference(page_max, nothing, nothing, True)
     state = SoftmaxState(started, logits, m_ref, m_i, gl.zeros_like(m_ref), acc, l_i)
@@ -563,7 +571,7 @@ def _attend_tile(
     acc, l_i = _add_page(p, state.acc, state.l_i, state.decay, buffers, barriers, n, HEAD_DIM, PAGE, O_LAYOUT, T_LAYOUT)
     if _is_wide(HEAD_DIM):
         mbarrier.arrive(barriers.empty.index(n % STAGES))
-    return acc, gl.convert_layout(gl.max(l_i, 1), S_ROWS) * 256.0, state.m_ref, q_bias
+    return acc, gl.convert_layout(gl.max(l_i, 1), S_ROWS) * 2 ** -_inverse_bits(V_BITS), state.m_ref, q_bias
 
 
 @gluon.jit
@@ -603,7 +611,7 @@ def _attend_partition(
     tensors, buffers, barriers, queue, q_buffers, scale, soft_cap,
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
     K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, ORDER: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr,
-    PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
+    V_BITS: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that attends, number WARPGROUP of two."""
     tile_index = 0
@@ -613,7 +621,7 @@ def _attend_partition(
         q = _load_query(tensors, tile, WARPGROUP, GROUP, HEAD_DIM, BLOCK_Q, ORDER)
         acc, l_i, m_ref, q_bias = _attend_tile(
             q, tensors, tile, tile_index, n, buffers, barriers, q_buffers.index(WARPGROUP), scale, soft_cap,
-            WARPGROUP, GROUP, WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, PAGE, BLOCK_Q,
+            WARPGROUP, GROUP, WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, V_BITS, PAGE, BLOCK_Q,
         )  # fmt: skip
         _write_out(acc, l_i, m_ref, q_bias, tensors, tile, WARPGROUP, GROUP, SOFT_CAP, SINKS, V_ANCHOR, HEAD_DIM, BLOCK_Q)
         release_tile(queue, tile_index)
@@ -629,10 +637,11 @@ def _prefill_kernel(
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_rows,
     head_rows,
     GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, K_ANCHOR: gl.constexpr,
-    EQUALIZE: gl.constexpr, ORDER: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
+    EQUALIZE: gl.constexpr, ORDER: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, V_BITS: gl.constexpr,
+    PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
-    """Grid: as many programs as run at a time. Each takes one tile (query block, KV head) after the other."""
+    """Grid: as many programs as run at a time. Each takes one tile (query block, KV head) after the other. V_BITS: of values
+    before pages were widened."""
     STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     k_buffers = gl.allocate_shared_memory(gl.int8, [STAGES + 1, PAGE, HEAD_DIM], k_pages.layout)
     v_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, HEAD_DIM, PAGE], v_pages.layout)
@@ -672,17 +681,19 @@ def _prefill_kernel(
         [
             (_attend_partition, (
                 tensors, buffers, barriers, queue, q_buffers, scale, soft_cap,
-                0, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, EQUALIZE, ORDER, V_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
+                0, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, EQUALIZE, ORDER, V_ANCHOR, HEAD_DIM, V_BITS, PAGE,
+                BLOCK_Q,
             )),
             (_attend_partition, (
                 tensors, buffers, barriers, queue, q_buffers, scale, soft_cap,
-                1, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, EQUALIZE, ORDER, V_ANCHOR, HEAD_DIM, PAGE, BLOCK_Q,
+                1, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, EQUALIZE, ORDER, V_ANCHOR, HEAD_DIM, V_BITS, PAGE,
+                BLOCK_Q,
             )),
             (_copy_partition, (
                 source, buffers, barriers, queue, counters, tables, num_reqs, q_blocks, kv_heads,
                 WINDOW, HEAD_DIM, PAGE, BLOCK_Q,
             )),
-            (_scale_partition, (buffers, barriers, queue, PAGE, STAGES)),
+            (_scale_partition, (buffers, barriers, queue, V_BITS, PAGE, STAGES)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -691,11 +702,17 @@ def _prefill_kernel(
 
 def supports(layout: PageLayout, group: int) -> bool:
     """Whether there is a kernel for pages of this layout and `group` query heads per KV head."""
-    return layout.head_dim in (64, 128, 256) and layout.v_bits == 8 and group <= BLOCK_M
+    return layout.head_dim in (64, 128, 256) and group <= BLOCK_M
 
 
 SCRATCH = 512 << 20
-"""Bytes of INT8 pages that INT4 pages are widened to at a time. One KV head of one request may take more."""
+"""Bytes of wide pages that pages of 4-bit codes are widened to at a time. One KV head of one request may take more."""
+
+
+@functools.cache
+def _rotation(head_dim: int, device: torch.device) -> torch.Tensor:
+    """`reference.rotate_values` as a matrix, float32 [head_dim, head_dim], from the right."""
+    return rotate_values(torch.eye(head_dim)).to(device)
 
 
 def _even_part(count: int, most: int) -> int:
@@ -714,12 +731,12 @@ def prefill(
 ) -> None:
     """`reference.attention` with the same arguments, where `supports` holds; writes `out`, which has query's shape.
 
-    There is no kernel for batch.rope_shift and modifiers.q_block. INT4 pages are widened to INT8 ones first (`widen`), SCRATCH
-    bytes at a time.
+    There is no kernel for batch.rope_shift and modifiers.q_block. Pages of 4-bit keys or values are widened to 8 bits first
+    (`widen`), SCRATCH bytes at a time.
     """
     modifiers = modifiers or Modifiers()
-    if layout.k_bits == 8:
-        _launch(query, pages, layout, batch, scale, out, modifiers, modifiers.calibration_for(batch, 8))
+    if layout.k_bits == layout.v_bits == 8:
+        _launch(query, pages, layout, batch, scale, out, modifiers, modifiers.calibration_for(batch, 8), 8)
         return
     requests, kv_heads, group = batch.num_requests, pages.shape[1], query.shape[1] // pages.shape[1]
     longest = min(batch.max_seq_len or 1 << 31, batch.block_table.shape[-1] * layout.tokens)
@@ -736,8 +753,12 @@ def prefill(
                 part = replace(part, block_table=part.block_table[:, kv])
             wide, wide_layout, part = widen(pages[:, kv], layout, part, longest, modifiers.window)
             of_heads = modifiers.heads(kv, group)
-            calibration = of_heads.calibration_for(part, 4)
-            _launch(query[:, own], wide, wide_layout, part, scale, out[:, own], of_heads, calibration)
+            calibration = of_heads.calibration_for(part, layout.k_bits)
+            if layout.v_bits == 4 and calibration.v_anchor is not None:  # it joins an output that is still rotated
+                calibration = replace(calibration, v_anchor=calibration.v_anchor @ _rotation(layout.head_dim, query.device))
+            _launch(query[:, own], wide, wide_layout, part, scale, out[:, own], of_heads, calibration, layout.v_bits)
+            if layout.v_bits == 4:
+                rotate_output_back(out[:, own], part)
 
 
 def _launch(
@@ -749,8 +770,10 @@ def _launch(
     out: torch.Tensor,
     modifiers: Modifiers,
     calibration: LayerCalibration,
+    v_bits: int,
 ) -> None:
-    """`prefill` for pages of INT8 keys. calibration: in place of modifiers.calibration."""
+    """`prefill` for pages of INT8 keys and e4m3 values. calibration: in place of modifiers.calibration. v_bits: of values
+    before pages were widened."""
     tokens, heads, head_dim = query.shape
     kv_heads, group = pages.shape[1], heads // pages.shape[1]
     q_blocks = tokens // (BLOCK_M // group) + batch.num_requests
@@ -762,5 +785,6 @@ def _launch(
         modifiers.soft_cap, batch.num_requests, q_blocks, kv_heads,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *batch.table_strides, *page_rows(pages, layout),
         GROUP=group, WINDOW=modifiers.window, SOFT_CAP=modifiers.soft_cap > 0, SINKS=modifiers.sinks is not None,
-        **calibration_constants(calibration), HEAD_DIM=head_dim, PAGE=layout.tokens, BLOCK_Q=BLOCK_M // group, num_warps=4,
+        **calibration_constants(calibration), HEAD_DIM=head_dim, V_BITS=v_bits, PAGE=layout.tokens,
+        BLOCK_Q=BLOCK_M // group, num_warps=4,
     )  # fmt: skip

@@ -19,8 +19,8 @@ P_BITS = tl.constexpr(float(reference.P_BITS))
 FALL_BITS = tl.constexpr(float(reference.FALL_BITS))
 V_SCALE_MIN, V_SCALE_MAX = (tl.constexpr(scale) for scale in reference.V_SCALES)
 V_SCALE_FINE = tl.constexpr(reference.V_SCALE_FINE)
-V_INT4_TOP = tl.constexpr(reference.V_INT4_TOP)
-V_INT4_SCALE_MIN, V_INT4_SCALE_MAX = (tl.constexpr(scale) for scale in reference.V_INT4_SCALES)
+V_INT4_INVERSE = tl.constexpr(reference.V_INT4_INVERSE)
+V_INT4_LEAST = tl.constexpr(reference.V_INT4_LEAST)
 NO_FRACTION = tl.constexpr(12582912.0)
 """1.5 * 2**23. A float32 plus this is rounded to a whole number, which its last bits then hold."""
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
@@ -434,3 +434,20 @@ def attend_page(
     # (SageAttention2, section 3.4). Rescaling acc to the new reference is the same FMA, at no extra cost.
     decay = tl.exp2(state.m_ref - finite)
     return SoftmaxState(state.acc * decay[:, None] + pv, state.l_i * decay + row_sum, m_ref, m_i)
+
+
+@triton.jit
+def hadamard(x, SPAN: tl.constexpr):
+    """x, float32 [rows, channels], times the normalized Hadamard matrix of each SPAN channels, addition by addition as in
+    `reference.rotate_values`. A sum is kept where its first term was, so that most partners are in the same thread."""
+    LOG: tl.constexpr = 6 if SPAN == 64 else 4
+    ROWS: tl.constexpr = x.shape[0] * x.shape[1] // SPAN
+    y = x.reshape([ROWS, SPAN])
+    for bit in tl.static_range(LOG):
+        pairs = y.reshape([ROWS, SPAN >> (bit + 1), 2, 1 << bit])
+        if bit < 3:
+            first, second = tl.split(pairs.permute([0, 1, 3, 2]))
+            y = tl.join(first + second, first - second).permute([0, 1, 3, 2]).reshape([ROWS, SPAN])
+        else:
+            y = (tl.sum(pairs, 2, keep_dims=True) + pairs * (tl.arange(0, 2) * -2.0)[None, None, :, None]).reshape([ROWS, SPAN])
+    return (y * SPAN**-0.5).reshape(x.shape)

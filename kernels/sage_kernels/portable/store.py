@@ -10,15 +10,15 @@ from sage_kernels.device import dependent_launch, fp8_path
 from sage_kernels.portable.primitives import (
     GROUP_BYTES,
     NO_FRACTION,
-    V_INT4_SCALE_MAX,
-    V_INT4_SCALE_MIN,
-    V_INT4_TOP,
+    V_INT4_INVERSE,
+    V_INT4_LEAST,
     V_SCALE_FINE,
     V_SCALE_MAX,
     V_SCALE_MIN,
     await_previous_kernel,
     e4m3_bits_to_half,
     fine_exponent,
+    hadamard,
     inverse_or_zero,
     next_power_of_two,
     rope_pairs,
@@ -33,12 +33,11 @@ from sage_kernels.portable.primitives import (
     v_token,
 )
 from sage_kernels.portable.query_tile import calibration_constants, calibration_tensors
-from sage_kernels.reference import V_EIGHTHS, V_INT4_EIGHTHS
+from sage_kernels.reference import V_EIGHTHS
 from sage_paged import PageLayout
 
 BLOCK_TOKENS = 16
 _EIGHTHS, _END = tl.constexpr(V_EIGHTHS.start), tl.constexpr(V_EIGHTHS.stop)
-_FIRST_EIGHTHS, _LAST_EIGHTHS = tl.constexpr(V_INT4_EIGHTHS.start), tl.constexpr(V_INT4_EIGHTHS.stop)
 
 
 @triton.jit
@@ -52,13 +51,19 @@ def _to_e4m3(x, FP8: tl.constexpr):
 
 
 @triton.jit
+def _from_e4m3(codes, FP8: tl.constexpr):
+    """The numbers of `_to_e4m3`, float32."""
+    if FP8 == "native":
+        x = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        x = e4m3_bits_to_half(codes.to(tl.uint8, bitcast=True)).to(tl.float32) * 256.0
+    return x
+
+
+@triton.jit
 def _e4m3_error(x, FP8: tl.constexpr):
     """Squared error of x, float32 [tokens, channels], in e4m3: sums over rows, float32 [tokens]."""
-    codes = _to_e4m3(x, FP8)
-    if FP8 == "native":
-        error = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) - x
-    else:
-        error = e4m3_bits_to_half(codes.to(tl.uint8, bitcast=True)).to(tl.float32) * 256.0 - x
+    error = _from_e4m3(_to_e4m3(x, FP8), FP8) - x
     return tl.sum(error * error, 1)
 
 
@@ -83,55 +88,22 @@ def _quantize_v(v, FINE: tl.constexpr, FP8: tl.constexpr):
 
 
 @triton.jit
-def _rotate_values(v, SPAN: tl.constexpr, LOG: tl.constexpr):
-    """`reference.rotate_values` of float32 [tokens, channels], addition by addition. SPAN: 2**LOG channels that are mixed."""
-    ROWS: tl.constexpr = v.shape[0] * v.shape[1] // SPAN
-    spans = (v * rotation_signs(tl.arange(0, v.shape[1]))[None, :]).reshape([ROWS, SPAN])
-    for _ in tl.static_range(LOG):
-        even, odd = tl.split(spans.reshape([ROWS, SPAN // 2, 2]))
-        spans = tl.join(even + odd, even - odd).permute([0, 2, 1]).reshape([ROWS, SPAN])
-    return (spans * SPAN**-0.5).reshape(v.shape)
-
-
-@triton.jit
-def _nearest_level(scaled):
-    """The nearest level of 4-bit values to each of `scaled`, float32, not negative, in the levels' units. Returns levels,
-    float32, and magnitudes, int32."""
-    level = tl.full(scaled.shape, 1.0, tl.float32)
-    magnitude = tl.zeros(scaled.shape, tl.int32)
-    for m in tl.static_range(7):
-        above = scaled > (v_int4_level(m) + v_int4_level(m + 1)) / 2
-        level = tl.where(above, v_int4_level(m + 1) * 1.0, level)
-        magnitude += above.to(tl.int32)
-    return level, magnitude
-
-
-@triton.jit
-def _quantize_v_int4(v, HEAD_DIM: tl.constexpr):
-    """`reference.quantize_v_int4`. v: rotated values, float32 [tokens, channels], 0 from HEAD_DIM on. Returns packed bytes,
-    int8 [tokens, channels // 2], and exponents, float32 [tokens]."""
+def _quantize_v_int4(v, FP8: tl.constexpr):
+    """`reference.quantize_v_int4`. v: rotated values, float32 [tokens, channels]. Returns packed bytes, int8 [tokens, channels
+    // 2], and exponents, float32 [tokens]."""
     magnitude = tl.abs(v)
-    power = next_power_of_two(tl.math.div_rn(tl.max(magnitude, 1), V_INT4_TOP))
-    power = tl.minimum(tl.maximum(power, V_INT4_SCALE_MIN), V_INT4_SCALE_MAX)
-    whole = ((power.to(tl.int32, bitcast=True) >> 23) - 128).to(tl.float32)
-    exponent, factor, least = whole, 1024.0 / power, whole
-    for eighths in tl.static_range(_FIRST_EIGHTHS, _LAST_EIGHTHS, -1):
-        scaled = magnitude * (128.0 * eighths / power)[:, None]
-        miss = _nearest_level(scaled)[0] - scaled
-        if v.shape[1] != HEAD_DIM:  # no level is 0
-            miss = tl.where((tl.arange(0, v.shape[1]) < HEAD_DIM)[None, :], miss, 0.0)
-        error = tl.sum(miss * miss, 1) * (64 / (eighths * eighths))
-        if eighths == _FIRST_EIGHTHS:
-            least = error
-        else:
-            better = error < least
-            least = tl.where(better, error, least)
-            exponent = tl.where(better, whole + fine_exponent(eighths), exponent)
-            factor = tl.where(better, 128.0 * eighths / power, factor)
-    _, codes = _nearest_level(magnitude * factor[:, None])
-    codes |= tl.where(v < 0.0, 8, 0)
+    amax = tl.max(magnitude, 1)
+    inverse = tl.minimum(tl.maximum(tl.math.div_rn(V_INT4_INVERSE, amax), V_INT4_LEAST), 448.0)
+    inverse = _from_e4m3(_to_e4m3(inverse, FP8), FP8) / 32.0
+    scaled = magnitude * (inverse * 512.0)[:, None]
+    codes = tl.where(v < 0.0, 8, 0)
+    for m in tl.static_range(7):
+        codes += (scaled > (v_int4_level(m) + v_int4_level(m + 1)) / 2).to(tl.int32)
     low, high = tl.split(codes.reshape([v.shape[0], v.shape[1] // 2, 2]))
-    return (low | (high << 4)).to(tl.int8), tl.where(least < float("inf"), exponent, float("nan"))
+    bits = inverse.to(tl.int32, bitcast=True)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)  # from 0.5 on, as of frexp
+    exponent = (126 - (bits >> 23)).to(tl.float32) - to_whole(tl.log2(mantissa) * 65536.0) / 65536.0
+    return (low | (high << 4)).to(tl.int8), tl.where(amax < float("inf"), exponent, float("nan"))
 
 
 @triton.jit
@@ -216,13 +188,11 @@ def _pack_int4(low, high, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl
     codes = tl.join(low, high).reshape([BLOCK_T * GROUPS, 2 * GROUP])
     least, largest = tl.min(codes, 1), tl.max(codes, 1)
     whole = tl.maximum((largest - least + 14.0).to(tl.int32) // 15, 1).to(tl.float32)
-    best = None
-    for less in tl.static_range(2):
-        step = tl.maximum(whole - less, 1.0)
-        best = _better(best, codes, step, least, False, less == 1)
-        best = _better(best, codes, step, largest - 15.0 * step, less == 1, False)
-        best = _better(best, codes, step, tl.floor((least + largest - 15.0 * step) * 0.5), less == 1, less == 1)
-    _, step, zero = best  # type: ignore[misc]  # it is not None any more
+    best = _better(None, codes, whole, least, False, False)
+    best = _better(best, codes, whole, largest - 15.0 * whole, False, False)
+    best = _better(best, codes, whole, tl.floor((least + largest - 15.0 * whole) * 0.5), False, False)
+    less = tl.maximum(whole - 1.0, 1.0)
+    _, step, zero = _better(best, codes, less, tl.floor((least + largest - 15.0 * less) * 0.5), True, True)
     levels = _levels(codes, step, zero, True, True).to(tl.int32, bitcast=True)
     low, high = tl.split((levels & 0xF).reshape([BLOCK_T, GROUPS * GROUP, 2]))
     packed = (low | (high << 4)).to(tl.int8)
@@ -322,8 +292,7 @@ def _store_kernel(
     if V_BITS == 8:
         v, v_exponent = _quantize_v(v, K_BITS == 8, FP8)
     else:
-        SPAN: tl.constexpr = rotation_span(HEAD_DIM)
-        v, v_exponent = _quantize_v_int4(_rotate_values(v, SPAN, 6 if SPAN == 64 else 4), HEAD_DIM)
+        v, v_exponent = _quantize_v_int4(hadamard(v * rotation_signs(channels)[None, :], rotation_span(HEAD_DIM)), FP8)
     v_rows = tl.arange(0, v.shape[1])
     V_ROWS: tl.constexpr = HEAD_DIM * V_BITS // 8
 

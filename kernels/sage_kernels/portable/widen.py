@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Widening: pages of INT4 keys as pages of INT8 keys, for kernels that read only these.
+"""Widening: pages of 4-bit keys or values as pages of INT8 keys and e4m3 values, for kernels that read only these.
 
-INT4 keys stand for INT8 codes (`reference.unpack_int4`), so attention to either page gives the same result, bit for bit.
+INT4 keys stand for INT8 codes (`reference.unpack_int4`) and 4-bit values for e4m3 codes (`reference.v_levels`), so attention to
+either page gives the same result, bit for bit. Values stay rotated, and so is the output: `rotate_output_back` ends that.
 Prefill reads each page of the history once for every 128 query rows; widening it once before costs a fraction of that.
 """
 
@@ -12,19 +13,85 @@ import triton
 import triton.language as tl
 
 from sage_kernels.batch import PagedBatch
-from sage_kernels.portable.primitives import GROUP_BYTES, TABLE_STRIDES, TABLES, section_offset, v_exponent_in_scale
+from sage_kernels.portable.primitives import (
+    GROUP_BYTES,
+    TABLE_STRIDES,
+    TABLES,
+    hadamard,
+    rotation_signs,
+    rotation_span,
+    section_offset,
+    v_exponent_in_scale,
+)
 from sage_paged import PageLayout
+
+
+@triton.jit
+def _widen_keys(
+    narrow_i8, narrow_i32, wide_i32, source, target,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """The codes of K of the page at `source`, bytes from the start of the cache, to the wide page at `target`."""
+    if K_BITS == 8:
+        words = tl.arange(0, PAGE * HEAD_DIM // 4)
+        tl.store(wide_i32 + target // 4 + words, tl.load(narrow_i32 + source // 4 + words))
+    else:
+        K_ROW: tl.constexpr = HEAD_DIM // 2
+        GROUPS: tl.constexpr = K_ROW // GROUP_BYTES
+        # Four bytes at a time: with 128 added to zero points, no byte of zero + step * nibble carries into the next.
+        tokens = tl.arange(0, PAGE)
+        groups = tl.arange(0, GROUPS)
+        in_group = groups[None, :, None] * (GROUP_BYTES // 4) + tl.arange(0, GROUP_BYTES // 4)[None, None, :]
+        packed = tl.load(narrow_i32 + source // 4 + tokens[:, None, None] * (K_ROW // 4) + in_group)
+        section = narrow_i8 + source + section_offset("k_groups", HEAD_DIM, 4, PAGE, V_BITS)
+        steps = section + tokens[:, None] * 2 * GROUPS + groups[None, :]
+        step = tl.load(steps).to(tl.int32)[:, :, None]
+        zero = ((tl.load(steps + GROUPS).to(tl.int32) + 128) * 0x01010101)[:, :, None]
+        # The low nibbles of the first group, 0 in others.
+        section = narrow_i32 + (source + section_offset("k_low", HEAD_DIM, 4, PAGE, V_BITS)) // 4
+        in_first = groups[None, :, None] == 0
+        first = tl.load(section + tokens[:, None, None] * (GROUP_BYTES // 4) + in_group, mask=in_first, other=0)
+        k = wide_i32 + target // 4 + tokens[:, None, None] * (HEAD_DIM // 4) + in_group
+        low = (packed & 0x0F0F0F0F) * step + (first & 0x0F0F0F0F)
+        high = ((packed >> 4) & 0x0F0F0F0F) * step + ((first >> 4) & 0x0F0F0F0F)
+        tl.store(k, (low + zero) ^ -0x7F7F7F80)
+        tl.store(k + K_ROW // 4, (high + zero) ^ -0x7F7F7F80)
+
+
+@triton.jit
+def _widen_values(
+    narrow_i32, wide_i32, source, target,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """The codes of V, likewise."""
+    v = narrow_i32 + (source + section_offset("v", HEAD_DIM, K_BITS, PAGE, V_BITS)) // 4
+    wide_v = wide_i32 + (target + section_offset("v", HEAD_DIM, 8, PAGE)) // 4
+    if V_BITS == 8:
+        words = tl.arange(0, PAGE * HEAD_DIM // 4)
+        tl.store(wide_v + words, tl.load(v + words))
+    else:  # a row has two adjacent channels
+        row, tokens = tl.arange(0, HEAD_DIM // 2)[:, None], tl.arange(0, PAGE // 4)[None, :]
+        packed = tl.load(v + row * (PAGE // 4) + tokens)
+        wide_v += row * (2 * PAGE // 4) + tokens
+        tl.store(wide_v, _four_values(packed))
+        tl.store(wide_v + PAGE // 4, _four_values(packed >> 4))
+
+
+@triton.jit
+def _four_values(packed):
+    """The low nibbles of four bytes as e4m3 codes (`primitives.widen_v_int4`)."""
+    magnitude = packed & 0x07070707
+    return ((packed & 0x08080808) << 4) | (magnitude * 3 + ((magnitude >> 2) & 0x01010101) + 0x01010101)
 
 
 @triton.jit(do_not_specialize=["pages", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _widen_kernel(
     narrow_i8, narrow_i32, wide_i32, block_table, seq_lens, query_start_loc, pages,
     table_stride, table_head_stride, block_stride, head_stride,
-    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, WIDE_BYTES: tl.constexpr, WINDOW: tl.constexpr,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr, WIDE_BYTES: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Grid: (pages, KV heads, requests)."""
-    K_ROW: tl.constexpr = HEAD_DIM // 2
-    GROUPS: tl.constexpr = K_ROW // GROUP_BYTES
     page = tl.program_id(0)
     head = tl.program_id(1)
     request = tl.program_id(2)
@@ -38,35 +105,25 @@ def _widen_kernel(
     block = tl.load(block_table + request.to(tl.int64) * table_stride + head * table_head_stride + page)
     source = block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride
     target = ((request.to(tl.int64) * pages + page) * tl.num_programs(1) + head) * WIDE_BYTES
-    # Four bytes at a time: with 128 added to zero points, no byte of zero + step * nibble carries into the next.
+    _widen_keys(narrow_i8, narrow_i32, wide_i32, source, target, HEAD_DIM, K_BITS, V_BITS, PAGE)
+    _widen_values(narrow_i32, wide_i32, source, target, HEAD_DIM, K_BITS, V_BITS, PAGE)
     tokens = tl.arange(0, PAGE)
-    groups = tl.arange(0, GROUPS)
-    in_group = groups[None, :, None] * (GROUP_BYTES // 4) + tl.arange(0, GROUP_BYTES // 4)[None, None, :]
-    packed = tl.load(narrow_i32 + source // 4 + tokens[:, None, None] * (K_ROW // 4) + in_group)
-    steps = narrow_i8 + source + section_offset("k_groups", HEAD_DIM, 4, PAGE) + tokens[:, None] * 2 * GROUPS + groups[None, :]
-    step = tl.load(steps).to(tl.int32)[:, :, None]
-    zero = ((tl.load(steps + GROUPS).to(tl.int32) + 128) * 0x01010101)[:, :, None]
-    # The low nibbles of the first group, 0 in others.
-    low_words = narrow_i32 + (source + section_offset("k_low", HEAD_DIM, 4, PAGE)) // 4
-    first = tl.load(low_words + tokens[:, None, None] * (GROUP_BYTES // 4) + in_group, mask=groups[None, :, None] == 0, other=0)
-    k = wide_i32 + target // 4 + tokens[:, None, None] * (HEAD_DIM // 4) + in_group
-    low = (packed & 0x0F0F0F0F) * step + (first & 0x0F0F0F0F)
-    high = ((packed >> 4) & 0x0F0F0F0F) * step + ((first >> 4) & 0x0F0F0F0F)
-    tl.store(k, (low + zero) ^ -0x7F7F7F80)
-    tl.store(k + K_ROW // 4, (high + zero) ^ -0x7F7F7F80)
-    words = tl.arange(0, PAGE * HEAD_DIM // 4)
-    v = tl.load(narrow_i32 + (source + section_offset("v", HEAD_DIM, 4, PAGE)) // 4 + words)
-    tl.store(wide_i32 + (target + section_offset("v", HEAD_DIM, 8, PAGE)) // 4 + words, v)
-    k_scale = tl.load(narrow_i32 + (source + section_offset("k_scale", HEAD_DIM, 4, PAGE)) // 4 + tokens)
-    tl.store(wide_i32 + (target + section_offset("k_scale", HEAD_DIM, 8, PAGE)) // 4 + tokens, k_scale)
-    v_exponent = wide_i32 + (target + section_offset("v_exponent", HEAD_DIM, 8, PAGE)) // 4 + tokens
-    tl.store(v_exponent, v_exponent_in_scale(k_scale).to(tl.int32, bitcast=True))
+    scales = narrow_i32 + (source + section_offset("k_scale", HEAD_DIM, K_BITS, PAGE, V_BITS)) // 4 + tokens
+    k_scale = tl.load(scales)
+    if K_BITS == 4 and V_BITS == 8:
+        v_exponent = v_exponent_in_scale(k_scale).to(tl.int32, bitcast=True)
+    else:
+        v_exponent = tl.load(scales + PAGE)
+    wide_scales = wide_i32 + (target + section_offset("k_scale", HEAD_DIM, 8, PAGE)) // 4 + tokens
+    tl.store(wide_scales, k_scale)
+    tl.store(wide_scales + PAGE, v_exponent)
 
 
 def widen(
     pages: torch.Tensor, layout: PageLayout, batch: PagedBatch, max_seq_len: int, window: int = 0
 ) -> tuple[torch.Tensor, PageLayout, PagedBatch]:
-    """Copies of the batch's pages with INT8 keys: the cache that holds them, its layout, and the batch with its block table.
+    """Copies of the batch's pages with INT8 keys and e4m3 values: the cache that holds them, its layout, and the batch with its
+    block table.
 
     max_seq_len: upper bound on the tokens of a request. Pages that no query of a request sees through the window are skipped;
     their copies hold anything. head_dim must be a power of two.
@@ -78,7 +135,31 @@ def widen(
     _widen_kernel[(used, kv_heads, requests)](
         pages.view(torch.int8), pages.view(torch.int32), wide.view(torch.int32), batch.block_table, batch.seq_lens,
         batch.query_start_loc, used, *batch.table_strides, pages.stride(0), pages.stride(1),
-        HEAD_DIM=layout.head_dim, PAGE=layout.tokens, WIDE_BYTES=wide_layout.page_bytes, WINDOW=window, num_warps=4,
+        HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, V_BITS=layout.v_bits, PAGE=layout.tokens,
+        WIDE_BYTES=wide_layout.page_bytes, WINDOW=window, num_warps=4,
     )  # fmt: skip
     table = torch.arange(requests * used, dtype=torch.int32, device=pages.device).view(requests, used)
     return wide, wide_layout, replace(batch, block_table=table)
+
+
+@triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
+def _rotate_output_kernel(
+    out, query_start_loc, num_reqs, token_stride, head_stride, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """Grid: (token blocks, query heads)."""
+    token = tl.load(query_start_loc) + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    valid = (token < tl.load(query_start_loc + num_reqs))[:, None]
+    channels = tl.arange(0, HEAD_DIM)
+    rows = out + token[:, None].to(tl.int64) * token_stride + tl.program_id(1) * head_stride + channels[None, :]
+    x = hadamard(tl.load(rows, mask=valid, other=0.0).to(tl.float32), rotation_span(HEAD_DIM))
+    tl.store(rows, (x * rotation_signs(channels)[None, :]).to(out.dtype.element_ty), mask=valid)
+
+
+def rotate_output_back(out: torch.Tensor, batch: PagedBatch) -> None:
+    """`reference.rotate_values_back` of attention's output [tokens, heads, head_dim], in place: the rows of the batch's
+    requests. head_dim must be a power of two."""
+    tokens, heads, head_dim = out.shape
+    _rotate_output_kernel[(triton.cdiv(tokens, 16), heads)](
+        out, batch.query_start_loc, batch.num_requests, out.stride(0), out.stride(1), HEAD_DIM=head_dim, BLOCK_T=16,
+        num_warps=4,
+    )  # fmt: skip

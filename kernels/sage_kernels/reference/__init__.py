@@ -13,9 +13,8 @@ from sage_kernels.reference.quantize import (
     P_BITS,
     TILE_ROWS,
     V_EIGHTHS,
-    V_INT4_EIGHTHS,
-    V_INT4_SCALES,
-    V_INT4_TOP,
+    V_INT4_INVERSE,
+    V_INT4_LEAST,
     V_SCALE_FINE,
     V_SCALES,
     QueryTerms,
@@ -42,8 +41,8 @@ from sage_kernels.reference.quantize import (
 from sage_kernels.reference.recall import REACH, SCORE_BITS, max_query_blocks, select_pages, store_summaries
 
 __all__ = [
-    "FALL_BITS", "FP8_MAX", "LOG2E", "P_BITS", "REACH", "SCORE_BITS", "TILE_ROWS", "V_EIGHTHS", "V_INT4_EIGHTHS",
-    "V_INT4_SCALES", "V_INT4_TOP", "V_SCALES", "V_SCALE_FINE", "QueryTerms", "attention", "code_product",
+    "FALL_BITS", "FP8_MAX", "LOG2E", "P_BITS", "REACH", "SCORE_BITS", "TILE_ROWS", "V_EIGHTHS", "V_INT4_INVERSE",
+    "V_INT4_LEAST", "V_SCALES", "V_SCALE_FINE", "QueryTerms", "attention", "code_product",
     "exact_attention", "fine_exponent", "key_codes", "load", "max_query_blocks", "pack_int4", "prepare_keys",
     "prepare_queries", "qk_product", "quantize_k", "quantize_p", "quantize_q", "quantize_v", "quantize_v_int4",
     "query_terms", "restore_keys", "rope_shift_table", "rotate_back", "rotate_values", "rotate_values_back",
