@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of an engine that this backend serves."""
+"""The models of an engine, and those of their layers that this backend serves."""
 
 from typing import Any
 
@@ -14,3 +14,11 @@ def own_impls(config: Any) -> dict[str, Any]:
     layers = config.compilation_config.static_forward_context
     impls = {name: getattr(layer, "impl", None) for name, layer in layers.items()}
     return {name: impl for name, impl in impls.items() if getattr(impl, "backend", None) == BACKEND}
+
+
+def models(worker: Any) -> list[Any]:
+    """A worker's model, and its drafter's if that is one too."""
+    runner = worker.model_runner
+    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    drafting = getattr(drafter, "model", None)
+    return [worker.get_model(), *([] if drafting is None else [drafting])]

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoPE frequencies of a model, for pages that are read at other positions than their own (`extrapolate`)."""
+"""RoPE frequencies of a model: for calibration, which counts keys at further positions, and for pages that are read at other
+positions than their own (`extrapolate`)."""
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-from sage_backend.features.layers import own_impls
+from sage_backend.features.layers import models, own_impls
 from sage_kernels import reference
 
 _FREQUENCIES: dict[str, Callable[[Any], torch.Tensor]] = {
@@ -22,10 +23,12 @@ _FREQUENCIES: dict[str, Callable[[Any], torch.Tensor]] = {
 }
 """vLLM's rotary embeddings whose angles are frequency times position, whatever the length of the context. Some also scale
 queries and keys, which makes no difference to rotations."""
-_SWITCHES = ("use_rope", "_use_rope", "apply_rope_all_layers", "is_local_attention", "v1", "force_rope")
-"""Attributes of attention modules in vLLM's models. In layers of full attention, each is false where RoPE is not applied."""
 _ROPE_TYPES = ("default", "llama3", "linear", "yarn", "longrope")
 """The same in a model's configuration."""
+_SWITCHES = ("use_rope", "_use_rope", "is_local_attention")
+"""Attributes of attention modules in vLLM's models, each false where RoPE is not applied."""
+_SWITCHES_OF_FULL_ATTENTION = ("apply_rope_all_layers", "v1", "force_rope")
+"""The same in layers of full attention. With a sliding window, these models always apply it."""
 
 
 def _only(factors: Any) -> float:
@@ -59,36 +62,50 @@ def _refusal(model: str, positions: str) -> str:
     )
 
 
-def find_frequencies(models: Iterable[torch.nn.Module], config: Any) -> None:
-    """Give the layers of this backend that rotate pages the RoPE frequencies of their models.
+class Rope(NamedTuple):
+    """The rotary positions of a layer. form: vLLM's class of them; empty if none was found next to the layer. frequencies: of
+    each RoPE pair, in radians a position; zeros where no RoPE is applied; None for a form that is not known."""
 
-    models: the model and its drafter, if that is a model; config: VllmConfig. Raises ValueError for a model whose attention has
-    rotary embeddings of another form.
-    """
-    beside = {id(layer): parent for model in models for parent in model.modules() for layer in parent.children()}
-    layers, max_tokens = config.compilation_config.static_forward_context, config.model_config.max_model_len
-    for name, impl in own_impls(config).items():
-        if impl.rotates_pages:
-            attention = beside.get(id(layers[name]))
-            if not hasattr(attention, "rotary_emb"):
-                raise ValueError(_refusal(config.model_config.model, f"not found next to {name}"))
-            impl.frequencies = _frequencies(attention, impl.head_size, config.model_config.model)
-            impl.max_pages = -(-max_tokens // impl.layout.tokens) + 1
+    form: str
+    frequencies: tuple[float, ...] | None
 
 
-def _frequencies(attention: Any, head_size: int, model: str) -> tuple[float, ...]:
-    """RoPE frequencies, radians a position, of a model's module with a layer of full attention; zeros where it applies no RoPE.
+def ropes(worker: Any) -> dict[str, Rope]:
+    """The rotary positions of this backend's layers in a worker, by vLLM's name."""
+    config = worker.vllm_config
+    beside = {id(layer): parent for model in models(worker) for parent in model.modules() for layer in parent.children()}
+    layers = config.compilation_config.static_forward_context
+    return {name: _rope(beside.get(id(layers[name])), impl) for name, impl in own_impls(config).items()}
 
-    Raises ValueError for those of another form.
-    """
+
+def _rope(attention: Any, impl: Any) -> Rope:
+    """The rotary positions of a layer (SageImpl) by the module of the model that has it, if there is one."""
+    if not hasattr(attention, "rotary_emb"):
+        return Rope("", None)
     rotary = attention.rotary_emb
-    if rotary is None or not all(getattr(attention, switch, True) for switch in _SWITCHES):
-        return (0.0,) * (head_size // 2)
+    switches = _SWITCHES if impl.window else _SWITCHES + _SWITCHES_OF_FULL_ATTENTION
     form = type(rotary).__name__
+    if rotary is None or not all(getattr(attention, switch, True) for switch in switches):
+        return Rope(form, (0.0,) * (impl.head_size // 2))
     in_halves = getattr(rotary, "is_neox_style", True)  # vLLM's longrope has no other style, and does not say so
-    if form not in _FREQUENCIES or not in_halves or rotary.rotary_dim != head_size:
-        raise ValueError(_refusal(model, f"of the form {form!r}"))
-    return tuple(_FREQUENCIES[form](rotary).tolist())
+    if form not in _FREQUENCIES or not in_halves or rotary.rotary_dim != impl.head_size:
+        return Rope(form, None)
+    return Rope(form, tuple(_FREQUENCIES[form](rotary).tolist()))
+
+
+def find_frequencies(worker: Any) -> None:
+    """Give a worker's layers that rotate pages the RoPE frequencies of their models. Raises ValueError for a model whose
+    attention has rotary embeddings of another form."""
+    config = worker.vllm_config
+    impls, model = own_impls(config), config.model_config
+    for name, rope in ropes(worker).items():
+        impl = impls[name]
+        if impl.rotates_pages:
+            if rope.frequencies is None:
+                found = f"of the form {rope.form!r}" if rope.form else f"not found next to {name}"
+                raise ValueError(_refusal(model.model, found))
+            impl.frequencies = rope.frequencies
+            impl.max_pages = -(-model.max_model_len // impl.layout.tokens) + 1
 
 
 @functools.cache

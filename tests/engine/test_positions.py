@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages at other RoPE positions than their own: which forms of RoPE can be changed, and by which frequencies."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,35 +55,53 @@ ROPES: dict[str, dict[str, Any]] = {
 class AttentionModule(torch.nn.Module):
     """An attention layer of this backend beside its rotary embedding, as in vLLM's models."""
 
-    def __init__(self, rotary: torch.nn.Module | None, **switches: bool) -> None:
+    def __init__(self, rotary: torch.nn.Module | None, window: int = 0, **switches: bool) -> None:
         super().__init__()
         self.attn, self.rotary_emb = torch.nn.Module(), rotary
-        self.attn.impl = SimpleNamespace(backend=BACKEND, rotates_pages=True, head_size=HEAD, layout=PageLayout(HEAD))
+        layer = {"rotates_pages": not window, "window": window, "head_size": HEAD, "layout": PageLayout(HEAD)}
+        self.attn.impl = SimpleNamespace(backend=BACKEND, **layer)
         for name, value in switches.items():
             setattr(self, name, value)
 
 
-def frequencies(attention: AttentionModule, max_model_len: int = 4 * TRAINED) -> torch.Tensor:
+def worker(attention: AttentionModule, max_model_len: int = 4 * TRAINED) -> Any:
+    """One whose drafter has this layer."""
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context={"draft.layers.0.attn": attention.attn}),
         model_config=SimpleNamespace(model="m", max_model_len=max_model_len),
     )
-    positions.find_frequencies([torch.nn.Module(), attention], config)
+    runner = SimpleNamespace(drafter=SimpleNamespace(model=attention))
+    return SimpleNamespace(vllm_config=config, model_runner=runner, get_model=torch.nn.Module)
+
+
+def frequencies(attention: AttentionModule, max_model_len: int = 4 * TRAINED) -> torch.Tensor:
+    positions.find_frequencies(worker(attention, max_model_len))
     return torch.tensor(attention.attn.impl.frequencies)
 
 
-@pytest.mark.parametrize("max_model_len", [TRAINED, 4 * TRAINED])
-@pytest.mark.parametrize("form", ROPES)
-def test_keys_are_turned_as_the_model_turned_them(form: str, max_model_len: int) -> None:
-    """A key at position 1000 that is turned back by 10 pages is the same key 640 positions earlier, in vLLM's own embedding."""
+def rope(attention: AttentionModule) -> positions.Rope:
+    return positions.ropes(worker(attention))["draft.layers.0.attn"]
+
+
+@contextmanager
+def embedding(form: str = "default", max_model_len: int = TRAINED, neox: bool = True, **parameters: Any) -> Iterator[Any]:
+    """vLLM's own rotary embedding."""
     with environment():
         from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
         from vllm.model_executor.layers.rotary_embedding import get_rope
 
         config = VllmConfig(device_config=DeviceConfig("cpu"))
         config.model_config = SimpleNamespace(max_model_len=max_model_len)  # type: ignore[assignment]
+        parameters = {"rope_type": form, "rope_theta": 1e4, **ROPES.get(form, {}), **parameters}
         with set_current_vllm_config(config):
-            rotary = get_rope(HEAD, TRAINED, True, {"rope_type": form, "rope_theta": 1e4, **ROPES[form]}, torch.float32)
+            yield get_rope(HEAD, TRAINED, neox, parameters, torch.float32)
+
+
+@pytest.mark.parametrize("max_model_len", [TRAINED, 4 * TRAINED])
+@pytest.mark.parametrize("form", ROPES)
+def test_keys_are_turned_as_the_model_turned_them(form: str, max_model_len: int) -> None:
+    """A key at position 1000 that is turned back by 10 pages is the same key 640 positions earlier, in vLLM's own embedding."""
+    with embedding(form, max_model_len) as rotary:
         key = torch.randn(1, HEAD, generator=torch.Generator().manual_seed(0)).expand(2, -1)
         apply = getattr(rotary, "forward_native", rotary.forward)  # longrope has only the latter
         _, rotated = apply(torch.tensor([1000, 360]), key.clone(), key.clone())
@@ -94,8 +114,40 @@ def test_keys_are_turned_as_the_model_turned_them(form: str, max_model_len: int)
 def test_layers_without_positions_are_not_turned() -> None:
     """Their keys stay as they are: Llama 4, Command R, EXAONE and others have such layers."""
     rotary = torch.nn.Identity()
-    for attention in (AttentionModule(None), *(AttentionModule(rotary, **{switch: False}) for switch in positions._SWITCHES)):
+    switches = positions._SWITCHES + positions._SWITCHES_OF_FULL_ATTENTION
+    for attention in (AttentionModule(None), *(AttentionModule(rotary, **{switch: False}) for switch in switches)):
         assert frequencies(attention).eq(torch.zeros(HEAD // 2)).all()
+
+
+def test_layers_with_a_sliding_window_have_frequencies_of_their_own() -> None:
+    """Some models have RoPE only there. Such layers rotate no pages, so no form of theirs is refused."""
+    zeros = (0.0,) * (HEAD // 2)
+    with embedding(rope_theta=100.0) as rotary:
+        for switch in positions._SWITCHES_OF_FULL_ATTENTION:
+            found = rope(AttentionModule(rotary, window=512, **{switch: False})).frequencies
+            assert found == pytest.approx([100.0 ** (-2 * pair / HEAD) for pair in range(HEAD // 2)])
+        for switch in positions._SWITCHES:
+            assert rope(AttentionModule(rotary, window=512, **{switch: False})).frequencies == zeros
+    attention = AttentionModule(torch.nn.Identity(), window=512)
+    assert rope(attention) == ("Identity", None)
+    positions.find_frequencies(worker(attention))
+
+
+@pytest.mark.parametrize(
+    ("form", "arguments"),
+    [
+        ("RotaryEmbedding", {"neox": False}),
+        ("RotaryEmbedding", {"partial_rotary_factor": 0.5}),
+        ("MRotaryEmbedding", {"mrope_section": [8, 12, 12]}),
+        ("NTKScalingRotaryEmbedding", {"form": "ntk", "factor": 2.0}),
+    ],
+)
+def test_forms_that_are_not_known(form: str, arguments: dict[str, Any]) -> None:
+    with embedding(**arguments) as rotary:
+        attention = AttentionModule(rotary)
+        assert rope(attention) == (form, None)
+        with pytest.raises(ValueError, match=f"its rotary positions are of the form '{form}'"):
+            frequencies(attention)
 
 
 def test_a_layer_whose_rotary_embedding_is_unknown_is_refused() -> None:

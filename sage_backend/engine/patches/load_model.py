@@ -30,7 +30,7 @@ def _prepared(load: Any) -> Any:
             cache_declaration.apply_in_worker()
         load(self, *args, **kwargs)
         if any(impl.rotates_pages for impl in own_impls(config).values()):
-            positions.find_frequencies(_models(self.worker), config)
+            positions.find_frequencies(self.worker)
         if found := checks.compression(config):
             # Importing it registers a custom op and takes vLLM's compiler, which only engines with this option need.
             from sage_backend.variator import layers
@@ -38,11 +38,3 @@ def _prepared(load: Any) -> Any:
             model_runner.apply(self.worker.model_runner, layers.attach(self.worker, config, *found))
 
     return load_model
-
-
-def _models(worker: Any) -> list[Any]:
-    """A worker's model, and its drafter's if that is one too."""
-    runner = worker.model_runner
-    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-    drafting = getattr(drafter, "model", None)
-    return [worker.get_model(), *([] if drafting is None else [drafting])]
