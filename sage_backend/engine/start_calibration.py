@@ -21,7 +21,7 @@ import torch
 from sage_backend import __version__
 from sage_backend.engine.calibration_texts import CHAT, TEXTS
 from sage_backend.engine.checks import is_chosen
-from sage_backend.features import calibration, calibration_file
+from sage_backend.features import calibration, calibration_file, positions
 from sage_backend.model_file import identity
 from sage_backend.observability import recorder
 from sage_backend.options import SageOptions
@@ -63,7 +63,7 @@ def cache_path(config: Any) -> Path:
     if drafter is not None and drafter is not config.model_config:  # which it is for drafts without a model
         models.append(drafter)
     parts = [__version__, vllm_version, config.load_config.load_format, config.parallel_config.pipeline_parallel_size]
-    parts += [_prompt_tokens(config), config.model_config.skip_tokenizer_init]
+    parts += [_prompt_tokens(config), config.model_config.skip_tokenizer_init, positions.context(config.model_config)]
     parts += [SageOptions.parse(config.additional_config).variator]
     for model in models:
         parts += [identity(model.model, model.hf_config), model.hf_config.to_json_string(), model.dtype, model.quantization]
@@ -106,9 +106,9 @@ def _any_rank(core: Any, flag: bool) -> bool:
     return flag if group is None else type(core.vllm_config.parallel_config).has_unfinished_dp(group, flag)
 
 
-def _observe(worker: Any) -> None:
+def _observe(worker: Any) -> dict[str, str]:
     recorder.pause(True)
-    calibration.observe(worker)
+    return calibration.observe(worker)
 
 
 def _statistics(worker: Any) -> dict[str, torch.Tensor]:
@@ -119,7 +119,7 @@ def _statistics(worker: Any) -> dict[str, torch.Tensor]:
 def _measure(core: Any) -> dict[str, torch.Tensor]:
     """Let the engine read the texts. Returns its calibration, by the names of a calibration file."""
     model = core.vllm_config.model_config
-    core.model_executor.collective_rpc(_observe)
+    calibration.log_reasons(core.model_executor.collective_rpc(_observe))
     for prompt in _prompts(core.vllm_config):
         core.model_executor.collective_rpc(calibration.begin_prompt)
         _read(core, prompt)

@@ -5,14 +5,19 @@
 user's. The functions with a `worker` run in the engine's workers.
 """
 
+import logging
+from collections import Counter
 from typing import Any
 
 import torch
 
+from sage_backend.features import positions
 from sage_backend.features.calibration_file import OF_EQUALIZER, OF_ORDER, OF_VALUES, worker_calibration
 from sage_backend.features.layers import own_impls
 from sage_backend.features.observers import Statistics
 from sage_kernels import LayerCalibration
+
+logger = logging.getLogger(__name__)
 
 MIN_MEAN_FRACTION = 0.05
 """An anchor of values is kept if it reduces their mean square by more than this fraction. Errors of e4m3 are proportional to
@@ -20,10 +25,26 @@ the values, so V's errors fall by 2.5% and attention's, at most half of which co
 another pass over every output."""
 
 
-def observe(worker: Any) -> None:
-    """Collect statistics of this worker's layers from now on."""
-    for impl in own_impls(worker.vllm_config).values():
-        impl.observer = Statistics(impl)
+def observe(worker: Any) -> dict[str, str]:
+    """Collect statistics of this worker's layers from now on. Returns, by layer, why its keys count at the positions of the
+    text only, where they do."""
+    impls, context = own_impls(worker.vllm_config), positions.context(worker.vllm_config.model_config)
+    reasons = {}
+    for name, rope in positions.ropes(worker).items():
+        impls[name].observer = Statistics(impls[name], rope.frequencies or (), context)
+        if rope.frequencies is None:
+            reasons[name] = f"rotary positions of the form {rope.form!r}" if rope.form else "no rotary positions found"
+        elif any(rope.frequencies) and not context:
+            reasons[name] = "no length of contexts in the model's configuration"
+    return reasons
+
+
+def log_reasons(of_workers: list[dict[str, str]]) -> None:
+    """Log, in one line, what `observe` returned in each worker."""
+    reasons = Counter({layer: why for worker in of_workers for layer, why in worker.items()}.values())
+    if reasons:
+        found = "; ".join(f"{why} ({layers} layers)" for why, layers in reasons.items())
+        logger.info("keys are calibrated at the positions of the text only, and not further on in contexts: %s", found)
 
 
 def begin_prompt(worker: Any) -> None:

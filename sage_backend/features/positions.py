@@ -3,6 +3,7 @@
 positions than their own (`extrapolate`)."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ _SWITCHES = ("use_rope", "_use_rope", "is_local_attention")
 """Attributes of attention modules in vLLM's models, each false where RoPE is not applied."""
 _SWITCHES_OF_FULL_ATTENTION = ("apply_rope_all_layers", "v1", "force_rope")
 """The same in layers of full attention. With a sliding window, these models always apply it."""
+_FARTHEST = 1 << 17
+"""Most tokens of a context that a calibration is made for."""
 
 
 def _only(factors: Any) -> float:
@@ -60,6 +63,17 @@ def _refusal(model: str, positions: str) -> str:
         f'"extrapolate" in option "memory" cannot serve {model}: its rotary positions are {positions}, and only those of the '
         f"forms {', '.join(map(repr, _ROPE_TYPES))}, over whole heads in halves, can be changed; leave it out"
     )
+
+
+def context(model_config: Any) -> int:
+    """Tokens of the contexts that keys are calibrated for: those that the model (ModelConfig) was trained with, at most
+    `_FARTHEST`. 0 if its configuration has no such number.
+
+    Not --max-model-len, so that servers with different lengths quantize alike. And without the factor of linear scaling: in
+    some configurations, the number has it already.
+    """
+    longest, _ = model_config.model_arch_config.derived_max_model_len_and_key
+    return int(min(longest, _FARTHEST)) if longest < math.inf else 0
 
 
 class Rope(NamedTuple):

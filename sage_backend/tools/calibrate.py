@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sage_backend.demo import HELDOUT
-from sage_backend.features.calibration import begin_prompt, calibrations, observe, statistics, tensors_of
+from sage_backend.features.calibration import begin_prompt, calibrations, log_reasons, observe, statistics, tensors_of
 from sage_backend.features.calibration_file import OF_EQUALIZER, OF_VALUES, LayerBits, save
 from sage_backend.features.layers import own_impls
 from sage_backend.features.observers import PageErrors
@@ -105,7 +105,7 @@ def calibrate(
                 "--k-bits auto and --v-bits auto are for models whose layers all attend to all tokens: elsewhere, vLLM gives "
                 "every layer as many bytes as the largest"
             )
-        llm.collective_rpc(observe)
+        log_reasons(llm.collective_rpc(observe))
         for prompt in tqdm(prompts, "statistics of layers"):
             llm.collective_rpc(begin_prompt)
             llm.generate([prompt], once, use_tqdm=False)

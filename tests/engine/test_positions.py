@@ -11,7 +11,7 @@ import torch
 from engines import environment
 
 from sage_backend import BACKEND
-from sage_backend.features import positions
+from sage_backend.features import calibration, positions
 from sage_kernels import reference
 from sage_paged import PageLayout
 
@@ -64,11 +64,12 @@ class AttentionModule(torch.nn.Module):
             setattr(self, name, value)
 
 
-def worker(attention: AttentionModule, max_model_len: int = 4 * TRAINED) -> Any:
+def worker(attention: AttentionModule, max_model_len: int = 4 * TRAINED, context: float = TRAINED) -> Any:
     """One whose drafter has this layer."""
+    trained = SimpleNamespace(derived_max_model_len_and_key=(context, "max_position_embeddings"))
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context={"draft.layers.0.attn": attention.attn}),
-        model_config=SimpleNamespace(model="m", max_model_len=max_model_len),
+        model_config=SimpleNamespace(model="m", max_model_len=max_model_len, model_arch_config=trained),
     )
     runner = SimpleNamespace(drafter=SimpleNamespace(model=attention))
     return SimpleNamespace(vllm_config=config, model_runner=runner, get_model=torch.nn.Module)
@@ -157,3 +158,29 @@ def test_a_layer_whose_rotary_embedding_is_unknown_is_refused() -> None:
     del attention.rotary_emb
     with pytest.raises(ValueError, match=r"not found next to draft\.layers\.0\.attn"):
         frequencies(attention)
+
+
+@pytest.mark.parametrize(("trained", "context"), [(2048, 2048), (1 << 20, 1 << 17), (float("inf"), 0)])
+def test_contexts_of_a_calibration(trained: float, context: int) -> None:
+    model = worker(AttentionModule(None), max_model_len=512, context=trained).vllm_config.model_config
+    assert positions.context(model) == context
+
+
+def test_layers_are_observed_at_offsets_where_their_positions_are_known() -> None:
+    """Elsewhere at their own positions, which is said."""
+
+    def observed(attention: AttentionModule, **arguments: Any) -> tuple[list[str], list[float]]:
+        reasons = calibration.observe(worker(attention, **arguments))
+        return [*reasons.values()], attention.attn.impl.observer.turns[:, -1].angle().tolist()
+
+    slowest = 1e4 ** (2 / HEAD - 1)
+    with embedding() as rotary:
+        assert observed(AttentionModule(rotary)) == ([], pytest.approx([slowest * offset for offset in (0, 512, 1024, 2048) if offset <= TRAINED]))
+        assert observed(AttentionModule(rotary), context=float("inf")) == (
+            ["no length of contexts in the model's configuration"], [0.0],
+        )  # fmt: skip
+    assert observed(AttentionModule(None)) == ([], [0.0])
+    attention = AttentionModule(torch.nn.Identity())
+    assert observed(attention) == (["rotary positions of the form 'Identity'"], [0.0])
+    del attention.rotary_emb
+    assert observed(attention) == (["no rotary positions found"], [0.0])

@@ -12,7 +12,7 @@ from engines import NGRAM_DRAFTS, assert_same_tokens, engine, greedy, heldout_pr
 
 from sage_backend.demo import MODEL_DIR
 from sage_backend.engine import start_calibration
-from sage_backend.features import calibration_file
+from sage_backend.features import calibration_file, positions
 from sage_backend.features.layers import own_impls
 
 pytestmark = pytest.mark.engine
@@ -103,7 +103,8 @@ def test_engines_of_all_kinds(run: str, arguments: dict[str, Any], cache: Path, 
 
 def test_sizes_of_a_step_do_not_matter(cache: Path) -> None:
     """Options that keys do not depend on share a file."""
-    for arguments in ({}, {"max_num_batched_tokens": 64, "max_num_seqs": 8, "enable_prefix_caching": True}):
+    step = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "enable_prefix_caching": True, "max_model_len": 1024}
+    for arguments in ({}, step):
         for run in ("SAGE", "SAGE:page_tokens=64"):
             with engine(run, **arguments):
                 pass
@@ -154,7 +155,9 @@ def test_layers_of_a_drafter_are_calibrated(tmp_path: Path) -> None:
     drafter = {"method": "draft_model", "model": str(MODEL_DIR), "num_speculative_tokens": 2, "attention_backend": "SAGE"}
     with engine(speculative_config=drafter, max_model_len=512) as llm:
         found = calibrations(llm)
+        [ropes] = llm.collective_rpc(positions.ropes)
     assert len(found) == 8
+    assert all(any(ropes[name].frequencies) for name in found)
     assert all(own.k_anchor.abs().max() > 10 for own in found.values())
 
 

@@ -2,6 +2,7 @@
 """Calibrations: `sage calibrate` on a real engine, how layers and workers read them, and how wrong files are refused."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,6 +147,68 @@ def test_tokens_that_are_not_finite_do_not_count() -> None:
         observer.attended(query, torch.empty_like(query))
         results.append(observer.result())
     assert torch.equal(results[0], results[1])
+
+
+def counted(key: torch.Tensor, query: torch.Tensor, chunk: int, *turning: Any) -> Any:
+    """The statistics of a prompt in chunks. turning: frequencies and context."""
+    observer = observers.Statistics(SimpleNamespace(window=0, soft_cap=0.0, sinks=None, scale=0.125), *turning)
+    for keys, queries in zip(key.split(chunk), query.split(chunk), strict=True):
+        observer.stored(keys, keys, torch.arange(len(keys)))
+        observer.attended(queries, torch.empty_like(queries))
+    return observer.result()
+
+
+def rotated(x: torch.Tensor, positions: Any, frequencies: torch.Tensor) -> torch.Tensor:
+    """x [tokens, heads, head_dim] with RoPE, in float64."""
+    angles = torch.as_tensor(positions).double()[..., None, None] * frequencies.double()
+    low, high = x.double().chunk(2, -1)
+    return torch.cat([low * angles.cos() - high * angles.sin(), high * angles.cos() + low * angles.sin()], -1)
+
+
+def test_keys_and_queries_count_at_offsets() -> None:
+    key, query = torch.randn(400, 2, 64) + 1, torch.randn(400, 4, 64)
+    frequencies = 1e4 ** (-torch.arange(32) / 32)
+    offsets = (0, 512, 1024, 2048, 4096)
+    keys, queries = (torch.cat([rotated(x, offset, frequencies) for offset in offsets]) for x in (key, query))
+    for chunk in (400, 300):
+        found = counted(key, query, chunk, tuple(frequencies.tolist()), 4096)
+        assert torch.allclose(found[:, 0], keys.mean(0).float(), atol=1e-6)
+        assert torch.allclose(found[:, 4], keys.amin(0).float(), atol=1e-5)
+        assert torch.allclose(found[:, 5], keys.amax(0).float(), atol=1e-5)
+        largest = queries.abs().unflatten(1, (2, 2)).amax((0, 2))
+        assert torch.allclose(found[:, 6], largest.float(), atol=1e-5)
+        own = counted(key, query, chunk)
+        assert torch.equal(found[:, 1:4], own[:, 1:4]), "values, and squares of queries"
+        assert not torch.allclose(found[:, 0], own[:, 0], atol=0.1)
+        for nowhere in (((0.0,) * 32, 4096), ((), 4096), (tuple(frequencies.tolist()), 0)):
+            assert torch.equal(counted(key, query, chunk, *nowhere), own)
+
+
+def test_anchors_are_those_of_a_context() -> None:
+    """Of a slow pair with a bias, the first 512 positions show one side. Anchors are closer to the mean, and ranges reach as
+    far as those of all positions."""
+    frequencies = 1e5 ** (-torch.arange(32) / 32)
+    biased = torch.randn(8192, 1, 64)
+    biased[..., 28] += 20  # a pair that turns 0.3 radians in 8192 positions, and one that turns 3.5
+    biased[..., 21] += 20
+    keys = rotated(biased, torch.arange(8192), frequencies).float()
+    short, query = keys[:512], torch.randn(512, 2, 64)
+    found = calibration.tensors_of([{"a": counted(short, query, 512, tuple(frequencies.tolist()), 8192)}], 1)
+    mean = keys.mean(0)
+    assert (short.mean(0) - mean).norm() > 10
+    assert (found["a"] - mean).norm() < 0.6 * (short.mean(0) - mean).norm()
+    largest = (keys - found["a"]).abs().amax(0).unflatten(-1, (2, 32)).amax(1)[0, 21]
+    wanted = (largest / query[..., [21, 53]].abs().max()).sqrt()
+    assert found["a.equalizer"][0, 21] == pytest.approx(float(wanted), rel=0.1)
+
+
+def test_reasons_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, calibration.__name__):
+        calibration.log_reasons([{}, {}])
+        assert not caplog.messages
+        calibration.log_reasons([{"a": "this", "b": "that"}, {"a": "this", "b": "that"}, {"c": "this"}])
+    [message] = caplog.messages
+    assert message.endswith("not further on in contexts: this (2 layers); that (1 layers)")
 
 
 def test_channels_without_keys_or_queries_are_left_alone() -> None:
