@@ -12,8 +12,8 @@ lengths. 0 means that keys count at their own positions only.
 The figures compare with exact keys. `first` and `last` are mean absolute changes of log-probabilities at both ends of a window.
 The text, and so the figures, depend on the version of Python.
 
-For models with full attention in all layers and one RoPE over whole heads in halves, such as Llama and Qwen2. Takes half a
-minute on a CPU for each case and window of 1024 tokens of a model with 500 million parameters, and a GPU for long windows.
+For models with full attention in all layers and one RoPE over whole heads in halves, such as Llama and Qwen2. On a CPU, 2048
+tokens of a model with 500 million parameters take half a minute for each row of the table; long windows need a GPU.
 """
 
 import _pydecimal

@@ -175,7 +175,8 @@ def test_layers_are_observed_at_offsets_where_their_positions_are_known() -> Non
 
     slowest = 1e4 ** (2 / HEAD - 1)
     with embedding() as rotary:
-        assert observed(AttentionModule(rotary)) == ([], pytest.approx([slowest * offset for offset in (0, 512, 1024, 2048) if offset <= TRAINED]))
+        angles = [slowest * offset for offset in (0, 512, 1024, 2048) if offset <= TRAINED]
+        assert observed(AttentionModule(rotary)) == ([], pytest.approx(angles))
         assert observed(AttentionModule(rotary), context=float("inf")) == (
             ["no length of contexts in the model's configuration"], [0.0],
         )  # fmt: skip
