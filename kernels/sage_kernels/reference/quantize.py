@@ -224,12 +224,12 @@ def rotation_signs(head_dim: int) -> torch.Tensor:
 
 def _hadamard(x: torch.Tensor) -> torch.Tensor:
     """x [..., head_dim] times the normalized Hadamard matrix of each `rotation_span` channels, which is its own inverse."""
-    span = rotation_span(x.shape[-1])
-    y = x.unflatten(-1, (-1, span))
-    for _ in range(span.bit_length() - 1):  # by additions in a fixed order: a matrix product's depends on the number of rows
+    y = x.unflatten(-1, (-1, rotation_span(x.shape[-1])))
+    for bit in range(y.shape[-1].bit_length() - 1):  # a fixed order: a matrix product's depends on the number of rows
         even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
-        y = torch.cat([even + odd, even - odd], -1)
-    return (y * span**-0.5).flatten(-2)
+        total = even + odd  # from bit 3 on, kernels have a partner in another thread, and see only their sum
+        y = torch.cat([total, even - odd if bit < 3 else total - 2 * odd], -1)
+    return (y * y.shape[-1] ** -0.5).flatten(-2)
 
 
 def rotate_values(value: torch.Tensor) -> torch.Tensor:
