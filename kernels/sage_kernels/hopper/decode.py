@@ -139,8 +139,8 @@ def _log2(number):
 
 @gluon.jit
 def _rotate_back(acc, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
-    """`reference.rotate_values_back` of an output [channels, rows] whose channels are in the order of `load_v_int4`, addition
-    by addition. Only once for many pages, so that the exchanges between threads do not matter."""
+    """`reference.rotate_values_back` of an output [channels, rows] whose channels are in the order of `load_v_int4`. Once for
+    many pages, so that the exchanges between threads do not matter."""
     SPAN: gl.constexpr = rotation_span(HEAD_DIM)
     PAIRS: gl.constexpr = gl.BlockedLayout([2, 1], [4, 8], [4, 1], [1, 0])
     y = acc.reshape([HEAD_DIM // 16, 2, 8, BLOCK_M]).permute([0, 2, 1, 3]).reshape([HEAD_DIM, BLOCK_M])
