@@ -98,7 +98,7 @@ def brute_force(b: Batch, request: int, head: int, lists: PagedBatch, row: int, 
     ("phase", "lengths"),
     [
         ("prefill", [(100, 5), (1111, 70)]),
-        ("prefill", [(100, 5), (900, 70), (300, 0), (1000, 333)]),
+        ("prefill", [(100, 5), (900, 70), (300, 0), (1010, 333)]),
         ("decode", [(100, 1), (1200, 0), (900, 1)]),
     ],
 )
@@ -125,7 +125,7 @@ def test_mass_covered(
     assert told == [(phase, pytest.approx(share, rel=1e-4)) for share in expected]
     assert min(expected) > 0.1
     assert max(expected) < 0.95
-    assert abs(expected[0] - expected[1]) > 5e-4, "this test would not notice another head"
+    assert abs(expected[0] - expected[1]) > 1e-3, "this test would not notice another head"
 
 
 def test_long_contexts_are_measured_less_often(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -425,9 +425,7 @@ def _programs_at_once(layout: PageLayout) -> int:
     """Programs that a multiprocessor runs at a time. Where pages are small, or 4-bit codes take time to widen, it takes more of
     them to keep the memory busy. Measured on an H200 at 128 x 1K, 64 x 8K and 8 x 128K tokens."""
     widened = (layout.k_bits == 4) + (layout.v_bits == 4)
-    if layout.head_dim == 64:
-        return 4 if widened else 2
-    return (4 if layout.head_dim == 128 else 2) if widened == 2 else (2 if layout.head_dim == 128 else 1)
+    return {64: (2, 4, 4), 128: (2, 2, 4), 256: (1, 1, 2)}[layout.head_dim][widened]
 
 
 def count_programs(device: torch.device, layout: PageLayout) -> int:
