@@ -31,26 +31,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from common.plugins import random_plugins
 from common.report import save
 from common.shapes import SHAPES
-
-
-def random_plugins(folder: str) -> str:
-    """A file of compression plugins for the model in `folder`, as fast as trained ones."""
-    import torch
-    from transformers import AutoConfig
-
-    from sage_backend.options import RATIOS
-    from sage_backend.variator import files
-
-    config = AutoConfig.from_pretrained(folder)
-    plugins = files.make(files.default_layers(config), list(RATIOS), config.hidden_size)
-    for by_ratio in plugins.values():
-        for parameter in (each for one in by_ratio.values() for each in one.parameters()):
-            torch.nn.init.normal_(parameter, std=0.02)
-    path = Path(folder, "plugins")
-    files.save(path, plugins, folder, config)
-    return str(path)
 
 
 def execution(arguments: argparse.Namespace) -> dict[str, Any]:

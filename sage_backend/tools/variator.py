@@ -24,7 +24,7 @@ def _restore(training: train.Training, checkpoint: Path, settings: dict[str, Any
     for name, value in settings.items():
         if state["settings"].get(name) != value:
             raise ValueError(
-                f"{checkpoint} is of a training with another {name} ({state['settings'].get(name)}, not {value}); "
+                f"{checkpoint} is of a training with {name} {state['settings'].get(name)}, not {value}; "
                 "use the same arguments, or leave --resume out"
             )
     training.restore(state)
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--ratio", type=_ratios, default=[2, 4], metavar="RATIOS", help="for example 2,4 (default)")
     command.add_argument("--text", type=Path, required=True, help="what to train on")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the plugins")
+    command.add_argument("--layers", type=int, help="how many, the least harmful ones (default: all but the first and last)")
     command.add_argument("--layer-steps", type=int, default=400, help="steps of plugins alone (default: %(default)s)")
     command.add_argument("--joint-steps", type=int, default=1600, help="steps of plugins together (default: %(default)s)")
     command.add_argument("--rows", type=int, default=4, help="windows of a step (default: %(default)s)")
@@ -64,8 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     text = read_text(arguments.text)
-    if min(arguments.layer_steps, arguments.joint_steps) < 1 or arguments.rows < 1 or arguments.context < 8 * max(RATIOS):
-        raise ValueError(f"steps and --rows must be at least 1, and --context at least {8 * max(RATIOS)}")
+    if min(arguments.layer_steps, arguments.joint_steps, arguments.rows) < 1:
+        raise ValueError("--layer-steps, --joint-steps and --rows must be at least 1")
+    if arguments.context < train.LEAST_CONTEXT:
+        raise ValueError(f"--context must be at least {train.LEAST_CONTEXT}")
     if not arguments.out.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {arguments.out.absolute().parent} for --out")
     check_model(arguments.model)
@@ -74,6 +77,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
     config = AutoConfig.from_pretrained(arguments.model)
     layers = files.default_layers(config)
+    if arguments.layers is not None:
+        layers = files.all_layers(config)
+        if not 1 <= arguments.layers <= len(layers):
+            raise ValueError(f"--layers is {arguments.layers}; the model has {len(layers)}")
     torch.manual_seed(arguments.seed)
     plugins = files.make(layers, arguments.ratio, config.hidden_size)
     on_cpu = torch.device(arguments.device).type == "cpu"  # where 16 bits are slow
@@ -83,17 +90,23 @@ def _run(arguments: argparse.Namespace) -> None:
     drawn = arguments.rows, arguments.context, arguments.recall, arguments.seed
     batches = train.Batches(tokenizer, text, *drawn, opening=opening(tokenizer))
     steps = {"layers": arguments.layer_steps, "joint": arguments.joint_steps}
-    training = train.Training(train.Attached(model, plugins), batches, steps)
+    training = train.Training(train.Attached(model, plugins), batches, steps, arguments.layers or len(layers))
     training.modules.to(arguments.device)
     checkpoint = arguments.out.with_name(arguments.out.name + ".checkpoint")
-    names = ("ratio", "layer_steps", "joint_steps", "rows", "context", "recall", "seed")
+    names = ("ratio", "layers", "layer_steps", "joint_steps", "rows", "context", "recall", "seed")
     settings = {name: getattr(arguments, name) for name in names}
     settings |= {"model": identity(arguments.model, config), "text": len(text)}
     if arguments.resume:
         _restore(training, checkpoint, settings)
-    train.train(training, checkpoint, settings)
+    try:
+        train.train(training, checkpoint, settings)
+    except KeyboardInterrupt:
+        rest = f"; --resume continues from {checkpoint}" if checkpoint.is_file() else ", before the first checkpoint"
+        raise RuntimeError(f"interrupted after {training.step} steps{rest}") from None
     files.save(arguments.out, plugins, arguments.model, config)
     checkpoint.unlink(missing_ok=True)
-    added = sum(parameter.numel() for parameter in training.modules.parameters())
+    kept = [plugin for by_ratio in plugins.values() for plugin in by_ratio.values()]
+    added = sum(parameter.numel() for plugin in kept for parameter in plugin.parameters())
     fraction = added / sum(parameter.numel() for parameter in model.parameters())
-    print(f"{arguments.out}: {added:,} parameters in {len(layers)} layers, {100 * fraction:.2f}% of the model's")
+    numbers = ", ".join(layer.split(".")[2] for layer in plugins)
+    print(f"{arguments.out}: {added:,} parameters, {100 * fraction:.2f}% of the model's; layers {numbers}")

@@ -37,7 +37,7 @@ def check_compression(config: Any, options: VariatorOptions) -> None:
         raise ValueError(f"the option variator cannot be used: {'; '.join(reasons)}")
     if compilation.splitting_ops and FFN_OP not in compilation.splitting_ops:
         compilation.splitting_ops.append(FFN_OP)
-    activation = "silu_and_mul"
-    if not {f"+{activation}", f"-{activation}"} & set(compilation.custom_ops):
-        # Inside the op nothing is compiled, so the activation takes vLLM's own kernel.
-        compilation.custom_ops.append(f"+{activation}")
+    for activation in ("silu_and_mul", "gelu_and_mul"):
+        if not {f"+{activation}", f"-{activation}"} & set(compilation.custom_ops):
+            # Inside the op nothing is compiled, so the activation takes vLLM's own kernel.
+            compilation.custom_ops.append(f"+{activation}")

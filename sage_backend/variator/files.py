@@ -16,7 +16,7 @@ from sage_backend.variator.plugin import CompressionPlugin
 
 FILE = ModelFileFormat("plugin file", "sage variator train", "sage-variator-1")
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("gemma3_text", "glm4", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3")
 """`model_type` of the models whose FFNs are called model.layers.N.mlp and map each token's hidden vector by itself."""
 
 Plugins = dict[str, dict[int, CompressionPlugin]]
@@ -25,8 +25,13 @@ Plugins = dict[str, dict[int, CompressionPlugin]]
 
 def default_layers(hf_config: Any) -> list[str]:
     """All layers but the first and the last. Raises ValueError like `check_model`."""
+    return all_layers(hf_config)[1:-1]
+
+
+def all_layers(hf_config: Any) -> list[str]:
+    """The names of a model's FFNs. Raises ValueError like `check_model`."""
     check_model(hf_config)
-    return [f"model.layers.{i}.mlp" for i in range(1, hf_config.num_hidden_layers - 1)]
+    return [f"model.layers.{i}.mlp" for i in range(hf_config.num_hidden_layers)]
 
 
 def check_model(hf_config: Any) -> None:
@@ -77,8 +82,7 @@ def check(path: str, model_config: Any) -> tuple[int, ...]:
         for ratio, plugin in by_ratio.items()
         for name, tensor in plugin.state_dict().items()
     }
-    known = {f"model.layers.{i}.mlp" for i in range(model_config.hf_config.num_hidden_layers)}
-    if not layers or not known.issuperset(layers) or FILE.shapes(path) != expected:
+    if not layers or not set(all_layers(model_config.hf_config)).issuperset(layers) or FILE.shapes(path) != expected:
         raise ValueError(f"{path} is not a complete plugin file; make one with: {FILE.command} {model_config.model}")
     return tuple(ratios)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens become groups: those of a prompt, except its last ones, in a request with a ratio above 1.
+"""Which tokens become groups: those of a prompt, except its first and last ones, in a request with a ratio above 1.
 
 A group begins at a multiple of the ratio, counted from the start of the prompt, and lies in one block of the KV cache and in
 one chunk. So a token's keys and values depend only on the prompt and on the request's `CompressionPlan`: not on other requests,
@@ -20,9 +20,14 @@ CHUNK = MIN_TAIL
 speculative decoding verifies at once, below which a chunk would count as a decode. The same holds for MIN_TAIL, so that the
 chunk with the last group never counts as a decode."""
 
+START = CHUNK
+"""Tokens at a prompt's start that stay uncompressed. Attention rests on the first tokens of any text (attention sinks), whose
+hidden vectors are far larger than those of others. Pooled with them, they are lost to every token behind."""
+
 
 class CompressionPlan(NamedTuple):
-    """How a prompt is read: its first `limit` tokens in groups of `ratio`. Goes to workers in a request's `extra_args`."""
+    """How a prompt is read: its tokens from START to `limit` in groups of `ratio`, none if `limit` is 0. Goes to workers in a
+    request's `extra_args`."""
 
     ratio: int
     limit: int
@@ -30,11 +35,12 @@ class CompressionPlan(NamedTuple):
     @classmethod
     def of(cls, prompt: int, ratio: int, tail: int) -> "CompressionPlan":
         """For a prompt of `prompt` tokens, the last `tail` of which stay uncompressed."""
-        return cls(ratio, max(0, prompt - tail) // ratio * ratio if ratio > 1 else 0)
+        limit = max(0, prompt - tail) // ratio * ratio
+        return cls(ratio, limit if ratio > 1 and limit > START else 0)
 
     def groups(self, first: int, end: int) -> tuple[int, int]:
         """The part of the tokens [first, end) that whole groups cover, as [first, end). It is empty if there is none."""
-        first = -(-first // self.ratio) * self.ratio
+        first = -(-max(first, START) // self.ratio) * self.ratio
         end = min(end, self.limit) // self.ratio * self.ratio
         return first, max(first, end)
 

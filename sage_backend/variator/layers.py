@@ -21,7 +21,7 @@ from sage_backend.options import VariatorOptions
 from sage_backend.variator import files
 from sage_backend.variator.admission import PLAN_KEY
 from sage_backend.variator.groups import COMPRESSOR, PLAIN, CompressionPlan, Segment, compressed, segments
-from sage_backend.variator.plugin import BOTTLENECK, CompressionPlugin
+from sage_backend.variator.plugin import CompressionPlugin, saved_operations
 
 _LIBRARY = torch.library.Library("sage", "FRAGMENT")
 
@@ -101,14 +101,6 @@ class Compressor:
             for ratio, tokens in compressed(cut).items():
                 self.recorder.add_compressed(ratio, tokens, saved_operations(tokens, ratio, *self._shape))
         return cut
-
-
-def saved_operations(tokens: int, ratio: int, layers: int, hidden: int, intermediate: int) -> int:
-    """Operations of gated FFNs that plugins save for `tokens` tokens, less their own; a multiply-add is two."""
-    rows = tokens // ratio
-    of_ffns = 2 * 3 * hidden * intermediate * (tokens - rows)
-    of_plugins = 2 * hidden * (tokens * (ratio + 1) + BOTTLENECK * (2 * tokens + rows))
-    return layers * (of_ffns - of_plugins)
 
 
 def attach(worker: Any, config: Any, options: VariatorOptions, ratios: list[int]) -> Compressor:

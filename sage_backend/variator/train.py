@@ -2,16 +2,17 @@
 """Training of compression plugins; the command is `sage_backend.tools.variator`.
 
 The model is frozen and teaches itself. First each plugin learns alone to give what its FFN gives, from the inputs that the FFN
-has in the plain model. Then all plugins of a ratio work together in one pass, and learn to leave the predictions for what
-follows a compressed prompt as they are. Some of the prompts can hide a pass key: text alone hardly shows whether exact tokens
-survive.
+has in the plain model. If some layers can be left out, those go now whose plugins alone move the predictions most: a few
+layers do most of the harm (`Training.choose`). Then all plugins of a ratio work together in one pass, and learn to leave the
+predictions for what follows a compressed prompt as they are. Some of the prompts can hide a pass key: text alone hardly shows
+whether exact tokens survive.
 
 Batches depend on the step's number alone, so that a training that was interrupted continues as if it had not been.
 """
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sage_backend.demo.passkey import KEY_DIGITS, PassKeys
 from sage_backend.options import RATIOS
 from sage_backend.variator import files
+from sage_backend.variator.groups import START
 
 RATES = {"layers": 2e-3, "joint": 1e-3}
 """Peak learning rates of the two phases."""
@@ -33,16 +36,25 @@ WARMUP = 20  # steps
 FINAL_RATE = 0.05  # fraction of the peak
 TAIL = 32  # tokens before a pass key's answer that stay uncompressed, which hold the question
 CHECKPOINT_EVERY = 50  # steps
+LEAST_CONTEXT = 8 * START
+"""Tokens of the shortest windows: a quarter of one, which is the shortest prompt, has room for groups."""
+CHOICE_BATCHES = 4
+"""Batches of text on which `Training.choose` compares layers."""
+LOGIT_ROWS = 1024
+"""Predictions whose logits are in memory at once: vocabularies have 100,000 and more tokens."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """ids: int64 [rows, tokens], of which the first `cut` are the prompt. scored: bool [rows, tokens - cut], the predictions
-    behind it that count."""
+    """ids: int64 [rows, tokens], of which the first `cut` are the prompt: compressed but for the first START tokens. scored:
+    bool [rows, tokens - cut], the predictions behind it that count."""
 
     ids: Tensor
     cut: int
     scored: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.ids.to(device), self.cut, self.scored.to(device))
 
 
 class Batches:
@@ -61,9 +73,9 @@ class Batches:
 
     def draw(self, step: int) -> Batch:
         rng = Random(f"{self.seed} {step}")
-        return self._recall(rng) if rng.random() < self.recall else self._text(rng)
+        return self._recall(rng) if rng.random() < self.recall else self.text(rng)
 
-    def _text(self, rng: Random) -> Batch:
+    def text(self, rng: Random) -> Batch:
         """Windows, of which the first quarter to three quarters are the prompt."""
         starts = [rng.randrange(len(self.ids) - self.context + 1) for _ in range(self.rows)]
         taken = self.context - len(self.opening)
@@ -93,12 +105,12 @@ def _whole_groups(tokens: int) -> int:
 class Attached:
     """A transformers model whose FFNs record their inputs and outputs, and can be compressed by plugins."""
 
-    def __init__(self, model: nn.Module, plugins: files.Plugins) -> None:
+    def __init__(self, model: Any, plugins: files.Plugins) -> None:
         self.model, self.plugins = model, plugins
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
         """Inputs and outputs of the FFNs with plugins in the last plain pass, each [rows, tokens, hidden]."""
         self.plain = {name: model.get_submodule(name).forward for name in plugins}
-        self._ratio, self._cut = 1, 0
+        self._ratio, self._cut, self._layers = 1, 0, set(plugins)
         for name in plugins:
             model.get_submodule(name).forward = self._forward(name)
 
@@ -110,8 +122,11 @@ class Attached:
                 y = plain(x)
                 self.seen[name] = (x, y)
                 return y
-            prompt, rest = x[:, : self._cut], x[:, self._cut :]
-            return torch.cat([self.compressed(name, self._ratio, prompt), plain(rest)], 1)
+            if name not in self._layers:
+                return plain(x)
+            start, prompt, rest = x[:, :START], x[:, START : self._cut], x[:, self._cut :]
+            y, pooled = plain(torch.cat([start, rest], 1)), self.compressed(name, self._ratio, prompt)
+            return torch.cat([y[:, :START], pooled, y[:, START:]], 1)
 
         return forward
 
@@ -121,26 +136,52 @@ class Attached:
         return plugin.expand(self.plain[name](plugin.pool(x)), x)
 
     @contextmanager
-    def compressing(self, ratio: int, cut: int) -> Iterator[None]:
-        """Compress the first `cut` tokens of each row inside."""
-        self._ratio, self._cut = ratio, cut
+    def compressing(self, ratio: int, cut: int, layers: Collection[str] | None = None) -> Iterator[None]:
+        """Compress the first `cut` tokens of each row inside, but the first START, in these layers; in all if None."""
+        self._ratio, self._cut, self._layers = ratio, cut, set(self.plugins if layers is None else layers)
         yield
         self._ratio = 1
 
-    def log_probabilities(self, batch: Batch) -> Tensor:
-        """The log-probabilities behind the prompt that are scored, float32 [scored, vocabulary]."""
-        keep = batch.ids.shape[1] - batch.cut
-        logits = self.model(batch.ids, logits_to_keep=keep, use_cache=False).logits
-        return logits[batch.scored].float().log_softmax(-1)
+    def keep(self, layers: Collection[str]) -> None:
+        """Detach the plugins of all other layers."""
+        for name in [name for name in self.plugins if name not in layers]:
+            self.model.get_submodule(name).forward = self.plain.pop(name)
+            del self.plugins[name]
+            self.seen.pop(name, None)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The last hidden vectors behind the prompt that are scored, [scored, hidden]."""
+        states = self.model.base_model(batch.ids, use_cache=False).last_hidden_state
+        return states[:, batch.cut :][batch.scored]
+
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] -> float32 [rows, vocabulary], as the model's own head has them."""
+        config = self.model.config
+        logits = self.model.get_output_embeddings()(hidden).float() / getattr(config, "logits_scaling", 1.0)  # Granite
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits.log_softmax(-1)
+
+    def divergence(self, plain: Tensor, compressed: Tensor) -> Tensor:
+        """KL(plain || compressed) of the predictions from last hidden vectors, [rows, hidden], in nats a row. float32 []."""
+        parts = [
+            recompute(self._divergence, *rows, use_reentrant=False)
+            for rows in zip(plain.split(LOGIT_ROWS), compressed.split(LOGIT_ROWS), strict=True)
+        ]
+        return torch.stack(parts).sum() / len(plain)
+
+    def _divergence(self, plain: Tensor, compressed: Tensor) -> Tensor:
+        of_plain, of_compressed = self.log_probabilities(plain), self.log_probabilities(compressed)
+        return F.kl_div(of_compressed, of_plain, reduction="sum", log_target=True)
 
 
 def layer_loss(model: Attached, batch: Batch) -> Tensor:
     """The squared error of each plugin over the variance of the FFN's output, averaged over plugins. float32 []."""
     with torch.no_grad():
-        model.model(batch.ids, logits_to_keep=1, use_cache=False)
+        model.model.base_model(batch.ids, use_cache=False)
     losses = []
     for name, by_ratio in model.plugins.items():
-        x, y = (tensor[:, : batch.cut] for tensor in model.seen[name])
+        x, y = (tensor[:, START : batch.cut] for tensor in model.seen[name])
         losses += [F.mse_loss(model.compressed(name, ratio, x).float(), y.float()) / y.float().var() for ratio in by_ratio]
     return torch.stack(losses).mean()
 
@@ -148,37 +189,62 @@ def layer_loss(model: Attached, batch: Batch) -> Tensor:
 def joint_loss(model: Attached, batch: Batch, ratio: int) -> Tensor:
     """KL(plain || compressed) of the predictions behind the prompt, in nats a token."""
     with torch.no_grad():
-        plain = model.log_probabilities(batch)
+        plain = model.hidden(batch)
     with model.compressing(ratio, batch.cut):
-        compressed = model.log_probabilities(batch)
-    return F.kl_div(compressed, plain, reduction="batchmean", log_target=True)
+        compressed = model.hidden(batch)
+    return model.divergence(plain, compressed)
 
 
 class Training:
     """Plugins, their optimizer and the number of steps done, which is what a checkpoint holds."""
 
-    def __init__(self, model: Attached, batches: Batches, steps: dict[str, int]) -> None:
-        self.model, self.batches, self.steps = model, batches, steps
+    def __init__(self, model: Attached, batches: Batches, steps: dict[str, int], layers: int) -> None:
+        """steps: of each phase. layers: how many of the layers with plugins are compressed in the end."""
+        self.model, self.batches, self.steps, self.layers = model, batches, steps, layers
         self.modules = nn.ModuleList(plugin for by_ratio in model.plugins.values() for plugin in by_ratio.values())
         self.optimizer = torch.optim.AdamW(self.modules.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
         self.step = 0
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "plugins": self.modules.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"step": self.step, "layers": list(self.model.plugins)}
+        return {**state, "plugins": self.modules.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.modules.load_state_dict(state["plugins"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+        self.model.keep(state["layers"])
+
+    @torch.no_grad()
+    def choose(self) -> None:
+        """Keep the plugins of the `layers` layers that, each compressed alone, move the predictions least."""
+        rng = Random(f"{self.batches.seed} choice")
+        costs = dict.fromkeys(self.model.plugins, 0.0)
+        for _ in range(CHOICE_BATCHES):
+            batch = self.batches.text(rng).to(self.device)
+            with self.precision():
+                plain = self.model.hidden(batch)
+                for name, by_ratio in self.model.plugins.items():
+                    for ratio in by_ratio:
+                        with self.model.compressing(ratio, batch.cut, [name]):
+                            costs[name] += self.model.divergence(plain, self.model.hidden(batch)).item()
+        self.model.keep(sorted(costs, key=lambda name: costs[name])[: self.layers])
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.modules.parameters()).device
+
+    def precision(self) -> torch.autocast:
+        """The plugins are in float32, and a model on a GPU in its own precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def advance(self) -> tuple[str, float]:
         """One step; returns its phase and its loss."""
         phase, at = ("layers", self.step) if self.step < self.steps["layers"] else ("joint", self.step - self.steps["layers"])
-        drawn = self.batches.draw(self.step)
-        device = next(self.modules.parameters()).device
-        batch = Batch(drawn.ids.to(device), drawn.cut, drawn.scored.to(device))
-        # The plugins are in float32, and a model on a GPU in its own precision.
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        if (phase, at) == ("joint", 0) and self.layers < len(self.model.plugins):
+            self.choose()
+        batch = self.batches.draw(self.step).to(self.device)
+        with self.precision():
             if phase == "layers":
                 loss = layer_loss(self.model, batch)
             else:

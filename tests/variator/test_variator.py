@@ -39,7 +39,7 @@ from sage_backend.options import MIN_TAIL, RATIOS, SageOptions, VariatorOptions
 from sage_backend.tools import cli, quality
 from sage_backend.variator import files, train
 from sage_backend.variator.admission import PLAN_KEY, RATIO, TAIL, Policy, check_request
-from sage_backend.variator.groups import CHUNK, PLAIN, CompressionPlan, Segment, clip, segments
+from sage_backend.variator.groups import CHUNK, PLAIN, START, CompressionPlan, Segment, clip, segments
 from sage_backend.variator.plugin import CompressionPlugin
 
 LAYERS = ["model.layers.1.mlp", "model.layers.2.mlp"]
@@ -97,7 +97,7 @@ def by_token(requests: list[tuple[int, int, CompressionPlan]]) -> list[int]:
     for position, tokens, reading in requests:
         for at in range(position, position + tokens):
             first = at // reading.ratio * reading.ratio
-            whole = position <= first and first + reading.ratio <= min(position + tokens, reading.limit)
+            whole = max(position, START) <= first and first + reading.ratio <= min(position + tokens, reading.limit)
             ratios.append(reading.ratio if whole else 1)
     return ratios
 
@@ -134,7 +134,7 @@ def test_chunks_do_not_matter() -> None:
             tokens = clip(min(rng.randint(CHUNK, 150), prompt - len(ratios)), len(ratios), reading)
             ratios += by_token([(len(ratios), tokens, reading)])
         assert ratios == by_token([(0, prompt, reading)])
-        assert ratios.count(1) == prompt - reading.limit
+        assert ratios.count(1) == prompt - max(0, reading.limit - START)
 
 
 def test_rows() -> None:
@@ -142,6 +142,7 @@ def test_rows() -> None:
     assert CompressionPlan.of(100, 4, 30) == (4, 68)
     assert CompressionPlan.of(100, 1, 30) == PLAIN
     assert CompressionPlan.of(20, 2, 30).limit == 0
+    assert [CompressionPlan.of(START + 30 + tokens, 2, 30).limit for tokens in (0, 1, 2)] == [0, 0, START + 2]
 
 
 # The choice of a ratio
@@ -372,7 +373,8 @@ def test_compilation(tmp_path: Path) -> None:
 
 
 def test_random_plugins_of_the_benchmark(tmp_path: Path) -> None:
-    from engine import SHAPES, random_plugins
+    from common.plugins import random_plugins
+    from common.shapes import SHAPES
 
     shape = {**SHAPES["llama-3.1-8b"], "hidden_size": 256, "num_hidden_layers": 4}
     (tmp_path / "config.json").write_text(json.dumps(shape))
@@ -408,9 +410,13 @@ def cli_main(arguments: list[str]) -> int:
 
 
 def test_training(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plugins get better in both phases. Training that was interrupted and resumed ends with the same plugins."""
-    assert run_training(small, tmp_path / "whole") == 0
-    assert f"{tmp_path / 'whole'}: " in capsys.readouterr().out
+    """Plugins get better in both phases. Training that was interrupted and resumed ends with the same plugins, of the same
+    layers."""
+    assert run_training(small, tmp_path / "whole", "--layers", "2") == 0
+    layers, _ = files.contents(str(tmp_path / "whole"))
+    assert len(layers) == 2
+    numbers = ", ".join(layer.split(".")[2] for layer in layers)
+    assert capsys.readouterr().out.endswith(f" of the model's; layers {numbers}\n")
     model = transformers.AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
     batches = train.Batches(transformers.AutoTokenizer.from_pretrained(small), HELDOUT.read_text(), 4, 128, 0.0, seed=5)
 
@@ -423,8 +429,8 @@ def test_training(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
             model.get_submodule(layer).forward = plain
         return alone, together
 
-    untrained = losses(files.make(LAYERS, [2, 4], 32))
-    trained = {layer: files.load(str(tmp_path / "whole"), layer, 32, [2, 4]) for layer in LAYERS}
+    untrained = losses(files.make(layers, [2, 4], 32))
+    trained = {layer: files.load(str(tmp_path / "whole"), layer, 32, [2, 4]) for layer in layers}
     for by_ratio in trained.values():
         for plugin in by_ratio.values():
             plugin.float()
@@ -441,23 +447,54 @@ def test_training(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         return advance(self)
 
     monkeypatch.setattr(train.Training, "advance", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run_training(small, tmp_path / "resumed")
+    assert run_training(small, tmp_path / "resumed", "--layers", "2") == 1
+    saved = tmp_path / "resumed.checkpoint"
+    assert f"error: interrupted after 105 steps; --resume continues from {saved}\n" in capsys.readouterr().err
     monkeypatch.setattr(train.Training, "advance", advance)
-    assert run_training(small, tmp_path / "resumed", "--resume", "--seed", "1") == 1
-    assert "is of a training with another seed (0, not 1)" in capsys.readouterr().err
-    assert run_training(small, tmp_path / "resumed", "--resume") == 0
+    assert run_training(small, tmp_path / "resumed", "--resume") == 1
+    assert "is of a training with layers 2, not None; use the same arguments" in capsys.readouterr().err
+    assert run_training(small, tmp_path / "resumed", "--layers", "2", "--resume") == 0
     whole, resumed = (load_file(tmp_path / name) for name in ("whole", "resumed"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["resumed", "whole"]
 
 
+def test_choice_of_layers(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers whose plugins move the predictions most are left out, and run as in the plain model from then on."""
+    monkeypatch.setattr(train, "LOGIT_ROWS", 50)
+    model = transformers.AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
+    torch.manual_seed(0)
+    layers = files.all_layers(model.config)
+    plugins = files.make(layers, [2], 32)
+    for layer, scale in zip(layers, (100.0, 0.0, 100.0, 0.0), strict=True):
+        torch.nn.init.normal_(plugins[layer][2].up.bias, std=scale)
+    batches = train.Batches(transformers.AutoTokenizer.from_pretrained(small), HELDOUT.read_text(), 1, 128, 0.0, seed=5)
+    attached = train.Attached(model, plugins)
+    training = train.Training(attached, batches, {"layers": 1, "joint": 1}, 2)
+    batch = batches.draw(0)
+    with torch.no_grad():
+        plain = attached.hidden(batch)
+        with attached.compressing(2, batch.cut, [layers[1]]):
+            quiet = attached.hidden(batch)
+        expected = F.kl_div(
+            attached.log_probabilities(quiet), attached.log_probabilities(plain), reduction="batchmean", log_target=True
+        )
+        torch.testing.assert_close(attached.divergence(plain, quiet), expected)
+        training.choose()
+        assert sorted(plugins) == [layers[1], layers[3]]
+        with attached.compressing(2, batch.cut, []):
+            assert torch.equal(attached.hidden(batch), plain)
+    left_out = model.get_submodule(layers[0])
+    assert left_out.forward.__func__ is type(left_out).forward
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--text", "EMPTY"], "EMPTY is not a file with text"),
-        (["--context", "16"], "--context at least 64"),
+        (["--context", "64"], "--context must be at least 128"),
+        (["--layers", "5"], "--layers is 5; the model has 4"),
         (["--out", "NOWHERE/p"], "there is no folder"),
         (["--resume"], "to resume from; leave --resume out"),
         (["--context", "200000"], "training needs more than --context"),
@@ -477,7 +514,7 @@ def test_bad_input(
 
 # Engines
 
-LENGTHS = (700, 300, 129, 400, 90)
+LENGTHS = (700, 300, 129 + START, 400, 90)
 OPTIONS = {"smooth_k": False}
 
 
@@ -629,9 +666,10 @@ def test_metrics(served: Any, plain: tuple[list[list[int]], list[Answer]]) -> No
         change(old, counted(f"sage_variator_{name}")) for old, name in zip(before, names, strict=True)
     )
     assert requests == {"4": 2, "2": 1, "1": 2}
-    assert tokens == {"4": 636 + 200, "2": 64}
-    of_plugins = 2 * 256 * (836 * 5 + 64 * 3 + 64 * (2 * 836 + 209 + 2 * 64 + 32))
-    assert operations == {"": 2 * (2 * 3 * 256 * 768 * (836 * 3 // 4 + 64 // 2) - of_plugins)}
+    fours = 636 + 200 - 2 * START
+    assert tokens == {"4": fours, "2": 64}
+    of_plugins = 2 * 256 * (fours * 5 + 64 * 3 + 64 * (2 * fours + fours // 4 + 2 * 64 + 32))
+    assert operations == {"": 2 * (2 * 3 * 256 * 768 * (fours * 3 // 4 + 64 // 2) - of_plugins)}
 
 
 @pytest.mark.engine
@@ -673,12 +711,26 @@ def reference_logprobs(model: Path, plugins: Path, prompts: Sequence[list[int]],
         ids = torch.tensor([prompt])
         batch = train.Batch(ids, cut, torch.ones(1, len(prompt) - cut, dtype=torch.bool))
         with torch.no_grad(), attached.compressing(ratio, cut):
-            logprobs = attached.log_probabilities(batch)[:-1]
+            logprobs = attached.log_probabilities(attached.hidden(batch))[:-1]
         found.append(logprobs.gather(1, ids[0, cut + 1 :, None])[:, 0])
     return torch.cat(found)
 
 
-MODELS = {"Llama": {}, "Mistral": {"sliding_window": None}, "Qwen2": {}, "Qwen3": {}}
+MODELS: dict[str, dict[str, Any]] = {
+    "Gemma3Text": {
+        "final_logit_softcapping": 20.0,
+        "initializer_range": 0.2,
+        "sliding_window": 128,
+        "query_pre_attn_scalar": 64,
+    },
+    "Glm4": {"partial_rotary_factor": 0.5},
+    "Granite": {"logits_scaling": 0.4, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.1},
+    "Llama": {},
+    "Mistral": {"sliding_window": None},
+    "Phi3": {},
+    "Qwen2": {},
+    "Qwen3": {},
+}
 
 
 @pytest.mark.engine
@@ -691,7 +743,7 @@ def test_what_is_served_is_what_was_trained(kind: str, tmp_path: Path) -> None:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "initializer_range": 0.1}
     special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "max_position_embeddings": 1024}
     model = tmp_path / "model"
-    save_random_model(model, getattr(transformers, f"{kind}Config")(**sizes, **heads, **special, **MODELS[kind]))
+    save_random_model(model, getattr(transformers, f"{kind}Config")(**{**sizes, **heads, **special, **MODELS[kind]}))
     path = loud_plugins(tmp_path, model)
     prompts = random_prompts((500, 330))
     options = {"sage": {**OPTIONS, "variator": {"plugins": str(path), "ratio": 4}}}
@@ -783,6 +835,6 @@ def test_hashes_of_blocks() -> None:
             return kv_cache_utils.generate_block_hash_extra_keys(request, first, first + 128, 0)[0]
 
         assert keys(None, 0) == keys(PLAIN, 0) == (("cache_salt", "salt"),)
-        assert keys(CompressionPlan(2, 200), 0) == (("cache_salt", "salt"), (PLAN_KEY, "2:128"))
+        assert keys(CompressionPlan(2, 200), 0) == (("cache_salt", "salt"), (PLAN_KEY, f"2:{128 - START}"))
         assert keys(CompressionPlan(4, 200), 128) == ((PLAN_KEY, "4:72"),)
         assert keys(CompressionPlan(2, 200), 256) is None

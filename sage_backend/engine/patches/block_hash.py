@@ -27,8 +27,9 @@ def _with_ratio(generate: Any) -> Any:
     def extra_keys(request: Any, first: int, end: int, start_mm_idx: int) -> Any:
         keys, next_mm_idx = generate(request, first, end, start_mm_idx)
         plan: CompressionPlan = getattr(request, PLAN_KEY, PLAIN)
-        if plan.limit > first:
-            keys = (*(keys or ()), (PLAN_KEY, f"{plan.ratio}:{min(plan.limit, end) - first}"))
+        first, end = plan.groups(first, end)
+        if end > first:
+            keys = (*(keys or ()), (PLAN_KEY, f"{plan.ratio}:{end - first}"))
         return keys, next_mm_idx
 
     return extra_keys

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compressing a prompt's FFNs costs in quality, and saves in computation, by layers, ratio and uncompressed tail.
+
+`python benchmarks/studies/variator_quality.py MODEL PLUGINS --text code=FILE prose=FILE`. In plain torch, from the pass that
+plugins are trained with; `sage eval --prompt` gives the same figures through vLLM. Layers are added in the order of what each
+costs alone, so the rows of a ratio are a curve of loss against saved operations.
+"""
+
+import argparse
+import platform
+import shlex
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from common.report import save
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sage_backend.tools.text import read_text, windows
+from sage_backend.variator import files
+from sage_backend.variator.groups import START
+from sage_backend.variator.plugin import saved_operations
+from sage_backend.variator.train import Attached, Batch
+
+SCORED = 512
+"""Tokens behind each prompt that are scored."""
+ORDER_WINDOWS = 4
+"""Windows on which layers are ordered."""
+TAIL = 64
+"""Tokens at a prompt's end that stay uncompressed, as the option `tail` has it; other tails are in rows of their own."""
+TAILS = (16, 256, 512)
+
+
+@dataclass(frozen=True)
+class Window:
+    """ids: int64 [1, prompt + SCORED]; plain: the plain model's last hidden vectors from the prompt's last token on, [SCORED,
+    hidden]."""
+
+    ids: Tensor
+    plain: Tensor
+
+
+class Model:
+    """A model with plugins that reads windows of a text."""
+
+    def __init__(self, model: Path, plugins: str, prompt: int) -> None:
+        self.tokenizer, self.prompt = AutoTokenizer.from_pretrained(model), prompt
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if self.device == "cuda" else torch.float32)
+        self.config: Any = loaded.config
+        self.layers, self.ratios = files.contents(plugins)
+        attached = {layer: files.load(plugins, layer, self.config.hidden_size, self.ratios) for layer in self.layers}
+        for by_ratio in attached.values():
+            for plugin in by_ratio.values():
+                plugin.to(self.device, loaded.dtype)
+        self.attached = Attached(loaded.to(self.device).eval(), attached)
+
+    def windows(self, text: str, number: int) -> list[Window]:
+        length = self.prompt + SCORED
+        cut = windows(self.tokenizer, text, number * length, length + 1)
+        ids = [torch.tensor([each], device=self.device) for each in cut if len(each) == length]
+        return [Window(each, self.hidden(each, self.prompt - 1)) for each in ids]
+
+    def hidden(self, ids: Tensor, cut: int) -> Tensor:
+        """The last hidden vectors from the prompt's last token to the last but one. cut: end of the compressed part, if any."""
+        scored = torch.zeros(1, ids.shape[1] - cut, dtype=torch.bool, device=self.device)
+        scored[:, self.prompt - 1 - cut : -1] = True
+        return self.attached.hidden(Batch(ids, cut, scored))
+
+    def compressed(self, window: Window, ratio: int, layers: list[str], tail: int) -> Tensor:
+        cut = (self.prompt - tail) // ratio * ratio
+        with self.attached.compressing(ratio, cut, layers):
+            return self.hidden(window.ids, cut)
+
+    def divergence(self, read: list[Window], ratio: int, layers: list[str]) -> float:
+        """KL against the plain model, in nats a token."""
+        found = [self.attached.divergence(each.plain, self.compressed(each, ratio, layers, TAIL)) for each in read]
+        return torch.stack(found).mean().item()
+
+    def order(self, read: list[Window]) -> list[str]:
+        """Layers by what each costs alone, over all ratios, the least first."""
+
+        def cost(layer: str) -> float:
+            return sum(self.divergence(read, ratio, [layer]) for ratio in self.ratios)
+
+        return sorted(self.layers, key=cost)
+
+    def figures(self, read: list[Window], ratio: int, layers: list[str], tail: int) -> dict[str, float]:
+        """Behind the prompt: the change of the loss, absolute and relative, KL, and how often the top token is the same."""
+        plain_loss = change = divergence = same = 0.0
+        for window in read:
+            true = window.ids[0, self.prompt :, None]
+            plain = self.attached.log_probabilities(window.plain)
+            other = self.attached.log_probabilities(self.compressed(window, ratio, layers, tail))
+            plain_loss -= plain.gather(1, true).mean().item()
+            change += (plain - other).gather(1, true).mean().item()
+            divergence += (plain.exp() * (plain - other)).sum(1).mean().item()
+            same += (plain.argmax(1) == other.argmax(1)).float().mean().item()
+        return {
+            "loss_change": round(change / len(read), 5),
+            "relative_loss_change": round(change / plain_loss, 5),
+            "kl": round(divergence / len(read), 5),
+            "top1_agreement": round(same / len(read), 5),
+        }
+
+    def saved(self, ratio: int, layers: int, tail: int) -> float:
+        """The share of a prompt's operations that is saved. Counted are linear layers and attention, not the logits."""
+        c, n = self.config, self.prompt
+        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        projections = c.hidden_size * head * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+        attention = 2 * c.num_attention_heads * head * n / 2
+        whole = 2 * n * c.num_hidden_layers * (projections + attention + 3 * c.hidden_size * c.intermediate_size)
+        tokens = (n - tail) // ratio * ratio - START
+        return round(saved_operations(tokens, ratio, layers, c.hidden_size, c.intermediate_size) / whole, 4)
+
+
+def measure(model: Model, texts: dict[str, str], number: int) -> dict[str, Any]:
+    read = {kind: model.windows(text, number) for kind, text in texts.items()}
+    order = model.order([window for each in read.values() for window in each[:ORDER_WINDOWS]])
+    counts = sorted({max(1, round(len(order) * part / 8)) for part in range(1, 9)})
+    settings = [(ratio, layers, TAIL) for ratio in model.ratios for layers in counts]
+    settings += [(ratio, len(order), tail) for ratio in model.ratios for tail in TAILS if tail < model.prompt - START]
+    results = []
+    for ratio, layers, tail in settings:
+        row: dict[str, Any] = {"ratio": ratio, "layers": layers, "tail": tail, "saved": model.saved(ratio, layers, tail)}
+        row |= {kind: model.figures(each, ratio, order[:layers], tail) for kind, each in read.items()}
+        results.append(row)
+        print(f"ratio {ratio}, {layers:>2} layers, tail {tail:>3}, saved {row['saved']:6.1%}", end="")
+        for kind in read:
+            print(f"   {kind} {row[kind]['relative_loss_change']:+7.2%} {row[kind]['top1_agreement']:6.2%}", end="")
+        print(flush=True)
+    return {"order": order, "windows": {kind: len(each) for kind, each in read.items()}, "results": results}
+
+
+def main() -> int:
+    """The command. Returns its exit status."""
+    parser = argparse.ArgumentParser(description="Measure what compression plugins cost and save.")
+    parser.add_argument("model", type=Path, help="folder of a model")
+    parser.add_argument("plugins", type=Path, help="a file of sage variator train")
+    parser.add_argument("--text", nargs="+", required=True, metavar="KIND=FILE", help="texts held out from training")
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=16, help="prompts of each text (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    arguments = parser.parse_args()
+    texts = {kind: read_text(Path(file)) for kind, _, file in (each.partition("=") for each in arguments.text)}
+    with torch.inference_mode():
+        model = Model(arguments.model, str(arguments.plugins), arguments.prompt)
+        found = measure(model, texts, arguments.windows)
+    if arguments.out:
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+        report = {
+            "command": f"benchmarks/studies/variator_quality.py {shlex.join(sys.argv[1:])}",
+            "date": datetime.now(UTC).date().isoformat(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "versions": versions,
+            "model": arguments.model.name,
+            "prompt": arguments.prompt,
+            "scored": SCORED,
+            **found,
+        }
+        save(report, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
