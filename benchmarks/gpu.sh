@@ -67,6 +67,11 @@ step_variator() {
     engines 400 variator SAGE "SAGE:$plugins,variator.ratio=2" "SAGE:$plugins,variator.ratio=4" --graphs --prefill 8192 \
         --decode 16x8192 --repeat 5
 }
+step_serving() {  # a server is ready after two minutes where no kernel has been compiled yet
+    local plugins=variator.plugins=random
+    benchmark 1800 serving FLASH_ATTN SAGE SAGE:k_bits=4,v_bits=4 "SAGE:$plugins,variator.ratio=2" \
+        "SAGE:$plugins,variator.waiting=4" --rates 3 3.5 4 5 6 --out "$results/serving-$name.json"
+}
 step_memory() {
     engines 300 engine-memory-prefill SAGE:memory.topk_pages=32 FLASH_ATTN --eager --repeat 1 --warm-up 32768 \
         --prefill 131072 524288
@@ -101,7 +106,7 @@ step_servers() {
     fi
 }
 
-steps=(doctor tests attention recall engine variator memory needle quality heldout servers)
+steps=(doctor tests attention recall engine variator serving memory needle quality heldout servers)
 [ $# -gt 0 ] || set -- "${steps[@]}"
 for step; do
     [[ " ${steps[*]} " == *" $step "* ]] || { echo "there is no step $step; there are: ${steps[*]}"; exit 64; }

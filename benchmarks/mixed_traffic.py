@@ -12,12 +12,8 @@ the server's log.
 import argparse
 import asyncio
 import json
-import os
 import random
 import re
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,28 +22,8 @@ from typing import Any
 
 import aiohttp
 from common.report import save
+from common.server import Server, serving
 from common.shapes import SHAPES
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-async def wait_until_healthy(session: aiohttp.ClientSession, base: str, server: subprocess.Popen, limit: float) -> float:
-    start = time.monotonic()
-    while time.monotonic() - start < limit:
-        if server.poll() is not None:
-            raise SystemExit(f"the server ended with exit code {server.returncode} before it was ready")
-        try:
-            async with session.get(f"{base}/health") as response:
-                if response.status == 200:
-                    return time.monotonic() - start
-        except aiohttp.ClientError:
-            pass
-        await asyncio.sleep(0.5)
-    raise SystemExit(f"the server was not ready after {limit:.0f} s")
 
 
 async def send(session: aiohttp.ClientSession, base: str, rng: random.Random, longest: int, index: int) -> str:
@@ -91,20 +67,19 @@ async def metrics(session: aiohttp.ClientSession, base: str) -> dict[str, float]
     return sums
 
 
-async def drive(arguments: argparse.Namespace, server: subprocess.Popen, base: str) -> dict[str, Any]:
+async def drive(arguments: argparse.Namespace, server: Server) -> dict[str, Any]:
     rng = random.Random(0)
     timeout = aiohttp.ClientTimeout(total=arguments.limit)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-        ready = await wait_until_healthy(session, base, server, arguments.limit)
-        print(f"ready after {ready:.0f} s", flush=True)
+        print(f"ready after {server.seconds:.0f} s", flush=True)
         start = time.monotonic()
         outcomes = await asyncio.gather(
-            *(send(session, base, rng, arguments.longest, i) for i in range(arguments.requests)), return_exceptions=True
+            *(send(session, server.base, rng, arguments.longest, i) for i in range(arguments.requests)), return_exceptions=True
         )
         seconds = time.monotonic() - start
         running = kv_use = 1.0
         for _ in range(100):
-            told = await metrics(session, base)
+            told = await metrics(session, server.base)
             running, kv_use = told["vllm:num_requests_running"], told["vllm:kv_cache_usage_perc"]
             if running == kv_use == 0:
                 break
@@ -113,7 +88,7 @@ async def drive(arguments: argparse.Namespace, server: subprocess.Popen, base: s
         for outcome in map(str, outcomes):
             counts[outcome] = counts.get(outcome, 0) + 1
         return {
-            "seconds_to_ready": round(ready, 1),
+            "seconds_to_ready": round(server.seconds, 1),
             "seconds": round(seconds, 1),
             "outcomes": counts,
             "requests_running_after": running,
@@ -140,24 +115,16 @@ def main() -> None:
     shape = dict(SHAPES[arguments.shape])
     if arguments.layers:
         shape["num_hidden_layers"] = arguments.layers
-    port = free_port()
+    served = ["--skip-tokenizer-init", "--max-model-len", str(arguments.longest + 1024), "--jit-monitor-verbose"]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(shape))
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, "--served-model-name", "m"]
-        command += ["--load-format", "dummy", "--skip-tokenizer-init", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--max-model-len", str(arguments.longest + 1024), "--jit-monitor-verbose", *arguments.serve_arguments]
-        with Path(folder, "log").open("w") as log:
-            server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        try:
-            report = asyncio.run(drive(arguments, server, f"http://127.0.0.1:{port}"))
-            output = Path(folder, "log").read_text()  # before the processes are ended: they log errors then
-        except BaseException:
-            print(Path(folder, "log").read_text()[-3000:])
-            raise
-        finally:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGTERM)
-                server.wait(30)
+        with serving(Path(folder), [*served, *arguments.serve_arguments], arguments.limit) as server:
+            try:
+                report = asyncio.run(drive(arguments, server))
+            finally:
+                output = server.log.read_text()  # before the processes are ended: they log errors then
+                if sys.exc_info()[0]:
+                    print(output[-3000:])
     errors = [line for line in output.splitlines() if " ERROR " in line]
     report["errors_in_the_log"] = errors[:5]
     # vLLM's monitor reports kernels that requests had to wait for. With --enforce-eager, it reports nothing.

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real servers with random weights, in a process group of their own, which ends with the benchmark."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that is ready. base: its address; seconds: how long it took to get ready; log: its output."""
+
+    base: str
+    seconds: float
+    log: Path
+
+
+@contextmanager
+def serving(folder: Path, arguments: Sequence[str], limit: float) -> Iterator[Server]:
+    """`vllm serve` for the model in `folder`, with random weights, under the name m; ended on leaving.
+
+    Raises RuntimeError with the end of its log if it is not ready within `limit` seconds.
+    """
+    port, log = _free_port(), folder / "log"
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--served-model-name", "m"]
+    command += ["--load-format", "dummy", "--host", "127.0.0.1", "--port", str(port), *arguments]
+    begun = time.monotonic()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the server would outlive a benchmark that is ended
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        base = f"http://127.0.0.1:{port}"
+        while not _is_healthy(base):
+            if process.poll() is not None or time.monotonic() - begun > limit:
+                state = "is not ready" if process.poll() is None else f"ended with exit code {process.returncode}"
+                raise RuntimeError(f"the server {state} after {time.monotonic() - begun:.0f} s\n{log.read_text()[-3000:]}")
+            time.sleep(0.2)
+        yield Server(base, time.monotonic() - begun, log)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_healthy(base: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{base}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
