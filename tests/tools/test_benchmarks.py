@@ -281,6 +281,13 @@ def test_run_without_a_gpu() -> None:
     assert done.stderr == "attention.py run: needs an NVIDIA GPU, and torch sees none here; `plot` works without\n"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_all_of_it_without_a_gpu() -> None:
+    done = subprocess.run([str(SCRIPT.with_name("gpu.sh")), "none", "doctor"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr == "benchmarks/gpu.sh: needs an NVIDIA GPU, and nvidia-smi lists none here\n"
+
+
 def test_an_engine_that_fails_is_marked_and_others_are_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

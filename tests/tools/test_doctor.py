@@ -56,6 +56,14 @@ def test_what_is_missing(hidden: str, what: str) -> None:
     assert output.endswith("This machine cannot serve yet.\n")
 
 
+def test_a_vllm_that_does_not_work() -> None:
+    """Not for want of this plugin: as with a torchvision that is built for another torch."""
+    status, output = run("vllm.config")
+    assert (status, states(output)["vLLM"]) == (1, FAIL)
+    assert "with or without this plugin" in output
+    assert "plugin" not in states(output)
+
+
 def test_a_plugin_that_vllm_is_told_not_to_load() -> None:
     status, output = run(VLLM_PLUGINS="sage_cpu")
     assert (status, states(output)["plugin"]) == (1, FAIL)
