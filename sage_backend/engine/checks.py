@@ -226,13 +226,14 @@ def _check_connector(config: Any, options: SageOptions) -> None:
 
     transfer, cache, is_cpu = config.kv_transfer_config, config.cache_config, current_platform.is_cpu()
     own_store = "spec_module_path" in transfer.kv_connector_extra_config  # a store that is not vLLM's may work anywhere
+    of_gpu = [name for name in _FROM_GPU if transfer.has_connector(name)]
     has_example = transfer.has_connector("ExampleConnector")
     # Elsewhere, a size that nobody chose becomes that of a page.
     block = cache.block_size if cache.user_specified_block_size or is_cpu else options.page_tokens
     rows = [
         (
-            is_cpu and not own_store and any(map(transfer.has_connector, _FROM_GPU)),
-            f"{transfer.kv_connector} moves pages between a GPU and its host, and there is no GPU; leave "
+            is_cpu and not own_store and of_gpu,
+            f"{' and '.join(of_gpu)} moves pages between a GPU and its host, and there is no GPU; leave "
             "--kv-offloading-size and --kv-transfer-config out",
         ),
         (

@@ -66,11 +66,74 @@ def assert_noticed(actual: Sequence[Answer], expected: Sequence[Answer]) -> None
 def fill(tensor: torch.Tensor) -> None:
     """Fill a tensor of bytes with random ones."""
     low, high = (-128, 128) if tensor.dtype == torch.int8 else (0, 256)
-    tensor.random_(low, high, generator=torch.Generator().manual_seed(0))
+    tensor.random_(low, high, generator=torch.Generator(tensor.device).manual_seed(0))
 
 
 def calibrations(llm: Any) -> dict[str, Any]:
     return {name: impl.calibration for name, impl in own_impls(llm.llm_engine.vllm_config).items()}
+
+
+def loaded(llm: Any) -> float:
+    """Tokens whose pages came from the connector since the engine's start."""
+    return metric(llm, "vllm:external_prefix_cache_hits")
+
+
+# Shared storage. These come first: a process has one KV connector, and an engine of the fixture below has it to the end.
+
+
+def shared_storage(folder: Path) -> dict[str, Any]:
+    """The arguments of an engine that stores its prompts in a folder, one file a prompt and layer."""
+    config = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    extra = {"kv_connector_extra_config": {"shared_storage_path": str(folder)}}
+    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096}
+    return {"kv_transfer_config": config | extra, **SIZES, **whole}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_another_engine_reads_what_one_has_stored(name: str, tmp_path: Path) -> None:
+    """All prompts at once. Last, other bytes are in the files, which the answers must show."""
+    with engine(run_of(FORMATS[name]), **shared_storage(tmp_path)) as llm:
+        prompts = heldout_prompts(llm, LENGTHS)
+        answers = greedy(llm, prompts, 16)
+        assert [answer.cached for answer in answers] == [0] * len(LENGTHS)
+    with engine(run_of(FORMATS[name]), **shared_storage(tmp_path)) as llm:
+        again = greedy(llm, prompts, 16)
+        # This connector leaves out the page before the last token, too, if the rest of the prompt is one token.
+        assert [answer.cached for answer in again] == [(length - 2) // PAGE * PAGE for length in LENGTHS]
+        assert loaded(llm) == sum(answer.cached for answer in again)
+        assert_same(again, answers)
+
+        files = list(tmp_path.rglob("*.safetensors"))
+        assert len(files) == 4 * len(LENGTHS)
+        for file in files:
+            tensor = safetensors.torch.load_file(file)["kv_cache"]
+            fill(tensor.view(torch.uint8))
+            safetensors.torch.save_file({"kv_cache": tensor}, file)
+        assert llm.reset_prefix_cache()
+        assert_noticed(greedy(llm, prompts, 16), answers)
+
+
+def test_the_texts_of_the_calibration_stay_in_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that found them in the storage would not compute them, and would calibrate its keys by what is left. This
+    connector finds pages by their tokens alone."""
+    found = []
+    for cache in ("first", "second"):
+        monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / cache))
+        with engine(run_of("k_bits=4"), **shared_storage(tmp_path / "pages")) as llm:
+            found.append(calibrations(llm))
+            texts = start_calibration._prompts(llm.llm_engine.vllm_config)
+            if cache == "first":
+                assert not (tmp_path / "pages").exists()
+                greedy(llm, texts, 1)
+            else:
+                assert loaded(llm) == 0
+                assert min(answer.cached for answer in greedy(llm, texts, 1)) > 0
+    for (name, own), other in zip(found[0].items(), found[1].values(), strict=True):
+        torch.testing.assert_close(own.k_anchor, other.k_anchor, msg=name)
+        torch.testing.assert_close(own.equalizer, other.equalizer, msg=name)
+
+
+# Offloading
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +146,6 @@ def of_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
     calibration_file.save(file, tensors, SimpleNamespace(model=str(MODEL_DIR), hf_config=SimpleNamespace()), bits)
     return f"calibration={file}"
 
-
-# Offloading
 
 OFFLOADING = {
     "kv_connector": "OffloadingConnector",
@@ -105,14 +166,9 @@ def offloading(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
 
         prompts = heldout_prompts(llm, LENGTHS)
         store = get_kv_transfer_group().connector_worker.worker
-        at_start = [bool(stored.any()) for stored in store.stored]
+        assert not any(stored.any() for stored in store.stored), "the texts of the calibration are not stored"
         answers = greedy(llm, prompts, 16, together=False)
-        yield SimpleNamespace(llm=llm, prompts=prompts, answers=answers, store=store, at_start=at_start)
-
-
-def loaded(llm: Any) -> float:
-    """Tokens whose pages came from the connector since the engine's start."""
-    return metric(llm, "vllm:external_prefix_cache_hits")
+        yield SimpleNamespace(llm=llm, prompts=prompts, answers=answers, store=store)
 
 
 def test_evicted_pages_come_back(offloading: Any) -> None:
@@ -168,7 +224,7 @@ def test_reset_of_the_prefix_cache(offloading: Any) -> None:
         assert_same(again, answer)
 
 
-def test_what_the_store_holds_matters(offloading: Any, request: pytest.FixtureRequest) -> None:
+def test_what_the_store_holds_matters(offloading: Any) -> None:
     """The tests above would notice other bytes in the store, and with memory, other summaries. The last to use the store."""
     llm, prompts, store = offloading.llm, offloading.prompts, offloading.store
     greedy(llm, prompts, 1, together=False)
@@ -184,61 +240,6 @@ def test_what_the_store_holds_matters(offloading: Any, request: pytest.FixtureRe
         for stored in store.stored:
             fill(stored)
     assert_noticed(greedy(llm, prompts, 16, together=False), offloading.answers)
-
-
-# Shared storage
-
-
-def shared_storage(folder: Path) -> dict[str, Any]:
-    """The arguments of an engine that stores its prompts in a folder, one file a prompt and layer."""
-    config = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-    extra = {"kv_connector_extra_config": {"shared_storage_path": str(folder)}}
-    whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096}
-    return {"kv_transfer_config": config | extra, **SIZES, **whole}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_another_engine_reads_what_one_has_stored(name: str, tmp_path: Path) -> None:
-    """All prompts at once. Last, other bytes are in the files, which the answers must show."""
-    with engine(run_of(FORMATS[name]), **shared_storage(tmp_path)) as llm:
-        prompts = heldout_prompts(llm, LENGTHS)
-        answers = greedy(llm, prompts, 16)
-        assert [answer.cached for answer in answers] == [0] * len(LENGTHS)
-    with engine(run_of(FORMATS[name]), **shared_storage(tmp_path)) as llm:
-        again = greedy(llm, prompts, 16)
-        # This connector leaves out the page before the last token, too, if the rest of the prompt is one token.
-        assert [answer.cached for answer in again] == [(length - 2) // PAGE * PAGE for length in LENGTHS]
-        assert loaded(llm) == sum(answer.cached for answer in again)
-        assert_same(again, answers)
-
-        files = list(tmp_path.rglob("*.safetensors"))
-        assert len(files) == 4 * len(LENGTHS)
-        for file in files:
-            tensor = safetensors.torch.load_file(file)["kv_cache"]
-            fill(tensor.view(torch.uint8))
-            safetensors.torch.save_file({"kv_cache": tensor}, file)
-        assert llm.reset_prefix_cache()
-        assert_noticed(greedy(llm, prompts, 16), answers)
-
-
-def test_the_texts_of_the_calibration_stay_in_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine that found them in the storage would not compute them, and would calibrate its keys by what is left. This
-    connector finds pages by their tokens alone."""
-    found = []
-    for cache in ("first", "second"):
-        monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / cache))
-        with engine(run_of("k_bits=4"), **shared_storage(tmp_path / "pages")) as llm:
-            found.append(calibrations(llm))
-            texts = start_calibration._prompts(llm.llm_engine.vllm_config)
-            if cache == "first":
-                assert not (tmp_path / "pages").exists()
-                greedy(llm, texts, 1)
-            else:
-                assert loaded(llm) == 0
-                assert min(answer.cached for answer in greedy(llm, texts, 1)) > 0
-    for (name, own), other in zip(found[0].items(), found[1].values(), strict=True):
-        torch.testing.assert_close(own.k_anchor, other.k_anchor, msg=name)
-        torch.testing.assert_close(own.equalizer, other.equalizer, msg=name)
 
 
 # Refusals

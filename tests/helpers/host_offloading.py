@@ -30,7 +30,7 @@ class HostOffloadingWorker(OffloadingWorker):
     def __init__(self, kv_caches: CanonicalKVCaches, chunks: int) -> None:
         self.tensors_of_group = [[ref.tensor_idx for ref in refs] for refs in kv_caches.group_data_refs]
         self.pages = [each.tensor for each in kv_caches.tensors]
-        self.stored = [torch.zeros(chunks, pages.shape[1], dtype=torch.int8) for pages in self.pages]
+        self.stored = [pages.new_zeros(chunks, pages.shape[1]) for pages in self.pages]
         self.finished: list[TransferResult] = []
 
     def _blocks(self, cache: Any, store: Any) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
