@@ -116,9 +116,9 @@ def bound(tree: Any, module: str) -> dict[str, ast.AST]:
 
 
 def look_up(path: str) -> Any:
-    """ "module:Class" of vLLM."""
+    """ "module:Class" or "module" of vLLM."""
     module, _, name = path.partition(":")
-    return getattr(module_text(module), name)
+    return getattr(module_text(module), name) if name else module_text(module)
 
 
 def instance(path: str) -> Any:
@@ -251,13 +251,15 @@ def test_flags_of_the_selector() -> None:
 
 
 READ = {
+    "vllm.config.kv_transfer:KVTransferConfig": "has_connector kv_connector kv_connector_extra_config",
+    "vllm.distributed.kv_transfer.kv_transfer_state": "_KV_CONNECTOR_AGENT",
     "vllm.v1.attention.backend:AttentionBackend": "forward_includes_kv_cache_update supports_sink supports_sliding_window",
     "vllm.v1.attention.backend:AttentionMetadataBuilder": "_cudagraph_support reorder_batch_threshold layer_names vllm_config",
     "vllm.v1.attention.backend:CommonAttentionMetadata": "block_table_tensor max_seq_len num_actual_tokens query_start_loc "
     "query_start_loc_cpu seq_lens seq_lens_cpu_upper_bound slot_mapping",
     "vllm.v1.core.sched.output:NewRequestData": "req_id sampling_params",
     "vllm.v1.core.sched.output:SchedulerOutput": "finished_req_ids scheduled_new_reqs",
-    "vllm.v1.core.sched.scheduler:Scheduler": "get_kv_cache_usage get_request_counts has_requests",
+    "vllm.v1.core.sched.scheduler:Scheduler": "connector get_kv_cache_usage get_request_counts has_requests",
     "vllm.v1.engine:EngineCoreRequest": "request_id external_req_id prompt_token_ids mm_features sampling_params "
     "pooling_params arrival_time lora_request cache_salt data_parallel_rank",
     "vllm.v1.engine.core:EngineCore": "add_request batch_queue get_supported_tasks is_pooling_model model_executor post_step "
@@ -267,12 +269,14 @@ READ = {
     "vllm.v1.metrics.loggers:PrometheusStatLogger": "_gauge_cls engine_indexes per_engine_labelvalues vllm_config",
     "vllm.v1.request:Request": "block_hashes num_computed_tokens num_prompt_tokens sampling_params update_block_hashes",
     "vllm.v1.worker.gpu.input_batch:InputBatch": "req_ids",
+    "vllm.v1.worker.gpu.kv_connector:KVConnector": "set_disabled",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": "kv_connector",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "req_ids",
     "vllm.v1.worker.worker_base:WorkerBase": "get_model model_runner",
     "vllm.v1.worker.worker_base:WorkerWrapperBase": "__getattr__ vllm_config worker",
     "vllm.config.parallel:ParallelConfig": "has_unfinished_dp",
-    "vllm.config.vllm:VllmConfig": "additional_config attention_config cache_config compilation_config instance_id load_config "
-    "model_config parallel_config scheduler_config speculative_config",
+    "vllm.config.vllm:VllmConfig": "additional_config attention_config cache_config compilation_config instance_id "
+    "kv_transfer_config load_config model_config parallel_config scheduler_config speculative_config",
 }
 """What is read of vLLM's objects, where the code does not look whether it is there."""
 

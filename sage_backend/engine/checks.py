@@ -144,6 +144,8 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
         )
     if options.variator is not None:
         check_compression(config, options.variator)
+    if config.kv_transfer_config is not None:
+        _check_connector(config, options)
 
 
 def reasons_of(model: Any, cache_dtype: str, config: Any, options: SageOptions) -> list[str]:
@@ -212,6 +214,40 @@ def _check_calibration(file: str, config: Any) -> None:
                 f'the calibration {file} has chosen the bits of {what}; leave out option "{option}" in --additional-config '
                 '"sage"'
             )
+
+
+_FROM_GPU = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+"""KV connectors that --kv-offloading-size chooses. vLLM's stores for them are filled from a GPU."""
+
+
+def _check_connector(config: Any, options: SageOptions) -> None:
+    """Raises ValueError for a KV connector that fails on this platform, or would hand over pages that are not whole."""
+    from vllm.platforms import current_platform  # as in `reasons_of`
+
+    transfer, cache, is_cpu = config.kv_transfer_config, config.cache_config, current_platform.is_cpu()
+    own_store = "spec_module_path" in transfer.kv_connector_extra_config  # a store that is not vLLM's may work anywhere
+    of_gpu = [name for name in _FROM_GPU if transfer.has_connector(name)]
+    has_example = transfer.has_connector("ExampleConnector")
+    # Elsewhere, a size that nobody chose becomes that of a page.
+    block = cache.block_size if cache.user_specified_block_size or is_cpu else options.page_tokens
+    rows = [
+        (
+            is_cpu and not own_store and of_gpu,
+            f"{' and '.join(of_gpu)} moves pages between a GPU and its host, and there is no GPU; leave "
+            "--kv-offloading-size and --kv-transfer-config out",
+        ),
+        (
+            has_example and block != options.page_tokens,
+            f"ExampleConnector takes a block of {block} tokens for a page of {options.page_tokens}; add --block-size "
+            f"{options.page_tokens}",
+        ),
+        (
+            has_example and config.scheduler_config.enable_chunked_prefill,
+            "ExampleConnector stores a prompt after its first chunk, computed or not; add --no-enable-chunked-prefill",
+        ),
+    ]
+    if found := [reason for applies, reason in rows if applies]:
+        raise ValueError(f"--attention-backend sage cannot serve with --kv-transfer-config: {'; '.join(found)}")
 
 
 def check_arguments(arguments: Any) -> None:

@@ -13,6 +13,8 @@ import hashlib
 import logging
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +118,56 @@ def _statistics(worker: Any) -> dict[str, torch.Tensor]:
     return calibration.statistics(worker)
 
 
+@contextmanager
+def _without_connector(core: Any) -> Iterator[None]:
+    """Keep an engine's KV connector out of what it reads.
+
+    Pages of a text that a connector loads are not computed, so the layers would not show their keys. And pages that it stored
+    would have keys that are not calibrated, where others find them: some connectors ask for the tokens only, not for the salt.
+    """
+    connector, core.scheduler.connector = core.scheduler.connector, None
+    core.model_executor.collective_rpc(_hold_connector)
+    try:
+        yield
+    finally:
+        core.model_executor.collective_rpc(_return_connector)
+        core.scheduler.connector = connector
+
+
+_HELD = "_sage_connector"
+"""The attribute of a worker with the KV connector that takes no part in its steps."""
+
+
+def _hold_connector(worker: Any) -> None:
+    # As vLLM's second model runner does for its warm-up (`set_disabled` in vllm/v1/worker/gpu/kv_connector.py).
+    from vllm.distributed.kv_transfer import kv_transfer_state
+
+    setattr(worker, _HELD, kv_transfer_state._KV_CONNECTOR_AGENT)
+    _connect(worker, None)
+
+
+def _return_connector(worker: Any) -> None:
+    _connect(worker, getattr(worker, _HELD))
+
+
+def _connect(worker: Any, connector: Any) -> None:
+    """Let a worker's steps go through this KV connector, or, with None, through none."""
+    from vllm.distributed.kv_transfer import kv_transfer_state  # as above
+
+    own = getattr(worker.model_runner, "kv_connector", None)
+    if own is not None:  # that of vLLM's second model runner
+        own.set_disabled(connector is None)
+    kv_transfer_state._KV_CONNECTOR_AGENT = connector
+
+
 def _measure(core: Any) -> dict[str, torch.Tensor]:
     """Let the engine read the texts. Returns its calibration, by the names of a calibration file."""
     model = core.vllm_config.model_config
     calibration.log_reasons(core.model_executor.collective_rpc(_observe))
-    for prompt in _prompts(core.vllm_config):
-        core.model_executor.collective_rpc(calibration.begin_prompt)
-        _read(core, prompt)
+    with _without_connector(core):
+        for prompt in _prompts(core.vllm_config):
+            core.model_executor.collective_rpc(calibration.begin_prompt)
+            _read(core, prompt)
     of_workers = core.model_executor.collective_rpc(_statistics)
     core.reset_prefix_cache()
     tensors = calibration.tensors_of(of_workers, model.get_total_num_kv_heads())
