@@ -100,9 +100,9 @@ def main() -> int:
         everything += training
         for name, texts in ((kind, training), (f"{kind}-heldout", heldout)):
             (folder / f"{name}.txt").write_text("\n\n".join(texts), encoding="utf-8")
-        sizes = {"bytes": sum(map(len, training)), "heldout_bytes": sum(map(len, heldout))}
+        sizes = {"characters": sum(map(len, training)), "heldout_characters": sum(map(len, heldout))}
         report[kind] = {"files": len(training), **sizes, "heldout": sorted(names)}
-        print(f"{kind}: {len(training)} files, {sizes['bytes']:,} characters; {len(heldout)} held out")
+        print(f"{kind}: {len(training)} files, {sizes['characters']:,} characters; {len(heldout)} held out")
     (folder / "train.txt").write_text("\n\n".join(everything), encoding="utf-8")
     (folder / "corpus.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -30,25 +30,25 @@ from common.shapes import SHAPES
 FIGURES = ("request_throughput", "request_goodput", "completed", "failed", "total_input_tokens", "output_throughput")
 FIGURES += ("median_ttft_ms", "p95_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms")
 """What is kept of the client's report."""
+WARM_UP, LEAST_REQUESTS = 8, 8  # requests before the first rate, and at each
 
 
-def bench(base: str, folder: Path, rate: float, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The client's figures at a rate."""
-    requests = max(8, round(rate * arguments.seconds))
+def bench(base: str, folder: Path, rate: float, requests: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The client's figures for a number of requests at a rate. Of two calls with different seeds, neither finds the other's
+    prompts in the prefix cache."""
     middle = (arguments.shortest + arguments.longest) // 2
     report = folder / "client.json"
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--base-url", base, "--model", "m"]
     command += ["--tokenizer", str(folder), "--dataset-name", "random", "--random-input-len", str(middle)]
     command += ["--random-range-ratio", str(1 - arguments.shortest / middle), "--random-output-len", str(arguments.answer)]
-    # Another seed for each rate, or prompts would be in the prefix cache.
-    command += ["--request-rate", str(rate), "--num-prompts", str(requests), "--seed", str(round(rate * 1000)), "--ignore-eos"]
+    command += ["--request-rate", str(rate), "--num-prompts", str(requests), "--seed", str(seed), "--ignore-eos"]
     command += ["--goodput", f"ttft:{arguments.goal_ms}", "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "95,99"]
     command += ["--save-result", "--result-filename", str(report), "--disable-tqdm", "--temperature", "0"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=arguments.limit)
     if done.returncode:
         raise RuntimeError(f"the client ended with exit code {done.returncode}\n{done.stdout[-3000:]}")
     told = json.loads(report.read_text())
-    return {"rate": rate, **{name: told[name] for name in FIGURES if name in told}}
+    return {"rate": rate, **{name: told[name] for name in FIGURES}}
 
 
 def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -65,9 +65,10 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     with serving(folder, [*served, *arguments.serve_arguments], arguments.limit) as server:
         figures: dict[str, Any] = {"run": name, "seconds_to_ready": round(server.seconds, 1), "rates": []}
         print(f"{name}: ready after {server.seconds:.0f} s", flush=True)
-        bench(server.base, folder, 1, argparse.Namespace(**vars(arguments) | {"seconds": 1}))  # a warm-up
-        for rate in arguments.rates:
-            figures["rates"].append(found := bench(server.base, folder, rate, arguments))
+        bench(server.base, folder, 1, WARM_UP, 0, arguments)
+        for seed, rate in enumerate(arguments.rates, start=1):
+            requests = max(LEAST_REQUESTS, round(rate * arguments.seconds))
+            figures["rates"].append(found := bench(server.base, folder, rate, requests, seed, arguments))
             times = ", ".join(f"{kind} {found[f'{kind}_ttft_ms']:,.0f}" for kind in ("median", "p95", "p99"))
             print(f"  {rate} requests/s: {found['request_goodput']:.2f} good; ms to the first token: {times}", flush=True)
     return figures

@@ -32,6 +32,23 @@ def attention() -> ModuleType:
     return load(SCRIPT)
 
 
+def test_text_is_held_out_by_its_contents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of files with copies under other names: each text once, some held out, in whatever order they come."""
+    corpus = load(SCRIPT.with_name("corpus.py"))
+    texts = [(f"{i}.py", f"{i} ".encode() * 1500) for i in range(300)]
+    found = []
+    for order in (texts, texts[::-1]):
+        copies = [("copy of " + name, content) for name, content in order]
+        monkeypatch.setattr(corpus, "files", lambda kind, all_files=order + copies: iter(all_files))
+        found.append([sorted(each) for each in corpus.collect("code")])
+    assert found[0] == found[1]
+    training, heldout, names = found[0]
+    assert sorted(training + heldout) == sorted(content.decode() for _, content in texts)
+    assert 0 < len(heldout) == len(names) < 20
+    monkeypatch.setitem(corpus.LIMITS, "code", 9000)
+    assert sorted(map(len, corpus.collect("code")[0])) == [3000, 6000]  # the last order: a long one, and a later one that fits
+
+
 CASES = [("prefill", 1, 5, 5), ("prefill", 3, 5, 5), ("chunk", 1, 3, 7), ("decode", 4, 1, 9)]
 
 
