@@ -3,8 +3,8 @@
 
 Writes to DIR, for each kind of text (code: Python sources; prose: manuals, guides, READMEs and licences), KIND.txt to train on
 and KIND-heldout.txt to measure on, train.txt with all that is to train on, and corpus.json: how much there is of each, and
-which files are held out. Which files these are depends on their contents alone, so a file is held out on every machine or on
-none, and copies of it are, too.
+which files are held out. Which files these are depends on their contents alone, so copies of a file are held out with it.
+Files that differ a little, as licences do, can be on both sides. Manuals need groff, and are left out without it.
 """
 
 import argparse
@@ -12,12 +12,15 @@ import gzip
 import hashlib
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 LIMITS = {"code": 24 << 20, "prose": 16 << 20}  # bytes to train on
 HELDOUT_ONE_IN = 40
@@ -41,6 +44,9 @@ def files(kind: str) -> Iterator[tuple[str, bytes]]:
         found = (path for pattern in ("*.md", "*.rst", "*.txt", "METADATA", "LICENSE") for path in folder.rglob(pattern))
         yield from _contents(sorted(found))
     pages: Counter[str] = Counter()
+    if not shutil.which("groff"):
+        print("there is no groff; manuals are left out", file=sys.stderr)
+        return
     for section in MANUAL_SECTIONS:
         for path in sorted((MANUALS / section).glob("*.gz")):
             program = re.split(r"[-_.]", path.name)[0]
@@ -94,7 +100,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="where to write it")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    report, everything = {}, []
+    report: dict[str, Any] = {"command": shlex.join(["benchmarks/corpus.py", folder.name])}
+    everything: list[str] = []
     for kind in LIMITS:
         training, heldout, names = collect(kind)
         everything += training

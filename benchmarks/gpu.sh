@@ -67,9 +67,9 @@ step_variator() {
     engines 400 variator SAGE "SAGE:$plugins,variator.ratio=2" "SAGE:$plugins,variator.ratio=4" --graphs --prefill 8192 \
         --decode 16x8192 --repeat 5
 }
-step_serving() {  # a server is ready after two minutes where no kernel has been compiled yet
+step_serving() {
     local plugins=variator.plugins=random
-    benchmark 1800 serving FLASH_ATTN SAGE SAGE:k_bits=4,v_bits=4 "SAGE:$plugins,variator.ratio=2" \
+    benchmark 2700 serving FLASH_ATTN SAGE SAGE:k_bits=4,v_bits=4 "SAGE:$plugins,variator.ratio=2" \
         "SAGE:$plugins,variator.waiting=4" --rates 3 3.5 4 5 6 --out "$results/serving-$name.json"
 }
 step_memory() {

@@ -14,6 +14,7 @@ good if its first token came within --goal-ms; goodput is how many of these come
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,13 +35,13 @@ WARM_UP, LEAST_REQUESTS = 8, 8  # requests before the first rate, and at each
 
 
 def bench(base: str, folder: Path, rate: float, requests: int, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The client's figures for a number of requests at a rate. Of two calls with different seeds, neither finds the other's
-    prompts in the prefix cache."""
+    """The client's figures for a number of requests at a rate."""
     middle = (arguments.shortest + arguments.longest) // 2
     report = folder / "client.json"
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--base-url", base, "--model", "m"]
     command += ["--tokenizer", str(folder), "--dataset-name", "random", "--random-input-len", str(middle)]
-    command += ["--random-range-ratio", str(1 - arguments.shortest / middle), "--random-output-len", str(arguments.answer)]
+    spread = json.dumps({"input": 1 - arguments.shortest / middle, "output": 0.0})
+    command += ["--random-range-ratio", spread, "--random-output-len", str(arguments.answer)]
     command += ["--request-rate", str(rate), "--num-prompts", str(requests), "--seed", str(seed), "--ignore-eos"]
     command += ["--goodput", f"ttft:{arguments.goal_ms}", "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "95,99"]
     command += ["--save-result", "--result-filename", str(report), "--disable-tqdm", "--temperature", "0"]
@@ -59,7 +60,8 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     if run.options.get("variator", {}).get("plugins") == "random":
         with ProcessPoolExecutor(1) as other:  # its memory is the server's afterwards
             run.options["variator"]["plugins"] = other.submit(random_plugins, str(folder)).result()
-    served = ["--max-model-len", str(arguments.longest + arguments.answer + 256)]
+    # The client's random prompts count through the vocabulary, so that some begin like others.
+    served = ["--max-model-len", str(arguments.longest + arguments.answer + 256), "--no-enable-prefix-caching"]
     for option, value in run.arguments.items():
         served += [f"--{option.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else str(value)]
     with serving(folder, [*served, *arguments.serve_arguments], arguments.limit) as server:
@@ -96,7 +98,7 @@ def main() -> int:
     shape = dict(SHAPES[arguments.shape])
     if arguments.layers:
         shape["num_hidden_layers"] = arguments.layers
-    command = " ".join(["benchmarks/serving.py", *sys.argv[1:]])
+    command = shlex.join(["benchmarks/serving.py", *sys.argv[1:]])
     kept = ("shortest", "longest", "answer", "seconds", "goal_ms")
     report = {**circumstances(command, arguments.shape), **{name: getattr(arguments, name) for name in kept}, "runs": []}
     for name in arguments.runs:

@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +34,9 @@ def serving(folder: Path, arguments: Sequence[str], limit: float) -> Iterator[Se
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--served-model-name", "m"]
     command += ["--load-format", "dummy", "--host", "127.0.0.1", "--port", str(port), *arguments]
     begun = time.monotonic()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the server would outlive a benchmark that is ended
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the server would outlive a benchmark that is ended
     try:
         base = f"http://127.0.0.1:{port}"
         while not _is_healthy(base):
@@ -47,9 +47,12 @@ def serving(folder: Path, arguments: Sequence[str], limit: float) -> Iterator[Se
         yield Server(base, time.monotonic() - begun, log)
     finally:
         signal.signal(signal.SIGTERM, before)
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # the server may have ended, and left its engine
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(30)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _free_port() -> int:

@@ -126,8 +126,8 @@ def _without_connector(core: Any) -> Iterator[None]:
     would have keys that are not calibrated, where others find them: some connectors ask for the tokens only, not for the salt.
     """
     connector, core.scheduler.connector = core.scheduler.connector, None
-    core.model_executor.collective_rpc(_hold_connector)
     try:
+        core.model_executor.collective_rpc(_hold_connector)
         yield
     finally:
         core.model_executor.collective_rpc(_return_connector)

@@ -163,7 +163,7 @@ def _vllm() -> Finding:
         importlib.import_module("vllm.config")  # what it takes from other packages; `vllm` alone imports hardly anything
     except Exception as error:
         text = f"{vllm.__version__} does not work, with or without this plugin ({_brief(error)})"
-        remedy = "install the build for this torch of the package in the error, or uninstall it: texts need no torchvision"
+        remedy = "install the build for this torch of the package in the error, or uninstall it (texts do not need torchvision)"
         return Finding(FAIL, "vLLM", text, remedy)
     return _vllm_version(vllm.__version__)
 

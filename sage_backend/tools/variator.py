@@ -14,6 +14,7 @@ from sage_backend.tools.command import run_command
 from sage_backend.tools.models import check_model
 from sage_backend.tools.text import opening, read_text
 from sage_backend.variator import files, train
+from sage_backend.variator.groups import START
 
 
 def _restore(training: train.Training, checkpoint: Path, settings: dict[str, Any]) -> None:
@@ -80,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.layers is not None:
         layers = files.all_layers(config)
         if not 1 <= arguments.layers <= len(layers):
-            raise ValueError(f"--layers is {arguments.layers}; the model has {len(layers)}")
+            raise ValueError(f"--layers is {arguments.layers}; it can be 1 to {len(layers)} for this model")
     torch.manual_seed(arguments.seed)
     plugins = files.make(layers, arguments.ratio, config.hidden_size)
     on_cpu = torch.device(arguments.device).type == "cpu"  # where 16 bits are slow
@@ -95,14 +96,16 @@ def _run(arguments: argparse.Namespace) -> None:
     checkpoint = arguments.out.with_name(arguments.out.name + ".checkpoint")
     names = ("ratio", "layers", "layer_steps", "joint_steps", "rows", "context", "recall", "seed")
     settings = {name: getattr(arguments, name) for name in names}
-    settings |= {"model": identity(arguments.model, config), "text": len(text)}
+    settings |= {"model": identity(arguments.model, config), "text": len(text), "start": START}
     if arguments.resume:
         _restore(training, checkpoint, settings)
     try:
         train.train(training, checkpoint, settings)
     except KeyboardInterrupt:
-        rest = f"; --resume continues from {checkpoint}" if checkpoint.is_file() else ", before the first checkpoint"
+        saved = training.step // train.CHECKPOINT_EVERY * train.CHECKPOINT_EVERY
+        rest = f"; --resume continues from step {saved}" if saved else ", before the first checkpoint"
         raise RuntimeError(f"interrupted after {training.step} steps{rest}") from None
+    plugins = training.model.plugins  # those of the layers that are left
     files.save(arguments.out, plugins, arguments.model, config)
     checkpoint.unlink(missing_ok=True)
     kept = [plugin for by_ratio in plugins.values() for plugin in by_ratio.values()]

@@ -16,6 +16,8 @@ def check_compression(config: Any, options: VariatorOptions) -> None:
 
     Raises ValueError with one line for plugins that are not this model's, or a setting they do not work with.
     """
+    from vllm.v1.attention.backend import max_decode_query_len  # vLLM imports this package before its own modules
+
     options.choices(files.check(options.plugins, config.model_config))
     parallel, scheduler, compilation = config.parallel_config, config.scheduler_config, config.compilation_config
     chunk = min(scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold or CHUNK)
@@ -32,12 +34,19 @@ def check_compression(config: Any, options: VariatorOptions) -> None:
             f"chunks of {chunk} tokens have no room for groups; --max-num-batched-tokens and --long-prefill-token-threshold "
             f"can be {CHUNK} or more",
         ),
+        (
+            max_decode_query_len(config) >= CHUNK,
+            f"drafts of {max_decode_query_len(config) - 1} tokens are verified in steps that cannot be told from chunks of "
+            f"{CHUNK}; set fewer num_speculative_tokens in --speculative-config",
+        ),
     ]
     if reasons := [reason for applies, reason in rows if applies]:
         raise ValueError(f"the option variator cannot be used: {'; '.join(reasons)}")
     if compilation.splitting_ops and FFN_OP not in compilation.splitting_ops:
         compilation.splitting_ops.append(FFN_OP)
-    for activation in ("silu_and_mul", "gelu_and_mul"):
-        if not {f"+{activation}", f"-{activation}"} & set(compilation.custom_ops):
-            # Inside the op nothing is compiled, so the activation takes vLLM's own kernel.
-            compilation.custom_ops.append(f"+{activation}")
+    hf_config = config.model_config.hf_config
+    name = getattr(hf_config, "hidden_activation", None) or hf_config.hidden_act  # the former is Gemma's
+    activation = "gelu_and_mul" if "gelu" in name else "silu_and_mul"
+    if not {f"+{activation}", f"-{activation}"} & set(compilation.custom_ops):
+        # Inside the op nothing is compiled, so the activation takes vLLM's own kernel.
+        compilation.custom_ops.append(f"+{activation}")

@@ -88,8 +88,11 @@ def segments(requests: Iterable[tuple[int, int, int, CompressionPlan]]) -> list[
 
 
 def clip(tokens: int, position: int, plan: CompressionPlan) -> int:
-    """The tokens, of `tokens` from `position` on, that a chunk may have to end between groups."""
+    """The tokens, of `tokens` from `position` on, that a chunk may have to end between groups, and not to count as a decode if
+    it has some. 0 asks the scheduler to wait for a larger budget; behind `limit`, at least MIN_TAIL tokens are left."""
     end = position + tokens
+    if position < plan.limit and tokens < CHUNK:
+        return 0
     return tokens if end >= plan.limit else max(0, end // CHUNK * CHUNK - position)
 
 

@@ -2,10 +2,9 @@
 """Training of compression plugins; the command is `sage_backend.tools.variator`.
 
 The model is frozen and teaches itself. First each plugin learns alone to give what its FFN gives, from the inputs that the FFN
-has in the plain model. If some layers can be left out, those go now whose plugins alone move the predictions most: a few
-layers do most of the harm (`Training.choose`). Then all plugins of a ratio work together in one pass, and learn to leave the
-predictions for what follows a compressed prompt as they are. Some of the prompts can hide a pass key: text alone hardly shows
-whether exact tokens survive.
+has in the plain model. With `--layers`, the layers whose plugins move the predictions most are then left out
+(`Training.choose`). Then all plugins of a ratio work together in one pass, and learn to leave the predictions for what follows
+a compressed prompt as they are. Some of the prompts can hide a pass key: text alone hardly shows whether exact tokens survive.
 
 Batches depend on the step's number alone, so that a training that was interrupted continues as if it had not been.
 """
@@ -139,8 +138,10 @@ class Attached:
     def compressing(self, ratio: int, cut: int, layers: Collection[str] | None = None) -> Iterator[None]:
         """Compress the first `cut` tokens of each row inside, but the first START, in these layers; in all if None."""
         self._ratio, self._cut, self._layers = ratio, cut, set(self.plugins if layers is None else layers)
-        yield
-        self._ratio = 1
+        try:
+            yield
+        finally:
+            self._ratio = 1
 
     def keep(self, layers: Collection[str]) -> None:
         """Detach the plugins of all other layers."""

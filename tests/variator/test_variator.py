@@ -212,6 +212,10 @@ def test_admission(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [split(first, 100), split(first, 100, 64, 0), split(own, 101)] == [96, 100, 101]
     first.num_computed_tokens = 96
     assert [split(first, 30), split(first, 15), split(first, 41)] == [16, 0, 41]
+    first.num_computed_tokens = 128  # 8 tokens of the last groups are left: in a small chunk, they would count as a decode
+    assert [split(first, 15), split(first, 16)] == [0, 16]
+    first.num_computed_tokens = 136
+    assert split(first, 3) == 3
 
 
 @pytest.mark.parametrize(
@@ -324,6 +328,7 @@ def test_an_engine_can_be_forked_after_a_file_was_checked(tmp_path: Path) -> Non
         ({"max_num_batched_tokens": 8, "max_num_seqs": 8, "max_model_len": 8}, "chunks of 8 tokens have no room for groups"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "blocks that leave the engine"),
         ({"ratio": 8}, "has no plugins of ratio 8; there is 2 or 4"),
+        ({"speculative_config": {**NGRAM_DRAFTS, "num_speculative_tokens": 15}}, "drafts of 15 tokens are verified in steps"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -358,7 +363,7 @@ def test_compilation(tmp_path: Path) -> None:
         compiled = {"compilation_config": pieces, "additional_config": {"sage": options}}
         config = EngineArgs(str(MODEL_DIR), attention_backend="SAGE", **compiled).create_engine_config()
         assert config.compilation_config.splitting_ops == [*pieces["splitting_ops"], "sage::ffn"]
-        assert "+silu_and_mul" in config.compilation_config.custom_ops
+        assert {op for op in config.compilation_config.custom_ops if "_and_mul" in op} == {"+silu_and_mul"}
 
         graphs = []
 
@@ -449,7 +454,8 @@ def test_training(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     monkeypatch.setattr(train.Training, "advance", interrupt)
     assert run_training(small, tmp_path / "resumed", "--layers", "2") == 1
     saved = tmp_path / "resumed.checkpoint"
-    assert f"error: interrupted after 105 steps; --resume continues from {saved}\n" in capsys.readouterr().err
+    assert saved.is_file()
+    assert "error: interrupted after 105 steps; --resume continues from step 100\n" in capsys.readouterr().err
     monkeypatch.setattr(train.Training, "advance", advance)
     assert run_training(small, tmp_path / "resumed", "--resume") == 1
     assert "is of a training with layers 2, not None; use the same arguments" in capsys.readouterr().err
@@ -494,7 +500,7 @@ def test_choice_of_layers(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--text", "EMPTY"], "EMPTY is not a file with text"),
         (["--context", "64"], "--context must be at least 128"),
-        (["--layers", "5"], "--layers is 5; the model has 4"),
+        (["--layers", "5"], "--layers is 5; it can be 1 to 4 for this model"),
         (["--out", "NOWHERE/p"], "there is no folder"),
         (["--resume"], "to resume from; leave --resume out"),
         (["--context", "200000"], "training needs more than --context"),
