@@ -26,12 +26,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.plugins import random_plugins
+from common.plugins import fill_in
 from common.report import save
 from common.shapes import SHAPES
 
@@ -62,9 +61,7 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(shape))
         parsed = engines.Run.parse(run)
-        if (variator := parsed.options.get("variator", {})).get("plugins") == "random":
-            with ProcessPoolExecutor(1) as other:  # torch's threads would not survive the fork of the engine
-                variator["plugins"] = other.submit(random_plugins, folder).result()
+        fill_in(parsed, folder)
         began = time.perf_counter()
         with engines.engine(
             parsed,

@@ -19,11 +19,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common.plugins import random_plugins
+from common.plugins import fill_in
 from common.report import save
 from common.server import serving
 from common.shapes import SHAPES
@@ -57,9 +56,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     from sage_backend.tools.engines import Run
 
     run = Run.parse(name)
-    if run.options.get("variator", {}).get("plugins") == "random":
-        with ProcessPoolExecutor(1) as other:  # its memory is the server's afterwards
-            run.options["variator"]["plugins"] = other.submit(random_plugins, str(folder)).result()
+    fill_in(run, str(folder))
     # The client's random prompts count through the vocabulary, so that some begin like others.
     served = ["--max-model-len", str(arguments.longest + arguments.answer + 256), "--no-enable-prefix-caching"]
     for option, value in run.arguments.items():

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compression plugins with random numbers."""
 
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -20,3 +22,11 @@ def random_plugins(folder: str) -> str:
     path = Path(folder, "plugins")
     files.save(path, plugins, folder, config)
     return str(path)
+
+
+def fill_in(run: Any, folder: str) -> None:
+    """If a run (`sage_backend.tools.engines.Run`) asks for plugins called `random`, make some for the model in `folder`."""
+    variator = run.options.get("variator", {})
+    if variator.get("plugins") == "random":
+        with ProcessPoolExecutor(1) as other:  # torch's threads would not survive the fork of the engine
+            variator["plugins"] = other.submit(random_plugins, folder).result()

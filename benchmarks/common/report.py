@@ -2,7 +2,11 @@
 """Reports: JSON files that say how they were made."""
 
 import json
+import platform
+import shlex
+import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,3 +15,16 @@ def save(report: Mapping[str, Any], path: Path) -> None:
     """Write a report, in a folder that need not exist yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def circumstances(script: str) -> dict[str, Any]:
+    """The part of a report that says how it was made, for a script that runs a model in plain torch."""
+    import torch  # reports of other scripts need neither
+    import transformers
+
+    return {
+        "command": f"{script} {shlex.join(sys.argv[1:])}",
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+    }

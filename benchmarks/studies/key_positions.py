@@ -19,12 +19,9 @@ tokens of a model with 500 million parameters take half a minute for each row of
 import _pydecimal
 import argparse
 import inspect
-import platform
-import shlex
 import sys
 import tarfile
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,8 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, whe
 
 import torch
 import torch.nn.functional as F
-import transformers
-from common.report import save
+from common.report import circumstances, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -178,12 +174,8 @@ def main() -> None:
         reader = Reader(arguments.model)
         results = measure(reader, arguments.window, arguments.windows)
     if arguments.out:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
         report = {
-            "command": f"benchmarks/studies/key_positions.py {shlex.join(sys.argv[1:])}",
-            "date": datetime.now(UTC).date().isoformat(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-            "versions": versions,
+            **circumstances("benchmarks/studies/key_positions.py"),
             "model": arguments.model.name,
             "window": arguments.window,
             "windows": arguments.windows,

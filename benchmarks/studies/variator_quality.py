@@ -7,17 +7,13 @@ costs alone, so the rows of a ratio are a curve of loss against saved operations
 """
 
 import argparse
-import platform
-import shlex
 import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from common.report import save
+from common.report import circumstances, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -152,12 +148,8 @@ def main() -> int:
         model = Model(arguments.model, str(arguments.plugins), arguments.prompt)
         found = measure(model, texts, arguments.windows)
     if arguments.out:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
         report = {
-            "command": f"benchmarks/studies/variator_quality.py {shlex.join(sys.argv[1:])}",
-            "date": datetime.now(UTC).date().isoformat(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-            "versions": versions,
+            **circumstances("benchmarks/studies/variator_quality.py"),
             "model": arguments.model.name,
             "prompt": arguments.prompt,
             "scored": SCORED,

@@ -21,8 +21,8 @@ speculative decoding verifies at once, below which a chunk would count as a deco
 chunk with the last group never counts as a decode."""
 
 START = CHUNK
-"""Tokens at a prompt's start that stay uncompressed. Attention rests on the first tokens of any text (attention sinks), whose
-hidden vectors are far larger than those of others. Pooled with them, they are lost to every token behind."""
+"""Tokens at a prompt's start that stay uncompressed. Attention rests on the first tokens of any text (attention sinks). Pooled
+with their neighbours, they are lost to every token behind."""
 
 
 class CompressionPlan(NamedTuple):
