@@ -4,6 +4,8 @@
 
     python3 benchmarks/engine.py FLASH_ATTN FLASH_ATTN/fp8 SAGE SAGE:k_bits=4 \\
         --prefill 8192 32768 131072 --decode 128x1024 64x8192 --out benchmarks/results/engine-NAME.json
+    python3 benchmarks/engine.py SAGE:memory.local_tokens=4096 SAGE:memory.host_gib=80 --kv-gib 8 --graphs \\
+        --prefill 262144 --decode 1x262144 --out benchmarks/results/host-pages-NAME.json
     P=variator.plugins=random
     python3 benchmarks/engine.py SAGE SAGE:$P,variator.ratio=2 SAGE:$P,variator.ratio=4 \\
         --prefill 8192 --decode 64x8192 --out benchmarks/results/variator-NAME.json
@@ -12,8 +14,9 @@ A run is named as for `sage eval`; its compression plugins can also be `random`.
 process, with random weights of the given shape (default: Llama-3.1-8B) and random prompts. Prefill is the time to the first
 token of one prompt: the median of --repeat prompts, after a warm-up with the same length or with --warm-up tokens. A decode
 step of BATCHxLENGTH is measured with BATCH requests of LENGTH tokens, which are in the prefix cache by then. It is the time of
-a longer generation less that of a shorter one, per token; the median of --repeat such differences. A run that fails is marked
-with its error, and the others still run.
+a longer generation less that of a shorter one, per token; the median of --repeat such differences. With pages in host memory,
+`fetched_MiB` is what went over the bus into frames: of a prompt, or of a step. A run that fails is marked with its error, and
+the others still run.
 """
 
 import argparse
@@ -45,6 +48,14 @@ def execution(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"compilation_config": compilation}
 
 
+def fetched_bytes(worker: Any) -> int:
+    """Bytes that a worker has copied from host pages into frames so far."""
+    from sage_backend.engine.host_pages import owners
+
+    layers = [impl for impl in owners(worker.vllm_config).values() if impl.cache is not None]
+    return sum(int(impl.cache.fetched.sum()) * impl.layout.page_bytes for impl in layers)
+
+
 def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Start an engine and time it; returns the figures."""
     from vllm import SamplingParams
@@ -71,6 +82,7 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
             enable_prefix_caching=True,
             max_model_len=longest,
             max_num_batched_tokens=arguments.chunk,
+            kv_cache_memory_bytes=arguments.kv_gib and int(arguments.kv_gib * 2**30),
             **execution(arguments),
             disable_log_stats=True,
         ) as llm:
@@ -88,6 +100,10 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 llm.generate(prompts, sampling, use_tqdm=False)
                 return time.perf_counter() - start
 
+            def fetched() -> float:
+                """MiB that all workers have fetched."""
+                return sum(llm.collective_rpc(fetched_bytes)) / 2**20
+
             if arguments.skip_prefill_attention:
                 from sage_backend.engine import impl
 
@@ -95,15 +111,21 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
             figures["first_request_seconds"] = round(generate(prompts(1, min(200, longest - 1)), 1), 3)
             for length in arguments.prefill:
                 generate(prompts(1, min(length, arguments.warm_up)), 1)
+                before = fetched()
                 seconds = statistics.median(generate(prompts(1, length), 1) for _ in range(arguments.repeat))
                 figures[f"prefill_{length}"] = round(length / seconds)
+                if moved := (fetched() - before) / arguments.repeat:
+                    figures[f"prefill_{length}_fetched_MiB"] = round(moved)
                 print(f"  {run}: prefill {length}: {length / seconds:,.0f} tokens/s", flush=True)
             for batch, length in arguments.decode:
                 asked = prompts(batch, length)
                 for _ in range(2):  # once to fill the cache, and once to warm up with a full one
                     generate(asked, 8)
+                before = fetched()
                 seconds = statistics.median(-generate(asked, 8) + generate(asked, 72) for _ in range(arguments.repeat))
                 figures[f"decode_{batch}x{length}_ms"] = round(seconds / 64 * 1e3, 3)
+                if moved := (fetched() - before) / arguments.repeat / 80:
+                    figures[f"decode_{batch}x{length}_fetched_MiB"] = round(moved, 2)
                 print(f"  {run}: decode {batch} x {length}: {figures[f'decode_{batch}x{length}_ms']} ms a step", flush=True)
     return figures
 
@@ -140,6 +162,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192, 32768], metavar="TOKENS")
     parser.add_argument("--decode", type=pair, nargs="*", default=[], metavar="BATCHxTOKENS")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of a prefill chunk (max_num_batched_tokens)")
+    parser.add_argument("--kv-gib", type=float, help="GiB of the GPU's memory for pages (default: what vLLM finds free)")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=1 << 17, help="most tokens of a warm-up (default: %(default)s)")
     parser.add_argument(
@@ -159,6 +182,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for `fetched_bytes`, which workers are asked for
     if arguments.skip_prefill_attention:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # attention is skipped in this process only
     if arguments.only:

@@ -74,6 +74,7 @@ def _memory(page_tokens: int) -> dict[str, Allowed]:
         "query_block": tokens,
         "extrapolate": (lambda value: value is False or tokens[0](value), f"{tokens[1]} or false"),
         "dense_layers": (_is_indices, "a list of indices such as [0, 1]"),
+        "host_gib": (lambda value: type(value) in (int, float) and value > 0, "a number of GiB above 0"),
     }
 
 
@@ -129,7 +130,8 @@ _IN_MEMORY = _Section(
 class MemoryOptions:
     """What attention reads of long contexts (see `sage_paged.memory`). extrapolate: the length in tokens that the model was
     trained for, within which distances are kept; False to leave positions as they are. dense_layers: indices of layers that
-    read everything."""
+    read everything. host_gib: GiB of host memory, of all workers together, that hold all pages, while GPUs hold those that were
+    read last (`engine.host_pages`); None to have all pages on GPUs."""
 
     sink_tokens: int = 128
     local_tokens: int = 4096
@@ -137,6 +139,7 @@ class MemoryOptions:
     query_block: int = 512
     extrapolate: int | bool = False
     dense_layers: tuple[int, ...] = ()
+    host_gib: float | None = None
 
     @classmethod
     def parse(cls, section: object, page_tokens: int) -> "MemoryOptions":
@@ -148,6 +151,8 @@ class MemoryOptions:
             raise ValueError(
                 f'"query_block" in {place} is {options.query_block}; it must be a multiple of page_tokens, {page_tokens}'
             )
+        if options.host_gib and options.dense_layers:
+            raise ValueError(f'"host_gib" in {place} does not go with "dense_layers", which read everything; leave one out')
         farthest = options.policy.farthest(page_tokens)
         if options.extrapolate and farthest > options.extrapolate:
             raise ValueError(
@@ -248,8 +253,8 @@ class SageOptions:
 
     def layout(self, head_dim: int, k_bits: int | None = None, v_bits: int | None = None) -> PageLayout:
         """k_bits, v_bits: those of a layer for which a calibration has chosen them."""
-        memory = self.memory is not None
-        return PageLayout(head_dim, k_bits or self.k_bits, self.page_tokens, memory, v_bits or self.v_bits)
+        in_pages = self.memory is not None and not self.memory.host_gib  # with host pages, summaries are in a PageCache
+        return PageLayout(head_dim, k_bits or self.k_bits, self.page_tokens, in_pages, v_bits or self.v_bits)
 
 
 _current = SageOptions()

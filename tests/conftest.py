@@ -84,7 +84,7 @@ def kernels() -> SimpleNamespace:
     `attend_decode`: programs, how many share the work (None: as many as the device takes).
     """
     from sage_kernels import api
-    from sage_kernels.portable import decode, prefill, recall, store
+    from sage_kernels.portable import decode, page_cache, prefill, recall, store
 
     if not torch.cuda.is_available():
         return SimpleNamespace(
@@ -93,6 +93,7 @@ def kernels() -> SimpleNamespace:
             decode=decode.decode,
             store_summaries=recall.store_summaries,
             select_pages=recall.select_pages,
+            fetch_pages=page_cache.fetch_pages,
             device="cpu",
         )
 
@@ -110,6 +111,7 @@ def kernels() -> SimpleNamespace:
         decode=decode_by_programs,
         store_summaries=api.store_summaries,
         select_pages=api.select_pages,
+        fetch_pages=api.fetch_pages,
         device="cuda",
     )
 

@@ -7,6 +7,7 @@ from sage_kernels.api import (
     attend_prefill,
     choose_kernels,
     decode_workspace,
+    fetch_pages,
     max_decode_rows,
     prefill_scratch_bytes,
     select_pages,
@@ -15,10 +16,11 @@ from sage_kernels.api import (
     store_summaries,
 )
 from sage_kernels.batch import LayerCalibration, Modifiers, PagedBatch, RopeShift
+from sage_kernels.page_cache import PageCache
 from sage_paged import Memory, PageLayout
 
 __all__ = [
-    "KernelChoice", "LayerCalibration", "Memory", "Modifiers", "PageLayout", "PagedBatch", "RopeShift", "attend_decode",
-    "attend_prefill", "choose_kernels", "decode_workspace", "max_decode_rows", "prefill_scratch_bytes", "select_pages",
-    "smoothing_block", "store", "store_summaries",
+    "KernelChoice", "LayerCalibration", "Memory", "Modifiers", "PageCache", "PageLayout", "PagedBatch", "RopeShift",
+    "attend_decode", "attend_prefill", "choose_kernels", "decode_workspace", "fetch_pages", "max_decode_rows",
+    "prefill_scratch_bytes", "select_pages", "smoothing_block", "store", "store_summaries",
 ]  # fmt: skip

@@ -34,6 +34,7 @@ import torch
 from sage_kernels import cpu, reference
 from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration, Modifiers, PagedBatch
 from sage_kernels.device import gluon_available, is_hopper
+from sage_kernels.page_cache import PageCache
 from sage_paged import Memory, PageLayout
 
 # The Triton modules are imported where a GPU needs them: importing Triton takes a second, and a CPU build of torch has none.
@@ -127,13 +128,14 @@ def store(
     slots: torch.Tensor,
     layout: PageLayout,
     calibration: LayerCalibration = NOT_CALIBRATED,
+    cache: PageCache | None = None,
 ) -> None:
     """Quantize new tokens and write them into their pages.
 
     key, value: [tokens, kv_heads, head_dim], float32, float16 or bfloat16, unit stride in head_dim; the first slots.numel()
     tokens count. pages: uint8 [blocks, kv_heads, page_bytes], written in place. slots: int64 [tokens]; token t goes to block
     slots[t] // layout.tokens, at slots[t] % layout.tokens; negative: padding. calibration: of the layer. Attention takes
-    the same one, in its modifiers.
+    the same one, in its modifiers. cache: the layer's, if its pages are in host memory (`PageCache`).
 
     Raises ValueError for tensors whose shapes or dtypes do not fit together.
 
@@ -150,10 +152,15 @@ def store(
     if key.device.type == "cpu":
         tokens = slots.numel()
         reference.store(key[:tokens], value[:tokens], pages, slots, layout, calibration)
+        if cache is not None:
+            for head, own in enumerate(reference.frame_slots(cache, slots, layout)):
+                of = slice(head, head + 1)
+                frames = cache.frames[:, of]
+                reference.store(key[:tokens, of], value[:tokens, of], frames, own, layout, calibration.heads(of))
         return
     from sage_kernels.portable.store import store as triton_store
 
-    triton_store(key, value, pages, slots, layout, calibration)
+    triton_store(key, value, pages, slots, layout, calibration, cache)
 
 
 def attend_prefill(
@@ -239,14 +246,16 @@ def store_summaries(
     num_tokens: int,
     shift_table: torch.Tensor | None = None,
     calibration: LayerCalibration = NOT_CALIBRATED,
+    cache: PageCache | None = None,
 ) -> None:
     """Write the summaries of the pages that a step has filled, which `select_pages` reads (InfLLM memory).
 
-    pages: as for `attend_prefill`, of a layout with has_summary. batch: the step's requests, whose tokens are stored.
+    pages: as for `attend_prefill`, of a layout with has_summary, unless there is a cache, which has the summaries then. batch:
+    the step's requests, whose tokens are stored.
     num_tokens: at least the query tokens of the step. shift_table: `reference.rope_shift_table`, where select_pages has one.
     calibration: the one that keys were stored with.
 
-    Raises ValueError for a layout without summaries.
+    Raises ValueError for a layout without summaries, if there is no cache.
 
         >>> import torch; from sage_kernels import PagedBatch, PageLayout, store, store_summaries
         >>> layout = PageLayout(head_dim=64, has_summary=True)
@@ -257,13 +266,13 @@ def store_summaries(
         >>> store_summaries(pages, layout, batch, num_tokens=200)     # of block 0, which is full
     """
     _check_pages(pages, layout)
-    _check_summary(layout)
+    _check_summary(layout, cache)
     if pages.device.type == "cpu":
-        reference.store_summaries(pages, layout, batch, shift_table, calibration)
+        reference.store_summaries(pages, layout, batch, shift_table, calibration, cache)
         return
     from sage_kernels.portable import recall
 
-    recall.store_summaries(pages, layout, batch, num_tokens, shift_table, calibration)
+    recall.store_summaries(pages, layout, batch, num_tokens, shift_table, calibration, cache)
 
 
 def select_pages(
@@ -274,13 +283,15 @@ def select_pages(
     memory: Memory,
     query_block: int,
     shift_table: torch.Tensor | None = None,
+    cache: PageCache | None = None,
 ) -> PagedBatch:
     """Choose the pages of long contexts that queries read: sinks, local pages, and the best of those between (InfLLM, section
     3).
 
     query: [tokens, heads, head_dim]. batch: the requests. memory: the policy. query_block: positions whose queries choose
     together; 0 for one choice per request, as in decoding, for which batch.max_query_len must be set where requests have
-    several query tokens. shift_table: `reference.rope_shift_table`, needed where memory.trained_tokens is not 0.
+    several query tokens. shift_table: `reference.rope_shift_table`, needed where memory.trained_tokens is not 0. cache: the
+    layer's, if it has the summaries.
 
     Returns a batch to attend with in place of the given one: query blocks replace requests, and each KV head has
     its own page list. Raises ValueError for a layout without summaries, for shapes that do not fit together, and without the
@@ -299,14 +310,44 @@ def select_pages(
         [360]
     """
     _check_batch(query, pages, layout, batch)
-    _check_summary(layout)
+    _check_summary(layout, cache)
     if memory.trained_tokens and shift_table is None:
         raise ValueError(f"memory.trained_tokens is {memory.trained_tokens}, which needs a shift_table (rope_shift_table)")
     if query.device.type == "cpu":
-        return reference.select_pages(query, pages, layout, batch, memory, query_block, shift_table)
+        return reference.select_pages(query, pages, layout, batch, memory, query_block, shift_table, cache)
     from sage_kernels.portable import recall
 
-    return recall.select_pages(query, pages, layout, batch, memory, query_block, shift_table)
+    return recall.select_pages(query, pages, layout, batch, memory, query_block, shift_table, cache)
+
+
+def fetch_pages(cache: PageCache, pages: torch.Tensor, layout: PageLayout, batch: PagedBatch) -> PagedBatch:
+    """Bring the pages that a batch reads into the cache's frames, and evict those that were not used for longest.
+
+    pages: uint8 [blocks, kv_heads, page_bytes], all pages of the layer; on a GPU, a view of pinned host memory. batch: from
+    `select_pages`, or one with short contexts. Its page lists have, in all, at most as many entries a KV head as there are
+    frames.
+
+    Returns the batch to attend with, to `cache.frames` in place of `pages`. Raises ValueError if the lists are too long.
+
+        >>> import torch; from sage_kernels import PageCache, PagedBatch, PageLayout, fetch_pages, store
+        >>> layout, key, value = PageLayout(head_dim=64), torch.randn(400, 1, 64), torch.randn(400, 1, 64)
+        >>> pages, cache = layout.empty(blocks=4, kv_heads=1), PageCache.allocate(blocks=4, kv_heads=1, layout=layout, frames=2)
+        >>> store(key, value, pages, torch.arange(400), layout, cache=cache)
+        >>> table, one = torch.tensor([[3, 1]], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+        >>> batch = PagedBatch(table, torch.tensor([144], dtype=torch.int32), one, max_query_len=1)
+        >>> held = fetch_pages(cache, pages, layout, batch)
+        >>> torch.equal(cache.frames[held.block_table[0, 0].long()], pages[[3, 1]]), cache.fetched.tolist()
+        (True, [2])
+    """
+    _check_pages(pages, layout)
+    entries = batch.num_requests * batch.block_table.shape[-1]
+    if entries > len(cache.frames):
+        raise ValueError(f"the page lists have {entries} entries for {len(cache.frames)} frames; fetch fewer rows at a time")
+    if pages.device.type == "cpu":
+        return reference.fetch_pages(cache, pages, layout, batch)
+    from sage_kernels.portable import page_cache
+
+    return page_cache.fetch_pages(cache, pages, layout, batch)
 
 
 # Checks look at shapes and dtypes only, never at values: they do not wait for the device. They run once per layer and step, so
@@ -324,8 +365,8 @@ def _check_pages(pages: torch.Tensor, layout: PageLayout) -> int:
     return shape[1]
 
 
-def _check_summary(layout: PageLayout) -> None:
-    if not layout.has_summary:
+def _check_summary(layout: PageLayout, cache: PageCache | None) -> None:
+    if not layout.has_summary and cache is None:
         raise ValueError("the layout has no summaries; make it with PageLayout(..., has_summary=True)")
 
 

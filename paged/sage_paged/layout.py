@@ -182,6 +182,13 @@ class PageLayout:
             )
         return raw.as_strided((blocks, heads, self.page_bytes), (raw.stride(0), raw.stride(1), 1))
 
+    def summaries(self, pages: torch.Tensor) -> torch.Tensor:
+        """The view `summary` alone of `views`, of a layout that has one. It is made in every call of a layer."""
+        halves = pages.view(torch.float16)
+        strides = halves.stride(0), halves.stride(1), self.head_dim, 1
+        offset = halves.storage_offset() + self.summary_offset // 2
+        return halves.as_strided((*pages.shape[:2], 2, self.head_dim), strides, offset)
+
     def views(self, pages: torch.Tensor) -> PageViews:
         """Typed views of `pages` (uint8 [blocks, kv_heads, page_bytes]) that share its memory."""
 

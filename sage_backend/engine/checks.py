@@ -135,6 +135,8 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
         raise ValueError(f"--attention-backend sage cannot serve {model.model}: {'; '.join(found)}")
     if options.memory is not None:
         _check_memory(options, options.memory, model)
+        if options.memory.host_gib:
+            _check_host_pages(config, options.memory.host_gib)
     if options.calibration is not None:
         _check_calibration(options.calibration, config)
     if options.canary is not None and not has_metrics:
@@ -202,6 +204,47 @@ def _check_memory(options: SageOptions, memory: MemoryOptions, model: Any) -> No
         )
     if memory.extrapolate:
         positions.check(model)
+
+
+_WITHOUT_MODEL = ("ngram", "ngram_gpu", "suffix")
+"""Methods of --speculative-config whose drafts come from no model, which would have pages of its own."""
+
+
+def _check_host_pages(config: Any, host_gib: float) -> None:
+    """Raises ValueError for what host pages do not go with, or more of them than the host's memory has room for."""
+    model, drafts = config.model_config, config.speculative_config
+    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ()) - {"full_attention"}
+    free = free_host_memory() / 2**30
+    rows = [
+        (
+            bool(kinds) or model.is_hybrid or model.get_sliding_window() or model.attention_chunk_size,
+            "the model has layers that do not attend to whole contexts, whose pages cannot be in host memory",
+        ),
+        (bool(config.attention_config.backend_per_kind), "all layers must be this backend's; use --attention-backend"),
+        (
+            drafts is not None and drafts.method not in _WITHOUT_MODEL,
+            "a drafter's pages cannot be in host memory; leave --speculative-config out, or choose ngram",
+        ),
+        (config.kv_transfer_config is not None, "a KV connector would move pages that are in host memory; leave it out"),
+        (model.enable_sleep_mode, "--enable-sleep-mode would lose what the GPU knows of them; leave it out"),
+        (host_gib > free, f"{host_gib:g} GiB are asked for, and {free:.1f} are free in the host's memory; lower it"),
+    ]
+    if found := [reason for applies, reason in rows if applies]:
+        raise ValueError(
+            f'option "host_gib" in option "memory" in --additional-config "sage" cannot be served: {"; ".join(found)}'
+        )
+
+
+def free_host_memory() -> int:
+    """Bytes of host memory that this process can have, within the limit of its container."""
+    import psutil  # type: ignore[import-untyped]  # of vLLM's; `sage doctor` checks configurations where vLLM is not installed
+
+    free: int = psutil.virtual_memory().available
+    try:
+        used, limit = ((Path("/sys/fs/cgroup") / f"memory.{name}").read_text().strip() for name in ("current", "max"))
+    except OSError:  # no cgroup of version 2
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
 
 
 def _check_calibration(file: str, config: Any) -> None:

@@ -2,6 +2,8 @@
 """Attention of one layer on quantized KV pages."""
 
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from sage_kernels import (
     LayerCalibration,
     Memory,
     Modifiers,
+    PageCache,
     PagedBatch,
     PageLayout,
     attend_decode,
     attend_prefill,
+    fetch_pages,
     prefill_scratch_bytes,
     select_pages,
     smoothing_block,
@@ -79,6 +83,8 @@ class SageImpl(AttentionImpl[SageMetadata]):
         """What this layer's keys and values are stored with. Allocated when the first tokens are stored."""
         self.memory = None if self.window else options.current().memory
         """How long contexts are read; None in layers with a sliding window. See also `memory_of`."""
+        self.cache: PageCache | None = None
+        """What the GPU holds of the pages, if they are in host memory (`sage_backend.engine.host_pages` sets it)."""
         self.frequencies: tuple[float, ...] = ()
         """RoPE frequencies, radians a position, if pages are rotated (`sage_backend.features.positions` sets them)."""
         self.max_pages = 0
@@ -138,7 +144,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         key, value = key[:tokens], value[:tokens]
         if self.observer is not None:
             self.observer.stored(key, value, slot_mapping)
-        store(key, value, self.layout.pages(kv_cache), slot_mapping, self.layout, self.calibration)
+        store(key, value, self.layout.pages(kv_cache), slot_mapping, self.layout, self.calibration, self.cache)
 
     def forward(
         self,
@@ -163,17 +169,21 @@ class SageImpl(AttentionImpl[SageMetadata]):
         query, out = query[: step.num_tokens], output[: step.num_tokens]
         owner = self._owner(layer)
         memory = self.memory_of(layer)
+        if owner.cache is None and not self.layout.has_summary:
+            memory = None  # without any, or while vLLM measures its graphs in a small cache, before it allocates host pages
         modifiers = self._modifiers(owner, query.device)
 
         if memory is not None and owner is self:
-            store_summaries(pages, self.layout, step.batch, step.num_tokens, self._shift_table(query.device), owner.calibration)
+            table = self._shift_table(query.device)
+            store_summaries(pages, self.layout, step.batch, step.num_tokens, table, owner.calibration, owner.cache)
         for phase in step.phases:
             with step.observer.timed(phase.name, layer, query.device):
-                batch = self._select_pages(memory, query, pages, phase, step.max_seq_len)
-                if phase.name == DECODE:
-                    attend_decode(query, pages, self.layout, batch, self.scale, out, modifiers, step.workspace)
-                else:
-                    attend_prefill(query, pages, self.layout, batch, self.scale, out, modifiers)
+                batch = self._select_pages(memory, query, pages, phase, step.max_seq_len, owner.cache)
+                for held, part in self._held(pages, batch, owner.cache, step.max_seq_len):
+                    if phase.name == DECODE:
+                        attend_decode(query, held, self.layout, part, self.scale, out, modifiers, step.workspace)
+                    else:
+                        attend_prefill(query, held, self.layout, part, self.scale, out, modifiers)
             if batch is not phase.batch:
                 queries = query[phase.first_token :]
                 step.observer.selected(phase.name, layer, queries, pages, phase.batch, batch, owner.calibration)
@@ -200,14 +210,30 @@ class SageImpl(AttentionImpl[SageMetadata]):
         return smoothing_block(device, layout, self.group) if self.smooth_q else 0
 
     def _select_pages(
-        self, memory: Memory | None, query: torch.Tensor, pages: torch.Tensor, phase: Phase, max_seq_len: int
-    ) -> PagedBatch:
+        self, memory: Memory | None, query: torch.Tensor, pages: torch.Tensor, phase: Phase, max_seq_len: int,
+        cache: PageCache | None,
+    ) -> PagedBatch:  # fmt: skip
         """What to attend to: the phase's batch, or the pages of it that memory selects."""
         if memory is None or memory.reads_all(self.layout.tokens, max_seq_len):
             return phase.batch
         query_block = 0 if phase.name == DECODE else memory.query_block
         shift_table = self._shift_table(query.device)
-        return select_pages(query, pages, self.layout, phase.batch, memory, query_block, shift_table)
+        return select_pages(query, pages, self.layout, phase.batch, memory, query_block, shift_table, cache)
+
+    def _held(
+        self, pages: torch.Tensor, batch: PagedBatch, cache: PageCache | None, max_seq_len: int
+    ) -> Iterator[tuple[torch.Tensor, PagedBatch]]:
+        """Pages that the GPU holds and a batch to attend to in them: all of `batch` in `pages`, or, with a cache, its rows in
+        the cache's frames, as many at a time as have room there."""
+        if cache is None:
+            yield pages, batch
+            return
+        width = min(batch.block_table.shape[-1], -(-max_seq_len // self.layout.tokens))
+        batch = replace(batch, block_table=batch.block_table[..., :width])
+        rows = len(cache.frames) // width
+        for first in range(0, batch.num_requests, rows):
+            part = batch.requests(first, min(first + rows, batch.num_requests))
+            yield cache.frames, fetch_pages(cache, pages, self.layout, part)
 
     def memory_of(self, layer: Any) -> Memory | None:
         """The memory policy of this layer; None if it is one of dense_layers, by the index in its name."""

@@ -65,6 +65,10 @@ COVERED = Metric(
     {"phase": PHASES},
     buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0),
 )
+HOST_PAGES = Metric("sage_memory_host_pages", "Pages in host memory, of one KV head of a layer; 0 if they are on the GPU.")
+DEVICE_PAGES = Metric("sage_memory_device_pages", "Those of them that the GPU can hold at a time.")
+FETCHED = Metric("sage_memory_fetched_pages_total", "Pages of one KV head of a layer that the GPU fetched from host memory.")
+FETCHED_BYTES = Metric("sage_memory_fetched_bytes_total", "Bytes of these pages.")
 CANARY_ERROR = Metric(
     "sage_canary_relative_error",
     "Relative L2 error of attention over quantized pages, in checks of one KV head.",
@@ -82,5 +86,6 @@ PAGES_IN_USE = Metric("sage_kv_pages_in_use", "Pages that requests hold.")
 
 METRICS = (
     BUILD, TOKENS, STEPS, FALLBACK_STEPS, SAMPLES, SECONDS, OPERATIONS, BYTES, TOKEN_BYTES, COMPRESSION,
-    CONTEXT, READ, SCORED, RECALLED, COVERED, CANARY_ERROR, REQUESTS, COMPRESSED, SAVED, PAGES, PAGES_IN_USE,
+    CONTEXT, READ, SCORED, RECALLED, COVERED, HOST_PAGES, DEVICE_PAGES, FETCHED, FETCHED_BYTES, CANARY_ERROR,
+    REQUESTS, COMPRESSED, SAVED, PAGES, PAGES_IN_USE,
 )  # fmt: skip

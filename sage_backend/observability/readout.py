@@ -10,13 +10,13 @@ class Readout:
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         # Pinned, since a copy to other memory would wait; and allocated at the start, since pinning waits, too.
-        self._number = torch.zeros((), pin_memory=on_gpu and torch.cuda.is_available())
+        self._number = torch.zeros((), dtype=torch.float64, pin_memory=on_gpu and torch.cuda.is_available())
         self._event = torch.cuda.Event() if on_gpu else None
         self.pending = False
 
     def put(self, number: torch.Tensor) -> None:
-        """number: float [] on the device."""
-        self._number.copy_(number, non_blocking=True)
+        """number: [] of any type, on the device."""
+        self._number.copy_(number.double(), non_blocking=True)
         if self._event is not None:
             self._event.record()
         self.pending = True

@@ -25,7 +25,11 @@ from sage_backend.observability.definitions import (
     COMPRESSION,
     CONTEXT,
     COVERED,
+    DEVICE_PAGES,
     FALLBACK_STEPS,
+    FETCHED,
+    FETCHED_BYTES,
+    HOST_PAGES,
     METRICS,
     OPERATIONS,
     PHASES,
@@ -41,6 +45,7 @@ from sage_backend.observability.definitions import (
     TOKEN_BYTES,
     TOKENS,
 )
+from sage_backend.observability.host_pages import HostPages
 from sage_backend.observability.sinks import Values, open_values
 from sage_backend.observability.work import QueryBlocks, Work
 from sage_backend.options import SageOptions
@@ -120,6 +125,8 @@ class Recorder:
         if options is not None and options.canary is not None:
             values.observe(CANARY_ERROR, [])
             self.canary = Canary(options, lambda error: values.observe(CANARY_ERROR, [error]))
+        self.host_pages: HostPages | None = None
+        """Present if pages are in host memory."""
         self.paused = True
         """Whether steps are not those of users: of the warm-up, of the calibration at start, and those that keep idle data
         parallel engines in step."""
@@ -132,6 +139,8 @@ class Recorder:
         self._memory: tuple[Memory, int] | None = None
         """The memory of the counted layers, and the tokens of their pages."""
         self._steps = dict.fromkeys(PHASES, 0)
+        for gauge in (HOST_PAGES, DEVICE_PAGES):
+            values.set(gauge, 0)
         # A counter that appears with its first event has no rate at that event.
         for metric in METRICS:
             if metric.kind == "counter":
@@ -143,6 +152,12 @@ class Recorder:
         taken, bf16 = token_bytes(cache)
         self._values.set(TOKEN_BYTES, taken)
         self._values.set(COMPRESSION, bf16 / taken)
+
+    def set_host_pages(self, pages: int, frames: int, host_pages: HostPages) -> None:
+        """Record that host memory holds `pages` pages of a KV head, of which the GPU can hold `frames`."""
+        self._values.set(HOST_PAGES, pages)
+        self._values.set(DEVICE_PAGES, frames)
+        self.host_pages = host_pages
 
     def add_layers(
         self,
@@ -189,6 +204,8 @@ class Recorder:
         if self.paused or names != self._group:
             return None
         self._collect()
+        if self.host_pages is not None:
+            self.host_pages.step()
         starts = common.query_start_loc_cpu.numpy()
         decode = int(starts[num_decodes])
         prefill = int(starts[-1]) - decode  # unlike num_actual_tokens, without padding
@@ -242,6 +259,11 @@ class Recorder:
             self.add_sample(phase, work, begin.elapsed_time(end) / 1000)
         if self.coverage is not None:
             self.coverage.collect()
+
+    def add_fetched(self, pages: int, size: int) -> None:
+        """Count pages fetched from host memory, and their bytes."""
+        self._values.add(FETCHED, pages)
+        self._values.add(FETCHED_BYTES, size)
 
     def _add_covered(self, phase: str, fraction: float) -> None:
         self._values.observe(COVERED, [fraction], phase)

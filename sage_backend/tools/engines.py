@@ -3,6 +3,7 @@
 
 import datetime
 import gc
+import json
 import os
 import platform
 import re
@@ -21,6 +22,15 @@ from sage_backend.plugin import backend_member
 from sage_backend.tools.command import one_line
 
 T = TypeVar("T")
+
+
+def _value(text: str) -> Any:
+    """The value of an option: a number or a boolean as in JSON, or the text itself."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float) else text
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,6 @@ class Run:
             backend_member(backend)
         except (KeyError, ValueError):
             raise ValueError(f"vLLM has no attention backend {name!r}") from None
-        booleans = {"false": False, "true": True}
         options: dict[str, Any] = {}
         for assignment in filter(None, assignments.split(",")):
             option, _, value = assignment.partition("=")
@@ -52,7 +61,7 @@ class Run:
             target = options
             for section in sections:
                 target = target.setdefault(section, {})
-            target[option] = booleans[value] if value in booleans else int(value) if value.isdecimal() else value
+            target[option] = _value(value)
         SageOptions.parse({"sage": options})
         return cls(text, backend, dtype or "auto", options)
 

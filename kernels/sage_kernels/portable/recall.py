@@ -14,6 +14,7 @@ import triton.language as tl
 
 from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration, PagedBatch, RopeShift
 from sage_kernels.device import dependent_launch
+from sage_kernels.page_cache import PageCache, summaries_of
 from sage_kernels.portable.primitives import (
     TABLES,
     await_previous_kernel,
@@ -43,9 +44,9 @@ _FOLD_ROWS = 64
 
 @triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
 def _summary_kernel(
-    cache_i8, cache_f32, cache_f16, block_table, seq_lens, query_start_loc, shift_table, k_anchor, equalizer, order, num_reqs,
-    table_stride, block_stride, head_stride,
-    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr, SUMMARY: tl.constexpr,
+    cache_i8, cache_f32, summaries, block_table, seq_lens, query_start_loc, shift_table, k_anchor, equalizer, order, num_reqs,
+    table_stride, block_stride, head_stride, summary_stride, summary_head_stride,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, SHIFT: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, ORDER: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +83,7 @@ def _summary_kernel(
             low += tl.load(k_anchor + head * HEAD_DIM + pair, mask=inside, other=0.0)[:, None]
             high += tl.load(k_anchor + head * HEAD_DIM + HALF + pair, mask=inside, other=0.0)[:, None]
         low, high = rotate_back(low, high, (shift_table + page * HEAD_DIM + pair)[:, None], inside[:, None], HALF)
-    center = cache_f16 + offset // 2 + SUMMARY + pair
+    center = summaries + block * summary_stride + head.to(tl.int64) * summary_head_stride + pair
     tl.store(center, (tl.sum(low, 1) / PAGE).to(tl.float16), mask=inside)
     tl.store(center + HALF, (tl.sum(high, 1) / PAGE).to(tl.float16), mask=inside)
     tl.store(center + HEAD_DIM, ((tl.max(low, 1) - tl.min(low, 1)) / 2).to(tl.float16), mask=inside)
@@ -96,16 +97,18 @@ def store_summaries(
     num_tokens: int,
     shift_table: torch.Tensor | None = None,
     calibration: LayerCalibration = NOT_CALIBRATED,
+    cache: PageCache | None = None,
 ) -> None:
     """`reference.store_summaries` on a GPU, with the same arguments. num_tokens: at least the query tokens of the step."""
     calibration = calibration.for_keys(layout.k_bits)
     k_anchor, equalizer, order, _ = calibration_tensors(calibration, pages)
+    summaries = summaries_of(pages, layout, cache)
     _summary_kernel[(num_tokens // layout.tokens + batch.num_requests, pages.shape[1])](
-        pages.view(torch.int8), pages.view(torch.float32), pages.view(torch.float16), batch.block_table, batch.seq_lens,
+        pages.view(torch.int8), pages.view(torch.float32), summaries, batch.block_table, batch.seq_lens,
         batch.query_start_loc, tensor_or(shift_table, pages), k_anchor, equalizer, order, batch.num_requests,
-        batch.block_table.stride(0), pages.stride(0), pages.stride(1),
+        batch.block_table.stride(0), pages.stride(0), pages.stride(1), summaries.stride(0), summaries.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, V_BITS=layout.v_bits, PAGE=layout.tokens,
-        SUMMARY=layout.summary_offset // 2, BLOCK_D=triton.next_power_of_2(layout.head_dim), SHIFT=shift_table is not None,
+        BLOCK_D=triton.next_power_of_2(layout.head_dim), SHIFT=shift_table is not None,
         K_ANCHOR=calibration.k_anchor is not None, EQUALIZE=calibration.equalizer is not None,
         ORDER=calibration.order is not None, num_warps=4, **dependent_launch(pages.device),
     )  # fmt: skip
@@ -219,10 +222,10 @@ def _score_half(summary, valid, mean, squares, half, HALF: tl.constexpr, HEAD_DI
 
 @triton.jit(do_not_specialize=["num_reqs", "width"], do_not_specialize_on_alignment=TABLES)
 def _score_kernel(
-    query, folded, scores, row_starts, row_lens, cache_f16, block_table, seq_lens, query_start_loc, shift_table, num_reqs,
-    width, q_token_stride, q_head_stride, table_stride, block_stride, head_stride,
+    query, folded, scores, row_starts, row_lens, summaries, block_table, seq_lens, query_start_loc, shift_table, num_reqs,
+    width, q_token_stride, q_head_stride, table_stride, summary_stride, summary_head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, SUMMARY: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr,
+    BLOCK_T: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Grid: (parts of a context, KV heads, query blocks). scores: float32 [blocks, kv_heads, width], of the pages behind the
@@ -244,7 +247,7 @@ def _score_kernel(
         return
     valid = page < local
     blocks = tl.load(block_table + request.to(tl.int64) * table_stride + page, mask=valid, other=0).to(tl.int64)
-    summary = cache_f16 + (blocks * block_stride + head.to(tl.int64) * head_stride) // 2 + SUMMARY
+    summary = summaries + blocks * summary_stride + head.to(tl.int64) * summary_head_stride
     half = tl.arange(0, BLOCK_D // 2)
     if QUERY_BLOCK == 0:
         low_mean, high_mean, low_squares, high_squares = _fold(
@@ -366,6 +369,7 @@ def select_pages(
     memory: Memory,
     query_block: int,
     shift_table: torch.Tensor | None = None,
+    cache: PageCache | None = None,
 ) -> PagedBatch:
     """`reference.select_pages` on a GPU, with the same arguments. batch.max_query_len matters where query_block is 0."""
     requests, kv_heads, device = batch.num_requests, pages.shape[1], query.device
@@ -380,7 +384,8 @@ def select_pages(
         "PAGE": layout.tokens, "SINKS": memory.sink_pages(layout.tokens), "LOCAL": memory.local_tokens,
         "TOPK": memory.topk_pages, "QUERY_BLOCK": query_block, **dependent_launch(device),
     }  # fmt: skip
-    scores = _scores(query, pages, layout, batch, row_starts, row_lens, candidates, shift_table, query_block, policy)
+    summaries = summaries_of(pages, layout, cache)
+    scores = _scores(query, summaries, layout, batch, row_starts, row_lens, candidates, shift_table, query_block, policy)
     scored_pages, chunk = lists, 0
     if candidates > _CHUNK_PAGES:
         every, chunk = scores, _CHUNK_PAGES
@@ -404,7 +409,7 @@ def select_pages(
 
 def _scores(
     query: torch.Tensor,
-    pages: torch.Tensor,
+    summaries: torch.Tensor,
     layout: PageLayout,
     batch: PagedBatch,
     row_starts: torch.Tensor,
@@ -416,7 +421,7 @@ def _scores(
 ) -> torch.Tensor:
     """Score the pages behind the sinks, float32 [blocks, kv_heads, candidates], and write row_starts and row_lens on the
     way."""
-    kv_heads, blocks = pages.shape[1], row_lens.numel()
+    kv_heads, blocks = summaries.shape[1], row_lens.numel()
     group = query.shape[1] // kv_heads
     block_group = triton.next_power_of_2(group)
     of_queries = {
@@ -434,9 +439,9 @@ def _scores(
             query.stride(0), query.stride(1), num_warps=4, **of_queries, **policy,
         )  # fmt: skip
     _score_kernel[(triton.cdiv(candidates, _PART_PAGES), kv_heads, blocks)](
-        query, folded, scores, row_starts, row_lens, pages.view(torch.float16), batch.block_table, batch.seq_lens,
+        query, folded, scores, row_starts, row_lens, summaries, batch.block_table, batch.seq_lens,
         batch.query_start_loc, table_or_any, batch.num_requests, candidates, query.stride(0), query.stride(1),
-        batch.block_table.stride(0), pages.stride(0), pages.stride(1),
-        SUMMARY=layout.summary_offset // 2, PART=_PART_PAGES, num_warps=8, **of_queries, **policy,
+        batch.block_table.stride(0), summaries.stride(0), summaries.stride(1),
+        PART=_PART_PAGES, num_warps=8, **of_queries, **policy,
     )  # fmt: skip
     return scores

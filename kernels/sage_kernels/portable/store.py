@@ -7,6 +7,7 @@ import triton.language as tl
 
 from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration
 from sage_kernels.device import dependent_launch, fp8_path
+from sage_kernels.page_cache import PageCache
 from sage_kernels.portable.primitives import (
     GROUP_BYTES,
     NO_FRACTION,
@@ -239,18 +240,52 @@ def _prepare_keys(low, high, k_anchor, equalizer, pair, HALF: tl.constexpr, K_AN
     return low, high
 
 
+@triton.jit
+def _write_tokens(
+    cache_i8, cache_f32, slot, first, k, k_scale, v, v_exponent, head_offset, block_stride,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Write quantized tokens, in the order of V, to their slots. slot: int64 [BLOCK_T], negative for none; first: the slot of
+    the first token."""
+    V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE, V_BITS)
+    V_ROWS: tl.constexpr = HEAD_DIM * V_BITS // 8
+    lanes = tl.arange(0, BLOCK_T)
+    used = slot >= 0
+    v_rows = tl.arange(0, v.shape[1])
+    if (first % BLOCK_T == 0) & (tl.min((slot == first + v_token(lanes)).to(tl.int32), 0) == 1):
+        same_page = (first // PAGE).to(tl.int64) * block_stride + head_offset
+        first_row = tl.multiple_of((first % PAGE).to(tl.int32), BLOCK_T)
+        _write_rows(
+            cache_i8 + same_page, cache_f32 + same_page // 4, first_row + v_token(lanes), lanes >= 0, k, k_scale, v_exponent,
+            HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D,
+        )  # fmt: skip
+        pointers = cache_i8 + same_page + V_OFFSET + first_row + v_rows[:, None] * PAGE + lanes[None, :]
+        tl.store(pointers, tl.trans(v), mask=(v_rows < V_ROWS)[:, None])
+    else:
+        page = (slot // PAGE).to(tl.int64) * block_stride + head_offset
+        row = (slot % PAGE).to(tl.int32)
+        _write_rows(
+            cache_i8 + page, cache_f32 + page // 4, row, used, k, k_scale, v_exponent,
+            HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D,
+        )  # fmt: skip
+        positions = cache_i8 + page + V_OFFSET + v_position(row)
+        tl.store(positions[:, None] + v_rows[None, :] * PAGE, v, mask=used[:, None] & (v_rows < V_ROWS)[None, :])
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _store_kernel(
     key, value, slots, cache_i8, cache_f32, k_anchor, equalizer, order, v_anchor, num_tokens,
     key_token_stride, key_head_stride, value_token_stride, value_head_stride, block_stride, head_stride,
+    frames_i8, frames_f32, frame_of, frame_stride, frame_head_stride,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, FP8: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr,
-    ORDER: tl.constexpr, V_ANCHOR: tl.constexpr, PDL: tl.constexpr,
+    ORDER: tl.constexpr, V_ANCHOR: tl.constexpr, FRAMES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write the keys and values of BLOCK_T tokens of one KV head into their pages. Grid: (token blocks, KV heads)."""
+    """Write the keys and values of BLOCK_T tokens of one KV head into their pages, and into the frames of those that have one
+    (`sage_kernels.page_cache`). Grid: (token blocks, KV heads)."""
     await_previous_kernel(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
-    V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE, V_BITS)
 
     # Tokens are taken in the order of V. So tokens with consecutive slots, as in most of a prompt, write consecutive bytes of
     # V.
@@ -272,7 +307,6 @@ def _store_kernel(
     first = tl.load(slots + begin)
     low, high, v = low.to(tl.float32), high.to(tl.float32), v.to(tl.float32)
 
-    used = slot >= 0
     first_channel = head * HEAD_DIM
     low, high = _prepare_keys(
         low, high, k_anchor + first_channel, equalizer + first_channel, pair, HALF, K_ANCHOR, EQUALIZE
@@ -293,28 +327,20 @@ def _store_kernel(
         v, v_exponent = _quantize_v(v, K_BITS == 8, FP8)
     else:
         v, v_exponent = _quantize_v_int4(hadamard(v * rotation_signs(channels)[None, :], rotation_span(HEAD_DIM)), FP8)
-    v_rows = tl.arange(0, v.shape[1])
-    V_ROWS: tl.constexpr = HEAD_DIM * V_BITS // 8
-
-    head_offset = head.to(tl.int64) * head_stride
-    if (first % BLOCK_T == 0) & (tl.min((slot == first + v_token(lanes)).to(tl.int32), 0) == 1):
-        same_page = (first // PAGE).to(tl.int64) * block_stride + head_offset
-        first_row = tl.multiple_of((first % PAGE).to(tl.int32), BLOCK_T)
-        _write_rows(
-            cache_i8 + same_page, cache_f32 + same_page // 4, first_row + v_token(lanes), lanes >= 0, k, k_scale, v_exponent,
-            HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D,
+    _write_tokens(
+        cache_i8, cache_f32, slot, first, k, k_scale, v, v_exponent, head.to(tl.int64) * head_stride, block_stride,
+        HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D, BLOCK_T,
+    )  # fmt: skip
+    if FRAMES:
+        heads = tl.num_programs(1)
+        frame = tl.load(frame_of + slot // PAGE * heads + head, mask=slot >= 0, other=-1)
+        slot = tl.where(frame >= 0, frame.to(tl.int64) * PAGE + slot % PAGE, -1)
+        frame = tl.load(frame_of + first // PAGE * heads + head, mask=first >= 0, other=-1)
+        first = tl.where(frame >= 0, frame.to(tl.int64) * PAGE + first % PAGE, -1)
+        _write_tokens(
+            frames_i8, frames_f32, slot, first, k, k_scale, v, v_exponent, head.to(tl.int64) * frame_head_stride, frame_stride,
+            HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D, BLOCK_T,
         )  # fmt: skip
-        pointers = cache_i8 + same_page + V_OFFSET + first_row + v_rows[:, None] * PAGE + lanes[None, :]
-        tl.store(pointers, tl.trans(v), mask=(v_rows < V_ROWS)[:, None])
-    else:
-        page = (slot // PAGE).to(tl.int64) * block_stride + head_offset
-        row = (slot % PAGE).to(tl.int32)
-        _write_rows(
-            cache_i8 + page, cache_f32 + page // 4, row, used, k, k_scale, v_exponent,
-            HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D,
-        )  # fmt: skip
-        positions = cache_i8 + page + V_OFFSET + v_position(row)
-        tl.store(positions[:, None] + v_rows[None, :] * PAGE, v, mask=used[:, None] & (v_rows < V_ROWS)[None, :])
 
 
 def store(
@@ -324,19 +350,23 @@ def store(
     slots: torch.Tensor,
     layout: PageLayout,
     calibration: LayerCalibration = NOT_CALIBRATED,
+    cache: PageCache | None = None,
 ) -> None:
     """`reference.store` on a GPU, with the same arguments. key and value need unit stride in head_dim only, and one row per
-    slot, padding included."""
+    slot, padding included. cache: the layer's, whose frames get the tokens too."""
     num_tokens = slots.numel()
     calibration = calibration.for_keys(layout.k_bits)
     if num_tokens == 0:
         return
+    framed = pages if cache is None else cache.frames
     _store_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS), pages.shape[1])](
         key, value, slots, pages.view(torch.int8), pages.view(torch.float32),
         *calibration_tensors(calibration, pages), num_tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), pages.stride(0), pages.stride(1),
+        *(framed.view(torch.int8), framed.view(torch.float32)), slots if cache is None else cache.frame_of,
+        framed.stride(0), framed.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, V_BITS=layout.v_bits, PAGE=layout.tokens,
         BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, FP8=fp8_path(key.device),
-        **calibration_constants(calibration),
+        **calibration_constants(calibration), FRAMES=cache is not None,
         num_warps=4, **dependent_launch(key.device),
     )  # fmt: skip

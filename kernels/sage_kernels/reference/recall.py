@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration, PagedBatch, RopeShift
+from sage_kernels.page_cache import PageCache, summaries_of
 from sage_kernels.reference.attention import rotate_back
 from sage_kernels.reference.pages import key_codes, restore_keys
 from sage_paged import Memory, PageLayout
@@ -23,16 +24,16 @@ def store_summaries(
     batch: PagedBatch,
     shift_table: torch.Tensor | None = None,
     calibration: LayerCalibration = NOT_CALIBRATED,
+    cache: PageCache | None = None,
 ) -> None:
     """Write the summaries of the pages that a step has filled: each channel's mean key and half the range of its keys.
 
     batch: the step's, with one page list for all heads; the step's tokens are stored already, with `calibration`. Summaries are
     of the model's keys, less the anchor. With a shift_table (`rope_shift_table`), they are of whole keys, rotated to where they
     would be if the page were the first of its context. A page whose last token is stored again (a rejected draft) gets a new
-    summary.
+    summary. cache: where summaries are, unless they are in the pages.
     """
-    views = layout.views(pages)
-    assert views.summary is not None
+    summaries = summaries_of(pages, layout, cache)
     for r in range(batch.num_requests):
         length, queries = int(batch.seq_lens[r]), int(batch.query_start_loc[r + 1] - batch.query_start_loc[r])
         for page in range((length - queries) // layout.tokens, length // layout.tokens):
@@ -43,7 +44,7 @@ def store_summaries(
                 key = restore_keys(key, replace(calibration, k_anchor=None), layout)
             else:
                 key = rotate_back(restore_keys(key, calibration, layout), shift_table[page])
-            views.summary[block] = torch.stack([key.mean(1), (key.amax(1) - key.amin(1)) / 2], 1).half()
+            summaries[block] = torch.stack([key.mean(1), (key.amax(1) - key.amin(1)) / 2], 1).half()
 
 
 def max_query_blocks(tokens: int, requests: int, query_block: int) -> int:
@@ -60,18 +61,20 @@ def select_pages(
     memory: Memory,
     query_block: int,
     shift_table: torch.Tensor | None = None,
+    cache: PageCache | None = None,
 ) -> PagedBatch:
     """Choose the pages that each query block reads. In the result, query blocks replace requests.
 
     query: [tokens, heads, head_dim]. batch: the requests, with one page list for all heads. query_block: positions of a query
-    block; 0 for one block per request. shift_table: `rope_shift_table`, needed where memory.trained_tokens is not 0.
+    block; 0 for one block per request. shift_table: `rope_shift_table`, needed where memory.trained_tokens is not 0. cache:
+    where summaries are, unless they are in the pages.
 
     A page's score is the largest product that a query could have with keys in an ellipsoid around the page's mean key. Its half
     axes are REACH half ranges. Over the queries of a block and of all heads of a KV head, the score takes the mean of the
     center's products, and the root mean square of what the extent adds. With a shift_table, queries and pages are compared at
     the distance at which the page would be read: right before the local pages, for a query in the first local_tokens behind it.
     """
-    kv_heads, tokens = pages.shape[1], layout.tokens
+    kv_heads, tokens, summaries = pages.shape[1], layout.tokens, summaries_of(pages, layout, cache)
     first_token = int(batch.query_start_loc[0])
     blocks = max_query_blocks(query.shape[0], batch.num_requests, query_block)
     width = memory.list_pages(tokens, query_block or int(batch.query_start_loc.diff().max()))
@@ -89,7 +92,7 @@ def select_pages(
             high = min(length, (low // query_block + 1) * query_block) if query_block else length
             local = memory.local_page(low, tokens)
             q = query[start + low - begin : start + high - begin].float()
-            listed = _listed(q, low, high, pages, layout, batch.block_table[r].long(), memory, shift_table)
+            listed = _listed(q, low, high, summaries, layout.tokens, batch.block_table[r].long(), memory, shift_table)
             table[block, :, : listed.shape[1]] = batch.block_table[r].long()[listed].int()
             if memory.trained_tokens and high > memory.trained_tokens:
                 shifts[block, :, : listed.shape[1]] = (local - 1 - listed).clamp(min=0).int()
@@ -105,17 +108,15 @@ def _listed(
     q: torch.Tensor,
     low: int,
     high: int,
-    pages: torch.Tensor,
-    layout: PageLayout,
+    summaries: torch.Tensor,
+    tokens: int,
     blocks: torch.Tensor,
     memory: Memory,
     shift_table: torch.Tensor | None,
 ) -> torch.Tensor:
     """The context's pages that a query block at positions low to high reads, int64 [kv_heads, listed], ascending. q: float32
-    [queries, heads, head_dim]; blocks: int64 [pages], where the context's pages are."""
-    kv_heads, tokens = pages.shape[1], layout.tokens
-    summary = layout.views(pages).summary
-    assert summary is not None
+    [queries, heads, head_dim]; tokens: of a page; blocks: int64 [pages], where the context's pages are."""
+    kv_heads = summaries.shape[1]
     local, sinks = memory.local_page(low, tokens), memory.sink_pages(tokens)
     candidates = torch.arange(min(sinks, local), local)
     chosen = candidates.expand(kv_heads, -1)
@@ -124,7 +125,7 @@ def _listed(
             nearer = (torch.arange(low, high) // tokens - memory.local_tokens // tokens - 1).clamp(min=0)
             q = rotate_back(q, shift_table[nearer][:, None])
         q = q.unflatten(1, (kv_heads, -1))
-        center, radius = summary[blocks[candidates]].float().unbind(2)  # [pages, kv_heads, head_dim]
+        center, radius = summaries[blocks[candidates]].float().unbind(2)  # [pages, kv_heads, head_dim]
         extent = (q.square().mean((0, 2)) * radius.square()).sum(-1).sqrt()
         scores = ((q.mean((0, 2)) * center).sum(-1) + REACH * extent).T.contiguous()
         coarse = (scores.view(torch.int32) >> (32 - SCORE_BITS) << (32 - SCORE_BITS)).view(torch.float32)

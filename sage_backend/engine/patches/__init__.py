@@ -7,6 +7,8 @@
 | cache_declaration | EngineArgs.create_model_config; _init_kv_cache_quant of attention layers | at start; by load_model      |
 | warm_up           | compile_or_warm_up_model, execute_dummy_batch of workers                 | at start                     |
 | kv_cache_config   | WorkerWrapperBase.initialize_from_config                                 | at start                     |
+| host_pages        | determine_available_memory, initialize_from_config of workers;           | at start;                    |
+|                   | allocate_kv_cache of model runners                                       | with host_gib, by a worker   |
 | kv_cache_spec     | get_kv_cache_spec of workers                                             | at start                     |
 | engine_core       | EngineCore.__init__, run_busy_loop of EngineCoreProc                     | at start                     |
 | load_model        | load_model of workers                                                    | at start                     |
@@ -30,6 +32,7 @@ from sage_backend.engine.patches import (
     cache_declaration,
     config_check,
     engine_core,
+    host_pages,
     input_processor,
     kv_cache_config,
     kv_cache_spec,
@@ -44,6 +47,7 @@ AT_START: tuple[Callable[[], None], ...] = (
     warm_up.apply,
     kv_cache_spec.apply,
     kv_cache_config.apply,
+    host_pages.apply,
     load_model.apply,
     engine_core.apply,
     scheduler.apply,
