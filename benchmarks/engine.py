@@ -11,7 +11,8 @@
         --prefill 8192 --decode 64x8192 --out benchmarks/results/variator-NAME.json
 
 A run is named as for `sage eval`; its compression plugins can also be `random`. Each run gets its own engine in its own
-process, with random weights of the given shape (default: Llama-3.1-8B) and random prompts. Prefill is the time to the first
+process, with random weights of the given shape (default: Llama-3.1-8B) and random prompts, or, with --model and --text, with a
+model's own weights and pieces of a text, which matter where memory chooses pages. Prefill is the time to the first
 token of one prompt: the median of --repeat prompts, after a warm-up with the same length or with --warm-up tokens. A decode
 step of BATCHxLENGTH is measured with BATCH requests of LENGTH tokens, which are in the prefix cache by then. It is the time of
 a longer generation less that of a shorter one, per token; the median of --repeat such differences. With pages in host memory,
@@ -56,28 +57,41 @@ def fetched_bytes(worker: Any) -> int:
     return sum(int(impl.cache.fetched.sum()) * impl.layout.page_bytes for impl in layers)
 
 
+def source(arguments: argparse.Namespace, longest: int, folder: str) -> tuple[dict[str, Any], int | list[int]]:
+    """What an engine loads, for contexts of up to `longest` tokens, as its arguments; and what prompts are made of: the tokens
+    of a text, or the number of different tokens. folder: for the configuration of a shape."""
+    if arguments.model is None:
+        shape = dict(SHAPES[arguments.shape])
+        if arguments.layers:
+            shape["num_hidden_layers"] = arguments.layers
+        shape["max_position_embeddings"] = max(shape["max_position_embeddings"], longest)
+        Path(folder, "config.json").write_text(json.dumps(shape))
+        return {"model": folder, "load_format": "dummy"}, shape["vocab_size"]
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(arguments.model)(arguments.text.read_text())["input_ids"]
+    if len(tokens) <= longest:
+        sys.exit(f"engine.py: {arguments.text} has {len(tokens)} tokens; prompts need more than {longest}")
+    return {"model": arguments.model, "hf_overrides": {"max_position_embeddings": longest}}, tokens
+
+
 def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Start an engine and time it; returns the figures."""
     from vllm import SamplingParams
 
     from sage_backend.tools import engines
 
-    shape = dict(SHAPES[arguments.shape])
-    if arguments.layers:
-        shape["num_hidden_layers"] = arguments.layers
     longest = max([*arguments.prefill, *(length for _, length in arguments.decode)]) + 1024
-    shape["max_position_embeddings"] = max(shape["max_position_embeddings"], longest)
     figures: dict[str, Any] = {"run": run}
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(shape))
+        model, vocabulary = source(arguments, longest, folder)
         parsed = engines.Run.parse(run)
         fill_in(parsed, folder)
         began = time.perf_counter()
         with engines.engine(
             parsed,
-            folder,
-            load_format="dummy",
+            **model,
             skip_tokenizer_init=True,
             enable_prefix_caching=True,
             max_model_len=longest,
@@ -91,7 +105,11 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
             figures["kv_tokens"] = (cache.num_gpu_blocks or 0) * cache.block_size
 
             def prompts(batch: int, length: int) -> list[Any]:
-                ids = [[rng.randrange(shape["vocab_size"]) for _ in range(length)] for _ in range(batch)]
+                if isinstance(vocabulary, int):
+                    ids = [[rng.randrange(vocabulary) for _ in range(length)] for _ in range(batch)]
+                else:
+                    starts = [rng.randrange(len(vocabulary) - length) for _ in range(batch)]
+                    ids = [vocabulary[start : start + length] for start in starts]
                 return [{"prompt_token_ids": each} for each in ids]
 
             def generate(prompts: list[Any], tokens: int) -> float:
@@ -158,6 +176,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time whole vLLM engines with different attention backends.")
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--model", metavar="FOLDER", help="a model with its weights, instead of a shape; with --text")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="what its prompts are made of")
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192, 32768], metavar="TOKENS")
     parser.add_argument("--decode", type=pair, nargs="*", default=[], metavar="BATCHxTOKENS")
@@ -176,7 +196,10 @@ def parse() -> argparse.Namespace:
     how.add_argument("--graphs", action="store_true", help="without torch.compile, with CUDA graphs for decode steps")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--only", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if (arguments.model is None) != (arguments.text is None):
+        parser.error("--model and --text go together")
+    return arguments
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages into frames on a GPU (`sage_kernels.page_cache`). Three launches find what is missing, choose what makes room, and copy.
+"""Pages into frames on a GPU (`sage_kernels.page_cache`). Three launches find what is missing, make room, and copy.
 
 All grids follow from shapes alone and nothing is read back, so that all of it can be captured in a CUDA graph.
 """
