@@ -65,7 +65,7 @@ def _count_frames(layers: list[Any], blocks: int, device_bytes: int) -> int:
             f"{needed} pages that a query block reads; raise --gpu-memory-utilization, or lower host_gib, local_tokens or "
             "topk_pages"
         )
-    return frames
+    return min(frames, max(blocks, needed))
 
 
 def allocate(allocate_kv_cache: Any, config: Any, device: torch.device, *args: Any, **kwargs: Any) -> Any:

@@ -131,8 +131,8 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     from vllm.tokenizers import get_tokenizer
 
     limits: dict[str, Any] = {"enforce_eager": True, "enable_prefix_caching": False, "disable_log_stats": True}
-    if current_platform.is_cpu():
-        limits["kv_cache_memory_bytes"] = 1 << 30
+    if arguments.kv_gib or current_platform.is_cpu():
+        limits["kv_cache_memory_bytes"] = int((arguments.kv_gib or 1) * 2**30)
     limits |= stretched(arguments.model, questions.context)
     refused = check_runs(runs, arguments.model, max_model_len=questions.context, **limits)
     questions.check(get_tokenizer(arguments.model))
@@ -190,6 +190,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, help="a document to hide things in (default: lines of filler)")
     parser.add_argument("--lengths", default="2000,4000,8000,16000", help="tokens of prompts (default: %(default)s)")
     parser.add_argument("--depths", type=int, default=20, help="prompts of each task and length (default: %(default)s)")
+    parser.add_argument(
+        "--kv-gib", type=float, help="GiB of the GPU's memory for pages (default: what vLLM finds free; 1 on a CPU)"
+    )
     parser.add_argument("--out", type=Path, help="write the results to this file, as JSON")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write heat maps as PNG and HTML into this folder")
     arguments = parser.parse_args(argv)
