@@ -163,6 +163,24 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
         ),
     ),
     (
+        "Pages in host memory",
+        (
+            panel(
+                "Pages by tier", "short", "Pages of one KV head of a layer: in host memory, and those that the GPU can hold.",
+                (total("sage_memory_host_pages"), "{{instance}} host"),
+                (total("sage_memory_device_pages"), "{{instance}} GPU"),
+            ),
+            panel(
+                "Fetched", "Bps", "Bytes a second of pages that GPUs fetched from host memory. Needs memory with host_gib.",
+                (rate("sage_memory_fetched_bytes_total"), REPLICA),
+            ),
+            panel(
+                "Fetched in a step", "bytes", "Bytes of pages that a GPU fetched from host memory, over engine steps.",
+                (f"{rate('sage_memory_fetched_bytes_total')} / {rate('sage_attention_steps_total')}", REPLICA),
+            ),
+        ),
+    ),
+    (
         "Servers",
         (
             panel(

@@ -33,8 +33,8 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     """Every launch of this head size and key precision. Call `imitate_device` first."""
     import torch
 
-    from sage_kernels import LayerCalibration, Memory, Modifiers, PagedBatch, PageLayout, RopeShift
-    from sage_kernels.portable import decode, prefill, recall, store
+    from sage_kernels import LayerCalibration, Memory, Modifiers, PageCache, PagedBatch, PageLayout, RopeShift
+    from sage_kernels.portable import decode, page_cache, prefill, recall, store
     from sage_paged import MAX_V_INT4_DIM
 
     starts, lengths, table = (torch.zeros(*shape, dtype=torch.int32) for shape in ((2,), (1,), (1, 2)))
@@ -84,6 +84,9 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
         cache = with_summary.empty(2, 2), with_summary
         yield "", partial(recall.store_summaries, *cache, batch, 1, torch.zeros(2, 128), keys)
         yield "", partial(recall.select_pages, query, *cache, batch, Memory(), 512)
+        held = PageCache.allocate(2, 2, layout, 2)
+        yield "frames", partial(store.store, key, key, pages, slots, layout, keys, held)
+        yield "", partial(page_cache.fetch_pages, held, pages, layout, batch)
         long = replace(batch, block_table=torch.zeros(1, 2000, dtype=torch.int32))
         for query_block in (0, 512):
             trained = Memory(trained_tokens=8192)

@@ -13,7 +13,7 @@ import triton.language as tl
 from sage_kernels.batch import PagedBatch
 from sage_kernels.device import dependent_launch
 from sage_kernels.page_cache import PageCache
-from sage_kernels.portable.primitives import TABLES, await_previous_kernel
+from sage_kernels.portable.primitives import TABLE_STRIDES, TABLES, await_previous_kernel
 from sage_kernels.reference import EVICTION_WINDOW
 from sage_kernels.reference import MAX_AGE as _MAX_AGE
 from sage_paged import PageLayout
@@ -41,16 +41,16 @@ def _entries(table, seq_lens, head, part, rows, width, row_stride, head_stride, 
     return place, tl.load(pointers, mask=read, other=0), read
 
 
-@triton.jit(do_not_specialize=["rows", "width"], do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=["rows", "width", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _find_kernel(
-    block_table, seq_lens, frame_of, last_use, clock, queue, queued, rows, width, frames, table_stride, head_stride,
+    block_table, seq_lens, frame_of, last_use, clock, queue, queued, rows, width, frames, table_stride, table_head_stride,
     PAGE: tl.constexpr, ENTRIES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (parts of the page lists, KV heads). Note the time in frames that are read, and queue pages that have none."""
     await_previous_kernel(PDL)
     head, heads = tl.program_id(1), tl.num_programs(1)
     _, page, read = _entries(
-        block_table, seq_lens, head, tl.program_id(0), rows, width, table_stride, head_stride, PAGE, ENTRIES
+        block_table, seq_lens, head, tl.program_id(0), rows, width, table_stride, table_head_stride, PAGE, ENTRIES
     )  # fmt: skip
     entry = frame_of + page.to(tl.int64) * heads + head
     frame = tl.load(entry, mask=read, other=0)
@@ -108,10 +108,10 @@ def _evict_kernel(
     tl.store(hand + head, (begin + tl.minimum(scanned, frames)) % frames)
 
 
-@triton.jit(do_not_specialize=["rows", "width"], do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=["rows", "width", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _copy_kernel(
     pages, frames_i32, block_table, framed_table, seq_lens, frame_of, queue, queued, rows, width, frames,
-    block_stride, page_stride, table_stride, head_stride,
+    block_stride, head_stride, table_stride, table_head_stride,
     PAGE: tl.constexpr, PAGE_WORDS: tl.constexpr, WORDS: tl.constexpr, COPIERS: tl.constexpr, ENTRIES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -125,11 +125,11 @@ def _copy_kernel(
             page = tl.load(queue + head * frames + piece // PIECES).to(tl.int64)
             frame = tl.load(frame_of + page * heads + head).to(tl.int64)
             word = piece % PIECES * WORDS + tl.arange(0, WORDS)
-            copied = tl.load(pages + page * block_stride + head * page_stride + word, mask=word < PAGE_WORDS, other=0)
+            copied = tl.load(pages + page * block_stride + head * head_stride + word, mask=word < PAGE_WORDS, other=0)
             tl.store(frames_i32 + (frame * heads + head) * PAGE_WORDS + word, copied, mask=word < PAGE_WORDS)
     else:
         place, page, read = _entries(
-            block_table, seq_lens, head, program - COPIERS, rows, width, table_stride, head_stride, PAGE, ENTRIES
+            block_table, seq_lens, head, program - COPIERS, rows, width, table_stride, table_head_stride, PAGE, ENTRIES
         )  # fmt: skip
         frame = tl.load(frame_of + page.to(tl.int64) * heads + head, mask=read, other=0)
         target = framed_table + (place // width).to(tl.int64) * heads * width + head * width + place % width
