@@ -171,11 +171,11 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
                 (total("sage_memory_device_pages"), "{{instance}} GPU"),
             ),
             panel(
-                "Fetched", "Bps", "Bytes a second of pages that GPUs fetched from host memory. Needs memory with host_gib.",
+                "Fetched", "Bps", "Bytes a second of pages that the first worker fetched from host memory. Needs host_gib.",
                 (rate("sage_memory_fetched_bytes_total"), REPLICA),
             ),
             panel(
-                "Fetched in a step", "bytes", "Bytes of pages that a GPU fetched from host memory, over engine steps.",
+                "Fetched in a step", "bytes", "Bytes that the first worker fetched, over steps; a mixed step counts twice.",
                 (f"{rate('sage_memory_fetched_bytes_total')} / {rate('sage_attention_steps_total')}", REPLICA),
             ),
         ),

@@ -251,9 +251,8 @@ def store_summaries(
     """Write the summaries of the pages that a step has filled, which `select_pages` reads (InfLLM memory).
 
     pages: as for `attend_prefill`, of a layout with has_summary, unless there is a cache, which has the summaries then. batch:
-    the step's requests, whose tokens are stored.
-    num_tokens: at least the query tokens of the step. shift_table: `reference.rope_shift_table`, where select_pages has one.
-    calibration: the one that keys were stored with.
+    the step's requests, whose tokens are stored. num_tokens: at least the query tokens of the step. shift_table:
+    `reference.rope_shift_table`, where select_pages has one. calibration: the one that keys were stored with.
 
     Raises ValueError for a layout without summaries, if there is no cache.
 

@@ -8,7 +8,8 @@ summaries, stays on the GPU too.
 
     store        writes new tokens into their pages, and into the frames of those that have one
     select_pages reads summaries only
-    fetch_pages  copies the pages that a batch reads into frames and evicts those that were not used for longest
+    fetch_pages  copies the pages that a batch reads into frames and evicts those that were not used for longest, of up to
+                 `reference.EVICTION_WINDOW` frames at a time
     attention    reads frames
 
 Everything is decided and copied by the GPU, in its stream: nothing waits for the host, and all of it can be captured in a CUDA
@@ -51,7 +52,7 @@ class PageCache:
     def allocate(
         cls, blocks: int, kv_heads: int, layout: PageLayout, frames: int, device: torch.device | str = "cpu"
     ) -> "PageCache":
-        """An empty cache for `blocks` pages a KV head, of which `frames` are on the device at a time."""
+        """An empty cache for pages uint8 [blocks, kv_heads, page_bytes], of which a KV head has `frames` on the device."""
 
         def whole(*shape: int, fill: int = 0) -> torch.Tensor:
             return torch.full(shape, fill, dtype=torch.int32, device=device)

@@ -136,7 +136,7 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
     if options.memory is not None:
         _check_memory(options, options.memory, model)
         if options.memory.host_gib:
-            _check_host_pages(config, options.memory.host_gib)
+            _check_host_pages(config, options.memory.host_gib * config.parallel_config.data_parallel_size_local)
     if options.calibration is not None:
         _check_calibration(options.calibration, config)
     if options.canary is not None and not has_metrics:
@@ -210,8 +210,8 @@ _WITHOUT_MODEL = ("ngram", "ngram_gpu", "suffix")
 """Methods of --speculative-config whose drafts come from no model, which would have pages of its own."""
 
 
-def _check_host_pages(config: Any, host_gib: float) -> None:
-    """Raises ValueError for what host pages do not go with, or more of them than the host's memory has room for."""
+def _check_host_pages(config: Any, gib: float) -> None:
+    """Raises ValueError for what host pages do not go with, or if all engines on the host ask for more GiB than it has."""
     model, drafts = config.model_config, config.speculative_config
     kinds = set(getattr(model.hf_text_config, "layer_types", None) or ()) - {"full_attention"}
     free = free_host_memory() / 2**30
@@ -227,12 +227,16 @@ def _check_host_pages(config: Any, host_gib: float) -> None:
         ),
         (config.kv_transfer_config is not None, "a KV connector would move pages that are in host memory; leave it out"),
         (model.enable_sleep_mode, "--enable-sleep-mode would lose what the GPU knows of them; leave it out"),
-        (host_gib > free, f"{host_gib:g} GiB are asked for, and {free:.1f} are free in the host's memory; lower it"),
+        (gib > free, f"{gib:g} GiB are asked for, and {free:.1f} are free in the host's memory; lower it"),
     ]
     if found := [reason for applies, reason in rows if applies]:
         raise ValueError(
             f'option "host_gib" in option "memory" in --additional-config "sage" cannot be served: {"; ".join(found)}'
         )
+
+
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container sees its own limits (cgroup version 2)."""
 
 
 def free_host_memory() -> int:
@@ -241,10 +245,14 @@ def free_host_memory() -> int:
 
     free: int = psutil.virtual_memory().available
     try:
-        used, limit = ((Path("/sys/fs/cgroup") / f"memory.{name}").read_text().strip() for name in ("current", "max"))
+        limit, used, stat = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current", "stat"))
     except OSError:  # no cgroup of version 2
         return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+    if limit == "max":
+        return free
+    numbers = dict(line.split() for line in stat.splitlines())
+    cached_files = int(numbers["active_file"]) + int(numbers["inactive_file"])  # the kernel gives them up where memory is short
+    return min(free, int(limit) - int(used) + cached_files)
 
 
 def _check_calibration(file: str, config: Any) -> None:

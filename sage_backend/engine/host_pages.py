@@ -10,6 +10,7 @@ VLLM_CPU_KVCACHE_SPACE stand for the GPU's.
 import logging
 import mmap
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from sage_kernels import PageCache
 
 logger = logging.getLogger(__name__)
 
-_GIB = 1 << 30
+_GIB, _MIB = 1 << 30, 1 << 20
 
 _device_bytes: int | None = None
 """What this process's worker may use of its GPU for pages. None before it is known, and without host pages."""
@@ -37,15 +38,28 @@ def plan(config: Any, device_bytes: int) -> int:
     """Plan for host pages. Returns the size of this worker's pool. config: VllmConfig; device_bytes: what vLLM would give its
     pool on the GPU.
 
-    Raises ValueError, in one line, if the GPU could not hold what one query block reads.
+    Raises ValueError, in one line, if the pool cannot hold a context, or the GPU what one query block reads.
     """
     global _device_bytes
     memory, parallel = options.current().memory, config.parallel_config
     assert memory is not None
     assert memory.host_gib is not None
     size = int(memory.host_gib * _GIB) // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-    layers = owners(config).values()
-    _count_frames(list(layers), size // sum(impl.layout.page_bytes * impl.num_kv_heads for impl in layers), device_bytes)
+    layers = list(owners(config).values())
+    blocks = size // sum(impl.layout.page_bytes * impl.num_kv_heads for impl in layers)
+    tokens, longest = blocks * options.current().page_tokens, config.model_config.max_model_len
+    override = config.cache_config.num_gpu_blocks_override or 0
+    if override * config.cache_config.block_size > tokens:
+        raise ValueError(
+            f'--num-gpu-blocks-override {override} is more than option "host_gib" in --additional-config "sage", "memory" has '
+            "room for; leave it out"
+        )
+    if tokens < longest:  # vLLM would say to raise --gpu-memory-utilization
+        raise ValueError(
+            f'option "host_gib" in --additional-config "sage", "memory" has room for {tokens} tokens, fewer than the {longest} '
+            "of --max-model-len; change one of them"
+        )
+    _count_frames(layers, blocks, device_bytes)
     _device_bytes = device_bytes
     return size
 
@@ -59,11 +73,11 @@ def _count_frames(layers: list[Any], blocks: int, device_bytes: int) -> int:
     frames = (device_bytes - fixed) // of_frame
     needed = memory.policy.list_pages(options.current().page_tokens, memory.query_block)
     if frames < needed:
+        least, summaries = (-(-size // _MIB) for size in (fixed + needed * of_frame, fixed))
         raise ValueError(
-            f'option "memory" in --additional-config "sage" needs {(fixed + needed * of_frame) / _GIB:.2f} GiB of the GPU for '
-            f"pages, which has {device_bytes / _GIB:.2f}: {fixed / _GIB:.2f} for the summaries of all host pages, the rest for "
-            f"{needed} pages that a query block reads; raise --gpu-memory-utilization, or lower host_gib, local_tokens or "
-            "topk_pages"
+            f'option "memory" in --additional-config "sage" needs {least} MiB of the GPU for pages, which has '
+            f"{device_bytes // _MIB}: {summaries} for the summaries of all host pages, the rest for {needed} pages that a "
+            "query block reads; raise --gpu-memory-utilization, or lower host_gib, local_tokens or topk_pages"
         )
     return min(frames, max(blocks, needed))
 
@@ -81,22 +95,30 @@ def allocate(allocate_kv_cache: Any, config: Any, device: torch.device, *args: A
 def _pinned(size: int, device: torch.device) -> torch.Tensor:
     """int8 [size] of zeros in host memory, as a tensor of `device`. Raises RuntimeError, in one line, if it cannot be had."""
     # Not torch's pinned memory, which takes the next power of two of bytes.
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise RuntimeError(_refused(size, "allocated", str(error))) from None
+    with suppress(OSError):  # kernels without transparent huge pages take longer, and that is all
+        memory.madvise(mmap.MADV_HUGEPAGE)
     host = torch.frombuffer(memory, dtype=torch.int8).zero_()  # all cores touch it, which pinning leaves to one
     if device.type == "cpu":
         return host
     address, runtime = host.data_ptr(), torch.cuda.cudart()
-    if error := int(runtime.cudaHostRegister(address, size, 0)):
-        raise RuntimeError(
-            f"{size / _GIB:.1f} GiB of host memory could not be pinned (CUDA error {error}); lower "
-            'option "host_gib" in --additional-config "sage", "memory", or raise the limit of locked memory (ulimit -l)'
-        )
+    if code := int(runtime.cudaHostRegister(address, size, 0)):
+        raise RuntimeError(_refused(size, "pinned", f"CUDA error {code}"))
     weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
     # Not at the top: it is there where a GPU is.
     from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 
     return get_accelerator_view_from_cpu_tensor(host)
+
+
+def _refused(size: int, what: str, why: str) -> str:
+    return (
+        f"{size / _GIB:.1f} GiB of host memory could not be {what} ({why}); lower "
+        'option "host_gib" in --additional-config "sage", "memory", or raise the limits of memory (ulimit -l, ulimit -v)'
+    )
 
 
 def attach(config: Any) -> None:
@@ -106,7 +128,8 @@ def attach(config: Any) -> None:
     layers, context = owners(config), config.compilation_config.static_forward_context
     pages = {name: impl.layout.pages(context[name].kv_cache) for name, impl in layers.items()}
     blocks = {len(each) for each in pages.values()}
-    assert len(blocks) == 1, "checks.py refuses models whose layers have pools of different sizes"
+    if len(blocks) != 1:
+        raise ValueError('option "host_gib" in --additional-config "sage", "memory" needs layers with equally many pages')
     count, device = blocks.pop(), next(iter(pages.values())).device
     frames = _count_frames(list(layers.values()), count, _device_bytes)
     for impl in layers.values():

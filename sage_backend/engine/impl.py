@@ -228,9 +228,9 @@ class SageImpl(AttentionImpl[SageMetadata]):
         if cache is None:
             yield pages, batch
             return
-        width = min(batch.block_table.shape[-1], -(-max_seq_len // self.layout.tokens))
-        batch = replace(batch, block_table=batch.block_table[..., :width])
-        rows = len(cache.frames) // width
+        if batch.block_table.dim() == 2:  # a block table, as wide as the longest context that could be; all contexts are short
+            batch = replace(batch, block_table=batch.block_table[:, : -(-max_seq_len // self.layout.tokens)])
+        rows = len(cache.frames) // batch.block_table.shape[-1]
         for first in range(0, batch.num_requests, rows):
             part = batch.requests(first, min(first + rows, batch.num_requests))
             yield cache.frames, fetch_pages(cache, pages, self.layout, part)

@@ -291,8 +291,10 @@ def recorder(config: Any) -> Recorder | None:
 
 def pause(paused: bool) -> None:
     """Stop counting the steps of this process's engine, or count from now on."""
-    if _current[1] is not None:
-        _current[1].paused = paused
+    if (record := _current[1]) is not None:
+        record.paused = paused
+        if record.host_pages is not None:
+            record.host_pages.restart()
 
 
 @contextmanager

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from paged_batch import make_batch
+from paged_batch import make_batch, relative_error
 
-from sage_kernels import PageCache, PagedBatch, fetch_pages, reference, select_pages
+from sage_kernels import Modifiers, PageCache, PagedBatch, fetch_pages, reference, select_pages
 from sage_kernels import store as stored
 from sage_paged import Memory, PageLayout
 
@@ -125,31 +125,59 @@ def test_new_tokens_reach_pages_and_frames(kernels, layout: PageLayout, triton: 
         assert torch.equal(pages, expected)
 
 
-def test_attention_through_frames_is_that_to_pages(kernels) -> None:
-    """Summaries outside of pages choose the same pages; decode and prefill through frames give the same bits."""
+@pytest.mark.parametrize("shifted", [False, True])
+def test_attention_through_frames_is_that_to_pages(kernels, shifted: bool) -> None:
+    """Summaries outside of pages choose the same pages. Decode and prefill of a few rows at a time through frames give the same
+    bits, also where pages are read at other positions, and where all contexts are short."""
     requests = [(700, 150), (40, 40), (984, 1), (500, 129)]
     with_summaries = replace(LAYOUT, has_summary=True)
-    memory = Memory(sink_tokens=64, local_tokens=150, topk_pages=3, query_block=128)
+    memory = Memory(sink_tokens=64, local_tokens=150, topk_pages=3, query_block=128, trained_tokens=400 if shifted else 0)
+    frequencies = 10000.0 ** -(torch.arange(0, 64, 2) / 64)
+    turns = reference.rope_shift_table(frequencies, 64, 64).to(kernels.device) if shifted else None
     batch = make_batch(LAYOUT, requests, heads=4, kv_heads=2, smooth=True, equalize=True, device=kernels.device)
     room = with_summaries.empty(len(batch.pages), 2, kernels.device)
     room[..., : LAYOUT.page_bytes] = batch.pages
-    cache = PageCache.allocate(len(batch.pages), 2, LAYOUT, 80, kernels.device)
+    cache = PageCache.allocate(len(batch.pages), 2, LAYOUT, 20, kernels.device)
     starts = torch.nn.functional.pad(batch.requests.seq_lens.cumsum(0), (1, 0)).int()
     step = replace(batch.requests, query_start_loc=starts)
     tokens = int(starts[-1])
-    kernels.store_summaries(batch.pages, LAYOUT, step, tokens, None, batch.calibration, cache)
-    kernels.store_summaries(room, with_summaries, step, tokens, None, batch.calibration)
-    chosen = kernels.select_pages(batch.query, batch.pages, LAYOUT, batch.requests, memory, 128, None, cache)
-    expected = kernels.select_pages(batch.query, room, with_summaries, batch.requests, memory, 128)
+    kernels.store_summaries(batch.pages, LAYOUT, step, tokens, turns, batch.calibration, cache)
+    kernels.store_summaries(room, with_summaries, step, tokens, turns, batch.calibration)
+
+    def check(attend, query: torch.Tensor, chosen: PagedBatch) -> None:
+        modifiers = Modifiers(calibration=batch.calibration)
+        through, direct = (torch.full_like(query, float("nan")) for _ in range(2))
+        attend(query, batch.pages, LAYOUT, chosen, batch.scale, direct, modifiers)
+        rows_at_once, groups = 20 // chosen.block_table.shape[-1], 0
+        for first in range(0, chosen.num_requests, rows_at_once):
+            part = chosen.requests(first, min(first + rows_at_once, chosen.num_requests))
+            held = kernels.fetch_pages(cache, batch.pages, LAYOUT, part)
+            attend(query, cache.frames, LAYOUT, held, batch.scale, through, modifiers)
+            groups += 1
+        assert groups > 1
+        # Pages are split over a decode's programs by what all requests of a call have.
+        exact = attend is kernels.prefill
+        assert torch.equal(through, direct) if exact else relative_error(through, direct) < 1e-3
+        assert direct.isfinite().all()
+
+    chosen = kernels.select_pages(batch.query, batch.pages, LAYOUT, batch.requests, memory, 128, turns, cache)
+    expected = kernels.select_pages(batch.query, room, with_summaries, batch.requests, memory, 128, turns)
     assert torch.equal(chosen.block_table, expected.block_table)
-    through, direct = (torch.full_like(batch.query, float("nan")) for _ in range(2))
-    kernels.prefill(batch.query, batch.pages, LAYOUT, chosen, batch.scale, direct)
-    rows_at_once = 80 // chosen.block_table.shape[-1]
-    for first in range(0, chosen.num_requests, rows_at_once):
-        part = chosen.requests(first, min(first + rows_at_once, chosen.num_requests))
-        held = kernels.fetch_pages(cache, batch.pages, LAYOUT, part)
-        kernels.prefill(batch.query, cache.frames, LAYOUT, held, batch.scale, through)
-    assert torch.equal(through, direct)
+    check(kernels.prefill, batch.query, chosen)
+    query = batch.query[: len(requests)]
+    one = torch.arange(len(requests) + 1, dtype=torch.int32, device=kernels.device)
+    decodes = replace(batch.requests, query_start_loc=one, max_query_len=1)
+    check(kernels.decode, query, kernels.select_pages(query, batch.pages, LAYOUT, decodes, memory, 0, turns, cache))
+    check(kernels.decode, query, replace(decodes, block_table=decodes.block_table[:, : -(-984 // 64)]))
+
+
+def test_bytes_on_the_device() -> None:
+    """`block_bytes` and `frame_bytes` are what is allocated, but for what each KV head has once."""
+    cache = PageCache.allocate(BLOCKS, HEADS, LAYOUT, 12)
+    allocated = sum(x.nbytes for x in vars(cache).values())
+    once = HEADS * (4 + 4 + 2 * 4 + 8)
+    counted = BLOCKS * PageCache.block_bytes(LAYOUT, HEADS) + 12 * PageCache.frame_bytes(LAYOUT, HEADS)
+    assert allocated == counted + once
 
 
 def test_summaries_in_a_cache_are_those_in_pages() -> None:

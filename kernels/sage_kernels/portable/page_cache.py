@@ -137,7 +137,8 @@ def _copy_kernel(
 
 
 def fetch_pages(cache: PageCache, pages: torch.Tensor, layout: PageLayout, batch: PagedBatch) -> PagedBatch:
-    """`reference.fetch_pages` on a GPU, with the same arguments."""
+    """`reference.fetch_pages` on a GPU, with the same arguments. `api.fetch_pages` checks that page lists have no more entries
+    than there are frames; with more, pages would stay queued for ever."""
     kv_heads, frames, (rows, width) = pages.shape[1], len(cache.frames), (batch.num_requests, batch.block_table.shape[-1])
     lists = batch.block_table, batch.seq_lens
     shape = rows, width, frames

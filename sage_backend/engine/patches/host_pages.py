@@ -4,7 +4,7 @@
 What: wraps `determine_available_memory` and `initialize_from_config` of workers, and `allocate_kv_cache` in the modules of both
     model runners.
 Why: vLLM sizes its pool by what is free on the GPU, and allocates it there.
-Releases: 0.32. Without the option, nothing is replaced but a worker's methods by what calls them.
+Releases: 0.31 and 0.32.
 Remove when: a backend can say how large the pool is and where it lies.
 """
 
@@ -36,6 +36,7 @@ def _has_host_pages(config: Any) -> bool:
 
 def _in_host_memory(determine: Any) -> Any:
     def determine_available_memory(self: Any) -> int:
+        host_pages.forget()  # the plan of an engine of this process that did not start
         found: int = determine(self)
         if not _has_host_pages(self.vllm_config):
             return found
@@ -55,10 +56,8 @@ def _replace_allocation() -> None:
 
 def _with_caches(initialize: Any) -> Any:
     def initialize_and_attach(self: Any, kv_cache_configs: list[Any]) -> None:
-        try:
-            initialize(self, kv_cache_configs)
-            host_pages.attach(self.vllm_config)
-        finally:  # whatever engine this process makes next plans for itself
-            host_pages.forget()
+        initialize(self, kv_cache_configs)
+        host_pages.attach(self.vllm_config)
+        host_pages.forget()
 
     return initialize_and_attach
