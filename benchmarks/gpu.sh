@@ -77,6 +77,9 @@ step_memory() {
         --prefill 131072 524288
     engines 400 engine-memory-decode SAGE:memory.topk_pages=32 SAGE --layers 24 --prefill --decode 1x65536 1x1000000 \
         --repeat 2 --skip-prefill-attention
+    local long=(--graphs --repeat 1 --prefill 1000000 --decode 1x1000000 4x250000)  # 70 GiB of a GPU, 80 GiB of its host
+    engines 300 host-pages-device SAGE:memory.local_tokens=4096 --kv-gib 70 "${long[@]}"
+    engines 300 host-pages SAGE:memory.local_tokens=4096,memory.host_gib=72 --kv-gib 8 "${long[@]}"
 }
 step_needle() {
     local remembering=SAGE:memory.local_tokens=1024,memory.topk_pages=64,memory.extrapolate=2048
