@@ -13,7 +13,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -69,13 +69,20 @@ class Questions:
                 TASKS[task].prompts(tokenizer, min(self.lengths), self.count, self.document)
 
 
-def recall(run: Run, model: str, questions: Questions, **arguments: Any) -> dict[str, dict[int, list[float]]]:
-    """The scores of a run's answers, from 0 to 1: by task, by length in tokens, and by prompt, in the order of their depths.
-    A score of the task `passkey` is whether the key was recalled.
+Scores = dict[str, dict[int, list[float]]]
+"""From 0 to 1: by task, by length in tokens, and by prompt, in the order of their depths. A score of the task `passkey` is
+whether the key was recalled."""
 
-    arguments: the engine's. Raises ValueError for lengths that do not hold a prompt.
+
+def recall(
+    run: Run, model: str, questions: Questions, keep: Callable[[Scores], None] | None = None, **arguments: Any
+) -> Scores:  # fmt: skip
+    """The scores of a run's answers.
+
+    keep: is given what there is after each task and length, for the next one may be cut short. arguments: the engine's. Raises
+    ValueError for lengths that do not hold a prompt.
     """
-    found: dict[str, dict[int, list[float]]] = {task: {} for task in questions.tasks}
+    found: Scores = {task: {} for task in questions.tasks}
     with engine(run, model, max_model_len=questions.context, **arguments) as llm:
         tokenizer = llm.get_tokenizer()
         passkeys = PassKeys(tokenizer, questions.document)
@@ -88,6 +95,8 @@ def recall(run: Run, model: str, questions: Questions, **arguments: Any) -> dict
                 texts = continuations(llm, asked, TASKS[task].answer_tokens, progress=False)
                 scores = [share_found(text, prompt.expected) for text, prompt in zip(texts, prompts, strict=True)]
             found[task][length] = scores
+            if keep is not None:
+                keep(found)
             share = sum(scores) / questions.count
             print(f"  {task}, {length} tokens: {share:.0%} of {questions.count} prompts", file=sys.stderr, flush=True)
     return found
@@ -139,18 +148,26 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     results: list[dict[str, Any]] = []
     report = circumstances(command, arguments.model)
     report |= {"tasks": questions.tasks, "lengths": questions.lengths, "depths": questions.count, "runs": results}
+
+    def save(*unfinished: dict[str, Any]) -> None:
+        if arguments.out:
+            text = json.dumps({**report, "runs": [*results, *unfinished]}, indent=2)
+            arguments.out.write_text(text + "\n", encoding="utf-8")
+
+    def measure(run: Run) -> Scores:
+        return recall(run, arguments.model, questions, lambda found: save({"run": run.name, **_result(found)}), **limits)
+
     try:
-        for run, found in attempts(runs, refused, lambda run: recall(run, arguments.model, questions, **limits)):
+        for run, found in attempts(runs, refused, measure):
             results.append(found.result() if isinstance(found, Failure) else {"run": run.name, **_result(found)})
-            if arguments.out:  # after each run, for the next one may be cut short
-                arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            save()
     finally:
         if results:
             _print_report(report, arguments)
     check_failures(results)
 
 
-def _result(found: dict[str, dict[int, list[float]]]) -> dict[str, Any]:
+def _result(found: Scores) -> dict[str, Any]:
     """A run's scores as a report holds them: those of pass keys by themselves, as in reports of pass keys alone."""
     scores = {task: {str(length): each for length, each in by_length.items()} for task, by_length in found.items()}
     recalled = {"recalled": scores.pop(PASSKEY)} if PASSKEY in scores else {}

@@ -4,8 +4,10 @@
 import json
 import re
 from collections import Counter
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,6 +228,25 @@ def test_two_tasks_on_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureF
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == [["run", "task", "600", "900"], ["SAGE", "passkey", "100%", "100%"]]
     assert lines[2] == ["SAGE", "multivalue", *(f"{sum(scores[length]) / 2:.0%}" for length in ("600", "900"))]
+
+
+@pytest.mark.engine
+def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is interrupted leaves the lengths before in its file."""
+    out, lengths = tmp_path / "needle.json", []
+
+    def recalls(llm: Any, passkeys: Any, length: int, depths: list[float], progress: bool) -> list[bool]:
+        lengths.append(length)
+        if length == 900:
+            raise KeyboardInterrupt
+        return [True, False]
+
+    monkeypatch.setattr(needle, "recalls", recalls)
+    monkeypatch.setattr(needle, "engine", lambda *_, **__: nullcontext(SimpleNamespace(get_tokenizer=lambda: None)))
+    with environment(), suppress(KeyboardInterrupt):
+        needle.main(["SAGE", "--lengths", "600,900", "--depths", "2", "--out", str(out)])
+    assert lengths == [600, 900]
+    assert json.loads(out.read_text())["runs"] == [{"run": "SAGE", "recalled": {"600": [True, False]}}]
 
 
 def test_scores_of_answers(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
