@@ -108,6 +108,9 @@ def test_runs() -> None:
             "k_bits": 8,
             "variator": {"plugins": "FILE", "ratio": 2},
         }
+        assert Run.parse("SAGE:variator.plugins=null,variator.kv_use=0.5").options == {
+            "variator": {"plugins": "null", "kv_use": 0.5}
+        }
         assert Run.parse("FLASH_ATTN/fp8").kv_cache_dtype == "fp8"
 
 
