@@ -232,7 +232,7 @@ def test_mass_covered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ("section", "message"),
     [
         ([1], 'must be an object such as {"local_tokens": 4096}, not [1]'),
-        ({"topk": 3}, 'has no "topk"; there is dense_layers, extrapolate, local_tokens, query_block, sink_tokens or'),
+        ({"topk": 3}, 'has no "topk"; there is dense_layers, extrapolate, host_gib, local_tokens, query_block, sink_tokens or'),
         ({"topk_pages": 129}, "is 129; it must be a number of pages from 1 to 128"),
         ({"topk_pages": True}, "is true; it must be a number of pages from 1 to 128"),
         ({"local_tokens": 100}, "is 100; it must be a number of tokens, at least 128"),
