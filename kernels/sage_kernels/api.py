@@ -151,12 +151,7 @@ def store(
     calibration.check(*shape)
     if key.device.type == "cpu":
         tokens = slots.numel()
-        reference.store(key[:tokens], value[:tokens], pages, slots, layout, calibration)
-        if cache is not None:
-            for head, own in enumerate(reference.frame_slots(cache, slots, layout)):
-                of = slice(head, head + 1)
-                frames = cache.frames[:, of]
-                reference.store(key[:tokens, of], value[:tokens, of], frames, own, layout, calibration.heads(of))
+        reference.store(key[:tokens], value[:tokens], pages, slots, layout, calibration, cache)
         return
     from sage_kernels.portable.store import store as triton_store
 

@@ -155,11 +155,11 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
             arguments.out.write_text(text + "\n", encoding="utf-8")
 
     def measure(run: Run) -> Scores:
-        return recall(run, arguments.model, questions, lambda found: save({"run": run.name, **_result(found)}), **limits)
+        return recall(run, arguments.model, questions, lambda found: save(_result(run, found)), **limits)
 
     try:
         for run, found in attempts(runs, refused, measure):
-            results.append(found.result() if isinstance(found, Failure) else {"run": run.name, **_result(found)})
+            results.append(found.result() if isinstance(found, Failure) else _result(run, found))
             save()
     finally:
         if results:
@@ -167,11 +167,11 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     check_failures(results)
 
 
-def _result(found: Scores) -> dict[str, Any]:
-    """A run's scores as a report holds them: those of pass keys by themselves, as in reports of pass keys alone."""
+def _result(run: Run, found: Scores) -> dict[str, Any]:
+    """A run as a report holds it, with the scores of pass keys by themselves, as in reports of pass keys alone."""
     scores = {task: {str(length): each for length, each in by_length.items()} for task, by_length in found.items()}
     recalled = {"recalled": scores.pop(PASSKEY)} if PASSKEY in scores else {}
-    return recalled | ({"scores": scores} if scores else {})
+    return {"run": run.name} | recalled | ({"scores": scores} if scores else {})
 
 
 def _rows(report: dict[str, Any]) -> list[list[str]]:

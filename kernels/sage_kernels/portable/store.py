@@ -358,13 +358,15 @@ def store(
     calibration = calibration.for_keys(layout.k_bits)
     if num_tokens == 0:
         return
-    framed = pages if cache is None else cache.frames
+    views = pages.view(torch.int8), pages.view(torch.float32)
+    framed, framed_views = pages, views
+    if cache is not None:
+        framed, framed_views = cache.frames, (cache.frames.view(torch.int8), cache.frames.view(torch.float32))
     _store_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS), pages.shape[1])](
-        key, value, slots, pages.view(torch.int8), pages.view(torch.float32),
+        key, value, slots, *views,
         *calibration_tensors(calibration, pages), num_tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), pages.stride(0), pages.stride(1),
-        *(framed.view(torch.int8), framed.view(torch.float32)), slots if cache is None else cache.frame_of,
-        framed.stride(0), framed.stride(1),
+        *framed_views, slots if cache is None else cache.frame_of, framed.stride(0), framed.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, V_BITS=layout.v_bits, PAGE=layout.tokens,
         BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_T=BLOCK_TOKENS, FP8=fp8_path(key.device),
         **calibration_constants(calibration), FRAMES=cache is not None,

@@ -4,6 +4,8 @@
 import torch
 
 from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration
+from sage_kernels.page_cache import PageCache
+from sage_kernels.reference.page_cache import frame_slots
 from sage_kernels.reference.quantize import (
     pack_int4,
     quantize_k,
@@ -62,13 +64,18 @@ def store(
     slots: torch.Tensor,
     layout: PageLayout,
     calibration: LayerCalibration = NOT_CALIBRATED,
+    cache: PageCache | None = None,
 ) -> None:
     """Quantize tokens and write them into their pages.
 
     key, value: [tokens, kv_heads, head_dim], any float dtype. pages: uint8 [blocks, kv_heads, page_bytes], written in place.
     slots: int [tokens]; token t goes to block slots[t] // layout.tokens, at slots[t] % layout.tokens; a negative slot is
-    padding and is skipped. calibration: the layer's.
+    padding and is skipped. calibration: the layer's. cache: the layer's, whose frames get the tokens too.
     """
+    if cache is not None:
+        for head, of_frames in enumerate(frame_slots(cache, slots, layout)):
+            own = slice(head, head + 1)
+            store(key[:, own], value[:, own], cache.frames[:, own], of_frames, layout, calibration.heads(own))
     used = slots >= 0
     slots = slots[used].long()
     block, offset = slots // layout.tokens, slots % layout.tokens
