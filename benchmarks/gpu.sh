@@ -68,9 +68,12 @@ step_variator() {
         --decode 16x8192 --repeat 5
 }
 step_serving() {
-    local plugins=variator.plugins=random
-    benchmark 2700 serving FLASH_ATTN SAGE SAGE:k_bits=4,v_bits=4 "SAGE:$plugins,variator.ratio=2" \
-        "SAGE:$plugins,variator.waiting=4" --rates 3 3.5 4 5 6 --out "$results/serving-$name.json"
+    local plugins=variator.plugins=random serve=(--serve --max-num-seqs 64)
+    serve+=(--compilation-config '{"mode":0,"cudagraph_mode":"FULL_DECODE_ONLY"}' --kv-cache-memory-bytes)
+    benchmark 1500 serving run FLASH_ATTN FLASH_ATTN/fp8 SAGE SAGE:k_bits=4,v_bits=4 --rates 1 2 4 8 --seconds 20 \
+        --shortest 1024 --longest 7168 --answer 256 --out "$results/serving-24gb-$name.json" "${serve[@]}" $((5 << 30))
+    benchmark 1500 serving run SAGE "SAGE:$plugins,variator.ratio=2" "SAGE:$plugins,variator.waiting=4" \
+        --rates 3 3.5 4 5 6 7 --out "$results/serving-goodput-$name.json" "${serve[@]}" $((32 << 30))
 }
 step_memory() {
     engines 300 engine-memory-prefill SAGE:memory.topk_pages=32 FLASH_ATTN --eager --repeat 1 --warm-up 32768 \

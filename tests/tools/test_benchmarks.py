@@ -337,3 +337,31 @@ def test_an_engine_that_fails_is_marked_and_others_are_timed(
         with pytest.raises(SystemExit, match='option "k_bits" in --additional-config "sage" is 5; it can be 4 or 8'):
             engine.main()
     assert made == runs
+
+
+RESULTS = SCRIPT.parent / "results"
+
+
+@pytest.fixture(scope="module")
+def serving() -> ModuleType:
+    return load(SCRIPT.with_name("serving.py"))
+
+
+def test_servers_in_one_plot(serving: ModuleType, tmp_path: Path) -> None:
+    """Of files with the same load; a run that failed is left out."""
+    files = [RESULTS / f"serving-{name}-h200.json" for name in ("plain", "by-load")]
+    (failed := tmp_path / "failed.json").write_text(json.dumps(json.loads(files[0].read_text()) | {"runs": [{"error": "no"}]}))
+    report = serving.read([files[0], failed, files[1]])
+    assert [run["run"] for run in report["runs"]] == ["SAGE", "SAGE:variator.plugins=random,variator.waiting=4"]
+    pytest.importorskip("matplotlib", reason="matplotlib comes with the extra `bench`")
+    assert serving.plot(SimpleNamespace(files=files, out=tmp_path / "plot.png")) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_files_that_are_not_of_servers(serving: ModuleType, tmp_path: Path) -> None:
+    (wrong := tmp_path / "wrong.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"wrong\.json is not a report of `run`"):
+        serving.read([wrong])
+    others = [RESULTS / f"serving-{name}-h200.json" for name in ("plain", "24gb-sage")]
+    with pytest.raises(ValueError, match="the reports differ in shortest: 1024, 2048"):
+        serving.read(others)
