@@ -4,7 +4,7 @@
 A request gets its ratio when it first asks for KV blocks, and keeps it for good, also when it is preempted and computed again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sage_backend.options import MIN_TAIL
@@ -36,6 +36,12 @@ class Policy:
         return self.ratios[self._at]
 
 
+    @property
+    def allowed(self) -> Sequence[int]:
+        """The ratios up to the last choice, ascending."""
+        return self.ratios[: self._at + 1]
+
+
 def check_request(parameters: Any, ratios: Sequence[int]) -> None:
     """Raises ValueError, in one line, for a ratio or a tail that is not available. parameters: SamplingParams or
     PoolingParams; ratios: those of the engine's plugins."""
@@ -54,8 +60,19 @@ def admit(request: Any, ratio: int, tail: int) -> CompressionPlan:
     plan = CompressionPlan.of(request.num_prompt_tokens, asked.get(RATIO, ratio), asked.get(TAIL, tail))
     if request.sampling_params is None or not plan.limit:
         plan = PLAIN
+    hashed = getattr(request, PLAN_KEY, PLAIN)  # when it came, its blocks were hashed without a ratio
     setattr(request, PLAN_KEY, plan)
-    if plan.limit:  # its blocks were hashed without a ratio when it came
+    if plan != hashed:
         request.block_hashes.clear()
         request.update_block_hashes()
     return plan
+
+
+def admit_with_least_work(request: Any, ratios: Sequence[int], tail: int, cached: Callable[[], int]) -> CompressionPlan:
+    """`admit` with that one of these ratios, ascending, which leaves the least to compute; of equals, with the smallest.
+    cached: how many tokens of the request's prompt the prefix cache has under the plan of the last `admit`."""
+
+    def work(ratio: int) -> float:
+        return admit(request, ratio, tail).work(request.num_prompt_tokens, cached())
+
+    return admit(request, min(ratios, key=work) if len(ratios) > 1 else ratios[0], tail)

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -186,7 +186,7 @@ def test_admission(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_hash, "apply", lambda: None)
     load = SimpleNamespace(waiting=9, kv_use=0.0)
     scheduler: Any = SimpleNamespace(
-        _get_local_prefix_cache_hit=lambda request: tuple(request.block_hashes),
+        _get_local_prefix_cache_hit=lambda request: (tuple(request.block_hashes), 0),
         need_mamba_block_aligned_split=False,
         _mamba_block_aligned_split=None,
         get_request_counts=lambda: (0, load.waiting),
@@ -195,16 +195,20 @@ def test_admission(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduling.attach(scheduler, VariatorOptions("file", waiting=8), [2, 4])
     shared = SimpleNamespace(extra_args=None)
     first, second, short = (WaitingRequest(tokens, shared) for tokens in (200, 200, 40))
-    assert scheduler._get_local_prefix_cache_hit(first) == ("hashed for CompressionPlan(ratio=2, limit=136)",)
-    assert scheduler._get_local_prefix_cache_hit(second) == ("hashed for CompressionPlan(ratio=4, limit=136)",)
+
+    def hashed(request: WaitingRequest) -> tuple[str, ...]:
+        return scheduler._get_local_prefix_cache_hit(request)[0]
+
+    assert hashed(first) == ("hashed for CompressionPlan(ratio=2, limit=136)",)
+    assert hashed(second) == ("hashed for CompressionPlan(ratio=4, limit=136)",)
     load.waiting = 1
     for _ in range(3):
-        assert scheduler._get_local_prefix_cache_hit(second) == ("hashed for CompressionPlan(ratio=4, limit=136)",)
+        assert hashed(second) == ("hashed for CompressionPlan(ratio=4, limit=136)",)
     assert [request.sampling_params.extra_args for request in (first, second)] == [{PLAN_KEY: [2, 136]}, {PLAN_KEY: [4, 136]}]
     assert shared.extra_args is None
     own = WaitingRequest(200, SimpleNamespace(extra_args={RATIO: 1, "other": 5}))
     for plain in (short, own, WaitingRequest(200, None)):
-        assert scheduler._get_local_prefix_cache_hit(plain) == ("hashed as it came",)
+        assert hashed(plain) == ("hashed as it came",)
     assert own.sampling_params.extra_args == {RATIO: 1, "other": 5, PLAN_KEY: [1, 0]}
 
     assert scheduler.need_mamba_block_aligned_split
@@ -216,6 +220,46 @@ def test_admission(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [split(first, 15), split(first, 16)] == [0, 16]
     first.num_computed_tokens = 136
     assert split(first, 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("cached", "plan"),
+    [
+        ({}, (4, 936)),  # nothing is cached: 1000 tokens, of which 920 cost half
+        ({1: 128, 2: 0, 4: 0}, (4, 936)),  # a little under a smaller ratio: 872 tokens would be left, instead of 540
+        ({1: 768, 2: 0, 4: 0}, (1, 0)),  # 232 instead of 540
+        ({1: 768, 2: 768, 4: 0}, (2, 936)),  # 176
+        ({1: 768, 2: 896, 4: 896}, (4, 936)),  # 92.7 and 84
+        ({1: 896, 2: 640, 4: 640}, (1, 0)),  # 104 instead of 261.3 and 212
+    ],
+)
+def test_the_cache_counts(cached: Mapping[int, int], plan: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under high load, a request gets the ratio under which the least is left to compute. Its blocks are hashed for that one."""
+    monkeypatch.setattr(block_hash, "apply", lambda: None)
+    load = SimpleNamespace(waiting=9)
+
+    def lookup(request: WaitingRequest) -> tuple[Any, int]:
+        return tuple(request.block_hashes), cached.get(getattr(request, PLAN_KEY, PLAIN).ratio, 0)
+
+    scheduler: Any = SimpleNamespace(
+        _get_local_prefix_cache_hit=lookup,
+        need_mamba_block_aligned_split=False,
+        _mamba_block_aligned_split=None,
+        get_request_counts=lambda: (0, load.waiting),
+        get_kv_cache_usage=lambda: 0.0,
+    )
+    scheduling.attach(scheduler, VariatorOptions("file", waiting=8), [2, 4])
+    scheduler._get_local_prefix_cache_hit(WaitingRequest(1000, SimpleNamespace(extra_args=None)))  # one step up
+    request = WaitingRequest(1000, SimpleNamespace(extra_args=None))
+    hashes, found = scheduler._get_local_prefix_cache_hit(request)
+    assert getattr(request, PLAN_KEY) == plan
+    assert hashes[-1] == f"hashed for {CompressionPlan(*plan)}"
+    assert found == cached.get(plan[0], 0)
+    load.waiting = 1  # a request is never compressed more than the load asks for
+    for _ in range(2):
+        relaxed = WaitingRequest(1000, SimpleNamespace(extra_args=None))
+        scheduler._get_local_prefix_cache_hit(relaxed)
+    assert getattr(relaxed, PLAN_KEY) == PLAIN
 
 
 @pytest.mark.parametrize(
@@ -696,6 +740,20 @@ def test_load(served: Any, plain: tuple[list[list[int]], list[Answer]]) -> None:
     alone = counted("sage_variator_requests_total")
     ask(served, [prompts[3]], [{}])
     assert change(alone, counted("sage_variator_requests_total")) == {"1": 1}
+
+
+@pytest.mark.engine
+def test_cached_prompts_under_load(served: Any, plain: tuple[list[list[int]], list[Answer]]) -> None:
+    """What was computed without compression is used under load, too, where it leaves less to compute."""
+    prompts, expected = plain
+    assert served.reset_prefix_cache()
+    ask(served, prompts[:1], [{RATIO: 1}])
+    crowd = [prompts[1][i : i + 200] for i in range(16)]
+    before = counted("sage_variator_requests_total")
+    *_, again = ask(served, [*crowd, prompts[0]], [{}] * 17, tokens=len(expected[0].tokens))
+    assert change(before, counted("sage_variator_requests_total"))["4"] >= 4
+    assert again.cached == (LENGTHS[0] - 1) // 128 * 128
+    assert_same([again], expected[:1])
 
 
 @pytest.mark.engine

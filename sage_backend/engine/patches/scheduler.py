@@ -3,7 +3,8 @@
 
 What: wraps `Scheduler.__init__`; with the option `variator`, replaces the new scheduler's `_get_local_prefix_cache_hit` and
     `_mamba_block_aligned_split`.
-Why: a request gets its ratio when it first asks for KV blocks, where the load is known, and before the prefix cache is asked.
+Why: a request gets its ratio when it first asks for KV blocks, where the load is known, and with what the prefix cache has
+    under each ratio.
     Chunks have to end between groups. Models that can have plugins have no Mamba layers, whose split is free for that.
 Releases: 0.31 to 0.33.
 Remove when: vLLM has hooks for the admission of a request and for the size of its next chunk.
@@ -46,7 +47,9 @@ def attach(scheduler: Any, options: VariatorOptions, ratios: Sequence[int]) -> N
             if (plan := getattr(request, admission.PLAN_KEY, None)) is None:
                 _, waiting = scheduler.get_request_counts()
                 ratio = policy.choose(waiting - 1, scheduler.get_kv_cache_usage())
-                plan = admission.admit(request, ratio, options.tail)
+                # Without hashes, the request does not use the prefix cache, and the greatest ratio leaves the least work.
+                ratios = policy.allowed if request.block_hashes else [ratio]
+                plan = admission.admit_with_least_work(request, ratios, options.tail, lambda: lookup(request, *limits)[1])
             if request.sampling_params is not None:
                 # Requests of one call may share their parameters, and a session's next prompt brings new ones.
                 request.sampling_params = copy.copy(request.sampling_params)
