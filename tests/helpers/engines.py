@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import BuiltinFunctionType
 from typing import Any
 from unittest import mock
 
@@ -34,11 +35,12 @@ NEAR_TIE = 0.375
 def environment() -> Iterator[None]:
     """The environment of engines: vLLM in one process, without Triton's interpreter and without the user's settings."""
     _keep_cpu_kernels()  # here, too: an engine of a fixture lives on while a test starts another
-    with mock.patch.dict(os.environ, ENVIRONMENT), _short_collections(), _fast_products():
+    with mock.patch.dict(os.environ, ENVIRONMENT):
         for name in ("TRITON_INTERPRET", "VLLM_CPU_KVCACHE_SPACE"):
             os.environ.pop(name, None)
         # For every new kind of model, vLLM would start a process just to inspect its class.
-        with mock.patch("vllm.model_executor.models.registry._run_in_subprocess", lambda inspect: inspect()):
+        inspecting = mock.patch("vllm.model_executor.models.registry._run_in_subprocess", lambda inspect: inspect())
+        with inspecting, _fast_products(), _short_collections():
             yield
     _keep_cpu_kernels()
 
@@ -64,9 +66,11 @@ def _short_collections() -> Iterator[None]:
     For each engine, vLLM makes nine full ones. Of the 700,000 objects that the imports alone leave, each would take half a
     second. Its own `gc.freeze` would keep the engine's objects, too, and its `gc.unfreeze` bring back all others.
     """
-    if not hasattr(gc.freeze, "__self__"):  # within another environment, whose objects will still have to be collected
+    if not isinstance(gc.freeze, BuiltinFunctionType):  # within another environment: its objects must stay collectable
         yield
         return
+    from vllm import LLM  # noqa: F401  # what it imports shall be frozen, too
+
     gc.collect()
     gc.freeze()
     with mock.patch.multiple(gc, freeze=lambda: None, unfreeze=lambda: None):

@@ -234,7 +234,7 @@ def test_admission(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_cache_counts(cached: Mapping[int, int], plan: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under high load, a request gets the ratio under which the least is left to compute. Its blocks are hashed for that one."""
+    """Under high load, a request gets the ratio that leaves the least to compute. Its blocks are hashed for that one."""
     monkeypatch.setattr(block_hash, "apply", lambda: None)
     load = SimpleNamespace(waiting=9)
 
