@@ -9,9 +9,10 @@
 
 A run is named as for `sage eval`; its compression plugins can also be `random`. Each gets a server with random weights of the
 given shape, and the embedded model's tokenizer. `vllm bench serve` sends it random prompts of --shortest to --longest tokens,
-with short answers, for --seconds at each rate: an open loop with Poisson arrivals, the same for all runs. A request counts as
-good if its first token came within --goal-ms; goodput is how many of these come a second. `plot` draws the runs of one file or
-of several with the same load; it needs matplotlib alone.
+with short answers, for --seconds at each rate: an open loop with Poisson arrivals, the same for all runs. With --shared, all
+prompts begin with the same tokens, and the servers have a prefix cache. A request counts as good if its first token came within
+--goal-ms; goodput is how many of these come a second. `plot` draws the runs of one file or of several with the same load; it
+needs matplotlib alone.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,12 @@ from common.shapes import SHAPES
 FIGURES = ("request_throughput", "request_goodput", "completed", "failed", "total_input_tokens", "output_throughput")
 FIGURES += ("median_ttft_ms", "p95_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms")
 """What is kept of the client's report."""
-LOAD = ("shortest", "longest", "answer", "seconds", "goal_ms")
+EMBEDDED = "embedded"
+"""The shape of the embedded model, for CPUs."""
+LOAD = ("shortest", "longest", "shared", "answer", "seconds", "goal_ms")
 """The options that a report keeps, beside its command."""
+ROOM = 256
+"""Tokens of context beyond those asked for: decoded and encoded again, random tokens can be more."""
 SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)  # on the axis of a plot
 WARM_UP, LEAST_REQUESTS = 8, 8  # requests before the first rate, and at each
 
@@ -46,14 +52,27 @@ def bench(base: str, folder: Path, rate: float, requests: int, seed: int, argume
     command += ["--tokenizer", str(folder), "--dataset-name", "random", "--random-input-len", str(middle)]
     spread = json.dumps({"input": 1 - arguments.shortest / middle, "output": 0.0})
     command += ["--random-range-ratio", spread, "--random-output-len", str(arguments.answer)]
+    command += ["--random-prefix-len", str(arguments.shared)]
     command += ["--request-rate", str(rate), "--num-prompts", str(requests), "--seed", str(seed), "--ignore-eos"]
     command += ["--goodput", f"ttft:{arguments.goal_ms}", "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "95,99"]
     command += ["--save-result", "--result-filename", str(report), "--disable-tqdm", "--temperature", "0"]
+    before = counters(base)
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=arguments.limit)
     if done.returncode:
         raise RuntimeError(f"the client ended with exit code {done.returncode}\n{done.stdout[-3000:]}")
     told = json.loads(report.read_text())
-    return {"rate": rate, **{name: told[name] for name in FIGURES}}
+    queried, hit = (after - at_first for after, at_first in zip(counters(base), before, strict=True))
+    return {"rate": rate, **{name: told[name] for name in FIGURES}, "cached_share": hit / queried if queried else None}
+
+
+def counters(base: str) -> list[float]:
+    """Prompt tokens that a server has looked for in its prefix cache so far, and found there."""
+    with urllib.request.urlopen(f"{base}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    return [
+        sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:prefix_cache_{name}_total"))
+        for name in ("queries", "hits")
+    ]
 
 
 def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -64,8 +83,9 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
 
     run = Run.parse(name)
     fill_in(run, str(folder))
-    # The client's random prompts count through the vocabulary, so that some begin like others.
-    served = ["--max-model-len", str(arguments.longest + arguments.answer + 256), "--no-enable-prefix-caching"]
+    served = ["--max-model-len", str(arguments.shared + arguments.longest + arguments.answer + ROOM)]
+    if not arguments.shared:  # the client's random prompts count through the vocabulary, so that some begin like others
+        served += ["--no-enable-prefix-caching"]
     for option, value in run.arguments.items():
         served += [f"--{option.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else str(value)]
     with serving(folder, [*served, *arguments.serve_arguments], arguments.limit) as server:
@@ -76,6 +96,8 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
             requests = max(LEAST_REQUESTS, round(rate * arguments.seconds))
             figures["rates"].append(found := bench(server.base, folder, rate, requests, seed, arguments))
             times = ", ".join(f"{kind} {found[f'{kind}_ttft_ms']:,.0f}" for kind in ("median", "p95", "p99"))
+            if found["cached_share"] is not None:
+                times += f"; {found['cached_share']:.0%} of prompts cached"
             print(f"  {rate} requests/s: {found['request_goodput']:.2f} good; ms to the first token: {times}", flush=True)
     return figures
 
@@ -85,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sage_backend.demo import MODEL_DIR
     from sage_backend.tools.engines import circumstances
 
-    shape = dict(SHAPES[arguments.shape])
+    shape = dict(SHAPES.get(arguments.shape) or json.loads((MODEL_DIR / "config.json").read_text()))
     if arguments.layers:
         shape["num_hidden_layers"] = arguments.layers
     command = shlex.join(["benchmarks/serving.py", *sys.argv[1:]])
@@ -110,7 +132,7 @@ def read(files: Sequence[Path]) -> dict[str, Any]:
     reports = []
     for file in files:
         try:
-            report = json.loads(file.read_text())
+            report = {"shared": 0, **json.loads(file.read_text())}  # which older reports do not have
             reports.append({name: report[name] for name in ("model", "device", "date", "runs", *LOAD)})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a report of `run` ({type(error).__name__}: {error})") from None
@@ -140,6 +162,8 @@ def draw(plt: Any, report: dict[str, Any]) -> Any:
     answers.set_ylim(bottom=0)
     figure.legend(*waits.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2)
     load = f"prompts of {report['shortest']} to {report['longest']} tokens, answers of {report['answer']}"
+    if report["shared"]:
+        load = f"{report['shared']} shared tokens and {load}"
     figure.suptitle(f"{report['model']}, {load}; {report['device']}, {report['date'][:10]}", fontsize=9, color="#555555")
     return figure
 
@@ -169,12 +193,13 @@ def main() -> int:
     commands = parser.add_subparsers(required=True)
     measuring = commands.add_parser("run", help="measure")
     measuring.add_argument("runs", nargs="+", metavar="RUN")
-    measuring.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    measuring.add_argument("--shape", choices=[*SHAPES, EMBEDDED], default="llama-3.1-8b")
     measuring.add_argument("--layers", type=int, help="instead of the shape's own number")
     measuring.add_argument("--rates", type=float, nargs="+", required=True, help="requests a second")
     measuring.add_argument("--seconds", type=float, default=30, help="at each rate (default: %(default)s)")
     measuring.add_argument("--shortest", type=int, default=2048, help="tokens of the shortest prompt (default: %(default)s)")
     measuring.add_argument("--longest", type=int, default=16384, help="tokens of the longest prompt (default: %(default)s)")
+    measuring.add_argument("--shared", type=int, default=0, help="tokens in front of all prompts (default: %(default)s)")
     measuring.add_argument("--answer", type=int, default=16, help="tokens of each answer (default: %(default)s)")
     measuring.add_argument("--goal-ms", type=int, default=2000, help="to the first token (default: %(default)s)")
     measuring.add_argument("--limit", type=float, default=300, help="seconds to wait for a server or a client")

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # other processes of pytest have the other cores
+    # As many threads as cores in each process would wait for each other all the time. Engines and servers inherit this. Before
+    # torch is imported: OpenMP reads it once, and torch.set_num_threads changes it for one thread only.
+    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
 import pytest
 import torch
 from interpreter import leave_arguments_in_place, patch_language_once
@@ -24,11 +29,6 @@ if "VLLM_CACHE_ROOT" not in os.environ:
     # Calibrations of the tests' engines go to a folder of their own. With pytest -n, all processes inherit the first one's.
     os.environ["VLLM_CACHE_ROOT"] = tempfile.mkdtemp(prefix="sage-cache-")
     atexit.register(shutil.rmtree, os.environ["VLLM_CACHE_ROOT"], ignore_errors=True)
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # other processes of pytest have the other cores
-    # As many threads as cores in each process would wait for each other all the time. Engines and servers inherit this.
-    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    torch.set_num_threads(1)
 
 WITH_SERVER = (
     "deploy/test_server_load.py", "deploy/test_serving.py",

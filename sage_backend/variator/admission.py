@@ -35,7 +35,6 @@ class Policy:
             self._at = max(self._at - 1, 0)
         return self.ratios[self._at]
 
-
     @property
     def allowed(self) -> Sequence[int]:
         """The ratios up to the last choice, ascending."""

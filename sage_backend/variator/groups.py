@@ -24,7 +24,6 @@ START = CHUNK
 """Tokens at a prompt's start that stay uncompressed. Attention rests on the first tokens of any text (attention sinks). Pooled
 with their neighbours, they are lost to every token behind."""
 
-
 FFN_SHARE = 2 / 3
 """Of a token's operations: 8 of 12 hidden² where a FFN is four times as wide as the model (Vaswani et al. 2017), and attention
 to a long prompt does not yet count. Good enough to compare what is cached with what is not."""

@@ -229,7 +229,7 @@ def test_admission(monkeypatch: pytest.MonkeyPatch) -> None:
         ({1: 128, 2: 0, 4: 0}, (4, 936)),  # a little under a smaller ratio: 872 tokens would be left, instead of 540
         ({1: 768, 2: 0, 4: 0}, (1, 0)),  # 232 instead of 540
         ({1: 768, 2: 768, 4: 0}, (2, 936)),  # 176
-        ({1: 768, 2: 896, 4: 896}, (4, 936)),  # 92.7 and 84
+        ({1: 768, 2: 896, 4: 896}, (4, 936)),  # 90.7 and 84
         ({1: 896, 2: 640, 4: 640}, (1, 0)),  # 104 instead of 261.3 and 212
     ],
 )
