@@ -22,7 +22,7 @@ from typing import Any
 
 import aiohttp
 from common.report import save
-from common.server import Server, serving
+from common.server import Server, metric_sums, serving
 from common.shapes import SHAPES
 
 
@@ -58,13 +58,7 @@ async def send(session: aiohttp.ClientSession, base: str, rng: random.Random, lo
 async def metrics(session: aiohttp.ClientSession, base: str) -> dict[str, float]:
     """The server's metrics, each summed over its labels."""
     async with session.get(f"{base}/metrics") as response:
-        lines = (await response.text()).splitlines()
-    sums: dict[str, float] = {}
-    for line in lines:
-        if not line.startswith("#"):
-            name = line.split("{")[0].split(" ")[0]
-            sums[name] = sums.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
-    return sums
+        return metric_sums(await response.text())
 
 
 async def drive(arguments: argparse.Namespace, server: Server) -> dict[str, Any]:

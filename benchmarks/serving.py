@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from common.report import save
-from common.server import serving
+from common.server import metric_sums, serving
 from common.shapes import SHAPES
 
 FIGURES = ("request_throughput", "request_goodput", "completed", "failed", "total_input_tokens", "output_throughput")
@@ -68,11 +68,8 @@ def bench(base: str, folder: Path, rate: float, requests: int, seed: int, argume
 def counters(base: str) -> list[float]:
     """Prompt tokens that a server has looked for in its prefix cache so far, and found there."""
     with urllib.request.urlopen(f"{base}/metrics", timeout=30) as response:
-        lines = response.read().decode().splitlines()
-    return [
-        sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:prefix_cache_{name}_total"))
-        for name in ("queries", "hits")
-    ]
+        sums = metric_sums(response.read().decode())
+    return [sums.get(f"vllm:prefix_cache_{name}_total", 0.0) for name in ("queries", "hits")]
 
 
 def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

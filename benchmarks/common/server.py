@@ -55,6 +55,16 @@ def serving(folder: Path, arguments: Sequence[str], limit: float) -> Iterator[Se
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def metric_sums(text: str) -> dict[str, float]:
+    """The metrics of a page in Prometheus' format, each summed over its labels."""
+    sums: dict[str, float] = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            name = line.split("{")[0].split(" ")[0]
+            sums[name] = sums.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
+    return sums
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

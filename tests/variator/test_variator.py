@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -181,18 +181,25 @@ class WaitingRequest:
         self.block_hashes.append(f"hashed for {getattr(self, PLAN_KEY)}")
 
 
-def test_admission(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request gets its ratio at its first lookup in the prefix cache, and keeps it at lookups after a preemption."""
+def attached(load: SimpleNamespace, cached: Callable[[WaitingRequest], int], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The part of vLLM's scheduler that is used, with plugins of ratios 2 and 4. Its prefix cache has `cached` tokens of a
+    request, and lookups return the request's hashes and that number."""
     monkeypatch.setattr(block_hash, "apply", lambda: None)
-    load = SimpleNamespace(waiting=9, kv_use=0.0)
-    scheduler: Any = SimpleNamespace(
-        _get_local_prefix_cache_hit=lambda request: (tuple(request.block_hashes), 0),
+    scheduler = SimpleNamespace(
+        _get_local_prefix_cache_hit=lambda request: (tuple(request.block_hashes), cached(request)),
         need_mamba_block_aligned_split=False,
         _mamba_block_aligned_split=None,
         get_request_counts=lambda: (0, load.waiting),
-        get_kv_cache_usage=lambda: load.kv_use,
+        get_kv_cache_usage=lambda: 0.0,
     )
     scheduling.attach(scheduler, VariatorOptions("file", waiting=8), [2, 4])
+    return scheduler
+
+
+def test_admission(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request gets its ratio at its first lookup in the prefix cache, and keeps it at lookups after a preemption."""
+    load = SimpleNamespace(waiting=9)
+    scheduler = attached(load, lambda request: 0, monkeypatch)
     shared = SimpleNamespace(extra_args=None)
     first, second, short = (WaitingRequest(tokens, shared) for tokens in (200, 200, 40))
 
@@ -235,20 +242,8 @@ def test_admission(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_cache_counts(cached: Mapping[int, int], plan: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Under high load, a request gets the ratio that leaves the least to compute. Its blocks are hashed for that one."""
-    monkeypatch.setattr(block_hash, "apply", lambda: None)
     load = SimpleNamespace(waiting=9)
-
-    def lookup(request: WaitingRequest) -> tuple[Any, int]:
-        return tuple(request.block_hashes), cached.get(getattr(request, PLAN_KEY, PLAIN).ratio, 0)
-
-    scheduler: Any = SimpleNamespace(
-        _get_local_prefix_cache_hit=lookup,
-        need_mamba_block_aligned_split=False,
-        _mamba_block_aligned_split=None,
-        get_request_counts=lambda: (0, load.waiting),
-        get_kv_cache_usage=lambda: 0.0,
-    )
-    scheduling.attach(scheduler, VariatorOptions("file", waiting=8), [2, 4])
+    scheduler = attached(load, lambda request: cached.get(getattr(request, PLAN_KEY, PLAIN).ratio, 0), monkeypatch)
     scheduler._get_local_prefix_cache_hit(WaitingRequest(1000, SimpleNamespace(extra_args=None)))  # one step up
     request = WaitingRequest(1000, SimpleNamespace(extra_args=None))
     hashes, found = scheduler._get_local_prefix_cache_hit(request)
