@@ -14,16 +14,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # other processes of pytest have the ot
 
 import pytest
 import torch
-from interpreter import leave_arguments_in_place, patch_language_once
 from server import Server, serve
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined and when it runs. Engines are started without it.
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton.language  # noqa: F401  # its functions are defined now, not while an engine runs
+    import interpreter  # Triton's functions are defined now, not while an engine runs
 
-    patch_language_once()
-    leave_arguments_in_place()
+    interpreter.shorten()
 
 if "VLLM_CACHE_ROOT" not in os.environ:
     # Calibrations of the tests' engines go to a folder of their own. With pytest -n, all processes inherit the first one's.

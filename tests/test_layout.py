@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import machine_code
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,6 +177,19 @@ def f():
 def test_no_module_imports_itself_through_others(package):
     """Imports inside functions count: they hide a cycle, but do not remove it."""
     assert [cycle for cycle in cycles(IMPORTED) if cycle[0].partition(".")[0] == package] == []
+
+
+def test_kernels_import_nothing_from_above_them():
+    """So a change there leaves their code as it is."""
+    above = {name for name, file in modules_of("sage_kernels").items() if file.name in machine_code.ABOVE_KERNELS}
+    assert len(above) == len(machine_code.ABOVE_KERNELS)
+    wrong = [
+        f"{name} imports {other}"
+        for name in MODULES
+        for other in sorted(IMPORTED[name] & above)
+        if name not in above and name.partition(".")[0] != "sage_backend" and name != "sage_kernels"
+    ]
+    assert wrong == []
 
 
 def room(module: str) -> int:

@@ -47,7 +47,7 @@ def mass_covered(
     prepared = reference.prepare_queries(query[None], calibration, layout)[0]
     logits = []
     for some in blocks.split(PIECE // layout.tokens):
-        codes, k_scale = reference.key_codes(pages[some, head], layout)
+        codes, k_scale = reference.key_codes(pages[:, head].index_select(0, some), layout)
         logits.append((codes.float() @ prepared.T).mul_(k_scale[..., None] * scale))
     found = torch.cat(logits)  # [n, tokens, heads]
     if soft_cap:  # without one, the anchor's share of the logits makes no difference
