@@ -9,8 +9,9 @@ from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # other processes of pytest have the other cores
     # As many threads as cores in each process would wait for each other all the time. Engines and servers inherit this. Before
-    # torch is imported: OpenMP reads it once, and torch.set_num_threads changes it for one thread only.
-    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    # torch is imported: OpenMP reads it once, and torch.set_num_threads changes it for one thread only. Numba, which vLLM uses
+    # for n-gram drafts, sets it to its own number, for good.
+    os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 import pytest
 import torch

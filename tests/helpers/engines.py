@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from sage_backend.demo import HELDOUT, MODEL_DIR
+from sage_backend.engine import start_calibration
 from sage_backend.tools import engines as runner
 
 PLAIN = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
@@ -98,8 +99,15 @@ def engine(run: str = "SAGE", model: Path = MODEL_DIR, **arguments: Any) -> Iter
         "kv_cache_memory_bytes": 64 << 20,
         "disable_log_stats": False,
     }
-    with environment(), runner.engine(runner.Run.parse(run), str(model), **{**defaults, **arguments}) as llm:
+    arguments = {**defaults, **arguments}
+    started = runner.engine(runner.Run.parse(run), str(model), **arguments)
+    with environment(), _few_tokens_to_calibrate(arguments), started as llm:
         yield llm
+
+
+def _few_tokens_to_calibrate(arguments: dict[str, Any]) -> AbstractContextManager[Any]:
+    """At the start of an engine without a tokenizer, whose weights are random: any tokens make the same statistics."""
+    return mock.patch.object(start_calibration, "MAX_TOKENS", 64) if arguments.get("skip_tokenizer_init") else nullcontext()
 
 
 def logged(caplog: pytest.LogCaptureFixture, part: str) -> list[str]:
