@@ -185,7 +185,7 @@ class Clients:
             request = Request(time.monotonic())
             self.requests.append(request)
             prompt = f"# {request.began}\ndef f("
-            body = {"model": "sage-demo", "prompt": prompt, "max_tokens": 32, "ignore_eos": True, "temperature": 0}
+            body = {"model": "sage-demo", "prompt": prompt, "max_tokens": 128, "ignore_eos": True, "temperature": 0}
             try:
                 response = self._server.ask("POST", "/v1/completions", REQUEST_SECONDS, json.dumps(body))
                 text = response.read().decode()
