@@ -141,21 +141,20 @@ def attention(
 def _pieces(kv_heads: int, layout: PageLayout, batch: PagedBatch, window: int) -> Iterator[_Piece]:
     """The requests' queries: those of a prompt alone, a few together with those of requests that see about as many pages."""
     starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
-    alike: defaultdict[tuple[int, ...], list[tuple[int, int, int, int]]] = defaultdict(list)
+    alike: defaultdict[tuple[int, int, int | None], list[tuple[int, ...]]] = defaultdict(list)
     for request, length in enumerate(lengths):
         queries = starts[request + 1] - starts[request]
         if queries == 0:
             continue
         first = _first_page(length, queries, layout.tokens, window)
         pages = -(-length // layout.tokens) - first
-        kind = (queries, pages.bit_length()) if queries <= FEW_QUERIES else (queries, pages.bit_length(), request)
-        alike[kind].append((request, starts[request], length, first))
-    for (queries, bits, *_), requests in alike.items():
+        alone = request if queries > FEW_QUERIES else None
+        alike[queries, pages.bit_length(), alone].append((request, starts[request], length, first, pages))
+    for (queries, bits, _), requests in alike.items():
         together = max(1, MAX_KEYS // (kv_heads * layout.tokens * layout.head_dim << bits))
         for nth in range(0, len(requests), together):
-            index, first_row, end_position, first_page = torch.tensor(requests[nth : nth + together]).T
-            pages = int((-(-end_position // layout.tokens) - first_page).max())
-            yield _Piece(index, first_row, end_position, first_page, queries, pages, layout.tokens)
+            index, first_row, end_position, first_page, seen = torch.tensor(requests[nth : nth + together]).T
+            yield _Piece(index, first_row, end_position, first_page, queries, int(seen.max()), layout.tokens)
 
 
 def _first_page(end_position: int, queries: int, page_tokens: int, window: int) -> int:

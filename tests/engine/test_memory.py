@@ -148,7 +148,7 @@ def test_long_contexts_are_measured_less_often(monkeypatch: pytest.MonkeyPatch) 
 def test_what_measuring_mass_costs() -> None:
     """Under a third of one layer's attention without memory, in the shape of the embedded model. Prints both (pytest -s).
 
-    On an idle machine it is a quarter."""
+    Beside other tests it was a quarter."""
     b = make_batch(PageLayout(128, has_summary=True), [(coverage.TOKENS, 1)], 4, 2)
     lists = replace(b.requests, block_table=b.requests.block_table[:, None].expand(-1, 2, -1))
     measures = Coverage(MEMORY, 128, torch.device("cpu"), lambda _, share: None)

@@ -29,8 +29,7 @@ def patch_language_once() -> None:
     """Put the interpreter's functions into `triton.language` once per kernel, and not again in each function that it calls.
 
     The interpreter (Triton 3.6) goes through all members of `triton.language` whenever one function calls another. It finds its
-    own functions in place already, and sets the other members to their present values. That took a third of the time of the
-    kernel tests.
+    own functions in place already, and sets the other members to their present values.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -68,15 +67,12 @@ def compute_no_ignored_assertions() -> None:
 
 
 def make_types_once() -> None:
-    """Keep what the interpreter makes anew for every result: its type, its shape, and the dtype that numpy has for it.
-
-    That took another third of the time of the kernel tests.
-    """
+    """Keep what the interpreter makes anew for every result: its type, its shape, and the dtype that numpy has for it."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     make_block_type, numpy_dtype = tl.block_type.__init__, interpreter._get_np_dtype
-
+    numpy_dtype_of_scalar = functools.cache(numpy_dtype)
     made: dict[Any, dict[str, Any]] = {}
 
     @functools.cache
@@ -93,14 +89,12 @@ def make_types_once() -> None:
 
     def init_tensor(self: Any, handle: Any, type: Any) -> None:
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape = constants(tuple(type.shape.values)) if type.is_block() else constants(())
+        self.shape = constants(tuple(type.shape.values) if type.is_block() else ())
         self.numel = tl.constexpr(type.numel if type.is_block() else 1)
-
-    numpy_dtype_of = functools.cache(numpy_dtype)
 
     def numpy_dtype_once(dtype: Any) -> Any:
         scalar = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
-        return numpy_dtype(scalar) if isinstance(scalar, tl.pointer_type) else numpy_dtype_of(scalar)
+        return numpy_dtype(scalar) if isinstance(scalar, tl.pointer_type) else numpy_dtype_of_scalar(scalar)
 
     tl.block_type.__init__ = init_block_type
     tl.tensor.__init__ = init_tensor
