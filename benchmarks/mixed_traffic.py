@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import random
-import re
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 import aiohttp
 from common.report import save
-from common.server import Server, metric_sums, serving
+from common.server import Server, compiled_late, metric_sums, serving
 from common.shapes import SHAPES
 
 
@@ -121,8 +120,7 @@ def main() -> None:
                     print(output[-3000:])
     errors = [line for line in output.splitlines() if " ERROR " in line]
     report["errors_in_the_log"] = errors[:5]
-    # vLLM's monitor reports kernels that requests had to wait for. With --enforce-eager, it reports nothing.
-    report["kernels_compiled_while_serving"] = re.findall(r"compilation during inference: (\S+)", output)
+    report["kernels_compiled_while_serving"] = compiled_late(output)
     report["command"] = " ".join(["benchmarks/mixed_traffic.py", *sys.argv[1:]])
     report |= circumstances(report["command"], arguments.shape)
     print(json.dumps(report, indent=2))

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from common.report import save
-from common.server import metric_sums, serving
+from common.server import compiled_late, metric_sums, serving
 from common.shapes import SHAPES
 
 FIGURES = ("request_throughput", "request_goodput", "completed", "failed", "total_input_tokens", "output_throughput")
@@ -80,7 +80,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
 
     run = Run.parse(name)
     fill_in(run, str(folder))
-    served = ["--max-model-len", str(arguments.shared + arguments.longest + arguments.answer + ROOM)]
+    served = ["--jit-monitor-verbose", "--max-model-len", str(arguments.shared + arguments.longest + arguments.answer + ROOM)]
     if not arguments.shared:  # the client's random prompts count through the vocabulary, so that some begin like others
         served += ["--no-enable-prefix-caching"]
     for option, value in run.arguments.items():
@@ -96,6 +96,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
             if found["cached_share"] is not None:
                 times += f"; {found['cached_share']:.0%} of prompts cached"
             print(f"  {rate} requests/s: {found['request_goodput']:.2f} good; ms to the first token: {times}", flush=True)
+        figures["kernels_compiled_while_serving"] = compiled_late(server.log.read_text())
     return figures
 
 

@@ -37,11 +37,21 @@ fi
 case "$model" in
     /* | ./* | ../*) [ -e "$model" ] || die "$model does not exist" ;;
 esac
-if "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
-    # On a CPU, for a quick start: 1 GiB of KV cache instead of a share of the memory, and no
-    # compilation.
+# "GPU", "CPU", or "slow CPU": one without instructions for 16 bits, on which a product in BF16 takes 25 times as long.
+kind='import torch
+fast = torch.version.cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+print("GPU" if torch.version.cuda else "CPU" if fast else "slow CPU")'
+kind=$("$python" -c "$kind") || die "torch does not work in $venv: run deploy/setup.sh again"
+if [ "$kind" != GPU ]; then
+    # For a quick start: 1 GiB of KV cache instead of a share of the memory, and no compilation.
     export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
     options+=(--enforce-eager)
+    # The embedded model's worker needs no process of its own, in which vLLM would be imported a third time. For larger
+    # models vLLM starts one, with its threads bound to cores.
+    if [ "$name" = sage-demo ]; then
+        options+=(--distributed-executor-backend vllm.v1.executor.uniproc_executor.UniProcExecutor)
+        if [ "$kind" = "slow CPU" ]; then options+=(--dtype float32); fi
+    fi
 fi
 read -r -a extra <<<"${ARGS:-}"
 

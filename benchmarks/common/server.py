@@ -2,6 +2,7 @@
 """Real servers with random weights, in a process group of their own, which ends with the benchmark."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,11 +32,12 @@ def serving(folder: Path, arguments: Sequence[str], limit: float) -> Iterator[Se
     Raises RuntimeError with the end of its log if it is not ready within `limit` seconds.
     """
     port, log = _free_port(), folder / "log"
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"}  # for `compiled_late`
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--served-model-name", "m"]
     command += ["--load-format", "dummy", "--host", "127.0.0.1", "--port", str(port), *arguments]
     begun = time.monotonic()
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True, env=environment)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the server would outlive a benchmark that is ended
     try:
         base = f"http://127.0.0.1:{port}"
@@ -53,6 +55,12 @@ def serving(folder: Path, arguments: Sequence[str], limit: float) -> Iterator[Se
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def compiled_late(log: str) -> list[str]:
+    """The kernels that requests had to wait for, by a server's log: vLLM's monitor of compilation reports them, but for
+    --enforce-eager."""
+    return re.findall(r"compilation during inference: (\w+)", log)
 
 
 def metric_sums(text: str) -> dict[str, float]:

@@ -288,8 +288,8 @@ def select_pages(
     layer's, if it has the summaries.
 
     Returns a batch to attend with in place of the given one: query blocks replace requests, and each KV head has
-    its own page list. Raises ValueError for a layout without summaries, for shapes that do not fit together, and without the
-    shift_table that memory needs.
+    its own page list. Raises ValueError for a layout without summaries, for shapes that do not fit together, without the
+    shift_table that memory needs, and with one that it does not need.
 
         >>> import torch
         >>> from sage_kernels import Memory, PagedBatch, PageLayout, select_pages, store, store_summaries
@@ -305,8 +305,9 @@ def select_pages(
     """
     _check_batch(query, pages, layout, batch)
     _check_summary(layout, cache)
-    if memory.trained_tokens and shift_table is None:
-        raise ValueError(f"memory.trained_tokens is {memory.trained_tokens}, which needs a shift_table (rope_shift_table)")
+    if bool(memory.trained_tokens) != (shift_table is not None):
+        needed = "takes no shift_table" if shift_table is not None else "needs a shift_table (rope_shift_table)"
+        raise ValueError(f"memory.trained_tokens is {memory.trained_tokens}, which {needed}")
     if query.device.type == "cpu":
         return reference.select_pages(query, pages, layout, batch, memory, query_block, shift_table, cache)
     from sage_kernels.portable import recall

@@ -144,6 +144,25 @@ def attach(config: Any) -> None:
     )  # fmt: skip
 
 
+def damage(config: Any) -> str:
+    """What is wrong with this worker's frames, in one line; empty if the page tables are inverse to each other and every frame
+    holds what its page holds. For tests: it reads all of both. config: VllmConfig."""
+    context = config.compilation_config.static_forward_context
+    for name, impl in owners(config).items():
+        if (cache := impl.cache) is None:
+            continue
+        pages = impl.layout.pages(context[name].kv_cache)
+        for head in range(impl.num_kv_heads):
+            frame_of, page_in = cache.frame_of[:, head].long(), cache.page_in[:, head].long()
+            held, filled = (frame_of >= 0).nonzero().flatten(), (page_in >= 0).nonzero().flatten()
+            where = f"{name}, KV head {head}"
+            if not torch.equal(page_in[frame_of[held]], held) or not torch.equal(frame_of[page_in[filled]], filled):
+                return f"{where}: the tables of pages and frames are not inverse to each other"
+            if differ := int((cache.frames[filled, head] != pages[page_in[filled], head]).any(1).sum()):
+                return f"{where}: {differ} of {len(filled)} frames differ from their pages"
+    return ""
+
+
 def forget() -> None:
     """End the plan: pools that are allocated from now on are where vLLM puts them."""
     global _device_bytes

@@ -22,6 +22,7 @@ from unittest import mock
 import psutil
 import pytest
 import torch
+from engines import inspect_embedded_model
 from monitoring import run_prometheus
 from server import HOST, ROOT, Server, free_port
 
@@ -85,6 +86,7 @@ def cluster(temporary: Path) -> Iterator[Cluster]:
     """Two nodes with room for a replica each, and `serve run deploy/ray/cpu.yaml`, with another port and a canary."""
     if torch.cuda.is_available():
         pytest.skip("cpu.yaml is for vLLM's CPU build")
+    inspect_embedded_model()
     port, metrics = free_port(), (free_port(), free_port())
     text = (FOLDER / "cpu.yaml").read_text()
     canary = "additional_config: {sage: {canary: 1}}"  # so there is a histogram of it

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way in which vLLM lets a user name an attention backend, each in a process that has just imported vLLM.
+"""Every way in which vLLM lets a user name an attention backend, each in a process of its own that has just imported vLLM.
 
 `attention_backend` and `--attention-backend` are not here, because most other tests of engines use them.
 """
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from engines import ENVIRONMENT
 
@@ -47,6 +48,8 @@ import vllm
 vllm.EngineArgs(MODEL, attention_config={'backend': 'sage'}, additional_config=OPTIONS).create_engine_config()
 """,
 }
+BEFORE_VLLM_LOADS_PLUGINS = ("AttentionConfig", "the enum")
+"""The ways that name the backend while modules of vLLM are imported: these need a process that has not done so."""
 COMMAND_LINE = {
     "--attention-config": ["--attention-config", '{"backend": "SAGE"}'],
     "--attention-config.backend": ["--attention-config.backend", "sage"],
@@ -54,32 +57,37 @@ COMMAND_LINE = {
 }
 
 
-def last_line(*command: str | Path) -> str:
-    """The last line that a command writes to stderr, which must fail."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | ENVIRONMENT
-    run = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
-    assert run.returncode != 0
-    return run.stderr.strip().splitlines()[-1]
+def last_line(run: tuple[int, str]) -> str:
+    """The last line that a command has written to stderr. run: its exit status, which must not be 0, and all of that."""
+    status, stderr = run
+    assert status != 0
+    return stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("way", PYTHON)
-def test_python(way: str) -> None:
+def test_python(way: str, tmp_path: Path) -> None:
     script = f"MODEL, OPTIONS = {str(MODEL_DIR)!r}, {OPTIONS!r}\n{PYTHON[way]}"
-    assert last_line(sys.executable, "-c", script).endswith(CHOSEN)
+    if way in BEFORE_VLLM_LOADS_PLUGINS:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | ENVIRONMENT
+        command = [sys.executable, "-c", script]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment, check=False)
+        assert last_line((run.returncode, run.stderr)).endswith(CHOSEN)
+    else:
+        assert last_line(forked.python(script, ENVIRONMENT, tmp_path / "stderr")).endswith(CHOSEN)
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("way", COMMAND_LINE)
-def test_command_line(way: str) -> None:
-    vllm = Path(sys.executable).with_name("vllm")
+def test_command_line(way: str, tmp_path: Path) -> None:
     options = ["--additional-config", json.dumps(OPTIONS), "--port", "1"]
-    assert last_line(vllm, "serve", MODEL_DIR, *COMMAND_LINE[way], *options).endswith(CHOSEN)
+    command = ["serve", MODEL_DIR, *COMMAND_LINE[way], *options]
+    assert last_line(forked.vllm(*command, environment=ENVIRONMENT, output=tmp_path / "stderr")).endswith(CHOSEN)
 
 
 @pytest.mark.engine
 def test_a_configuration_file(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(json.dumps({"model": str(MODEL_DIR), "attention-backend": "SAGE", "additional-config": OPTIONS}))
-    vllm = Path(sys.executable).with_name("vllm")
-    assert last_line(vllm, "serve", "--config", file, "--port", "1").endswith(CHOSEN)
+    command = ["serve", "--config", file, "--port", "1"]
+    assert last_line(forked.vllm(*command, environment=ENVIRONMENT, output=tmp_path / "stderr")).endswith(CHOSEN)

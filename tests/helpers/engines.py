@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType
 from typing import Any
 from unittest import mock
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,9 +41,11 @@ def environment() -> Iterator[None]:
     with mock.patch.dict(os.environ, ENVIRONMENT):
         for name in ("TRITON_INTERPRET", "VLLM_CPU_KVCACHE_SPACE"):
             os.environ.pop(name, None)
+        import uncompiled  # noqa: F401
+
         # For every new kind of model, vLLM would start a process just to inspect its class.
         inspecting = mock.patch("vllm.model_executor.models.registry._run_in_subprocess", lambda inspect: inspect())
-        with inspecting, _fast_products(), _short_collections():
+        with inspecting, _fast_products(), _short_collections(), _forked_workers():
             yield
     _keep_cpu_kernels()
 
@@ -58,6 +62,14 @@ def _fast_products() -> AbstractContextManager[Any]:
 
     slow = not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return mock.patch("torch.nn.functional.linear", linear) if slow else nullcontext()
+
+
+def _forked_workers() -> AbstractContextManager[Any]:
+    """Have vLLM's CPU executor fork the workers of engines with several from a process that has imported vLLM."""
+    if torch.cuda.is_available():
+        return nullcontext()
+    context = partial(forked.context, ENVIRONMENT, _fast_products)
+    return mock.patch("vllm.v1.executor.multiproc_executor.get_mp_context", context)
 
 
 @contextmanager
@@ -108,6 +120,16 @@ def engine(run: str = "SAGE", model: Path = MODEL_DIR, **arguments: Any) -> Iter
 def _few_tokens_to_calibrate(arguments: dict[str, Any]) -> AbstractContextManager[Any]:
     """At the start of an engine without a tokenizer, whose weights are random: any tokens make the same statistics."""
     return mock.patch.object(start_calibration, "MAX_TOKENS", 64) if arguments.get("skip_tokenizer_init") else nullcontext()
+
+
+def inspect_embedded_model() -> Path:
+    """Have vLLM inspect the class of the embedded model and cache what it finds, for which every process without a cache would
+    start another one and import vLLM there. Returns the folder in VLLM_CACHE_ROOT."""
+    with environment():
+        from vllm.model_executor.models.registry import ModelRegistry
+
+        ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls()
+    return Path(os.environ["VLLM_CACHE_ROOT"], "modelinfos")
 
 
 def logged(caplog: pytest.LogCaptureFixture, part: str) -> list[str]:

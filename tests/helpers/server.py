@@ -4,6 +4,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from engines import inspect_embedded_model
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
@@ -86,6 +89,7 @@ def serve(temporary: Path) -> Iterator[Server]:
     port = free_port()
     environment = {**os.environ, "SAGE_VENV": sys.prefix, "PORT": str(port), "TMPDIR": str(temporary), "VLLM_API_KEY": API_KEY}
     environment["VLLM_CACHE_ROOT"] = str(temporary / "cache")
+    shutil.copytree(inspected := inspect_embedded_model(), temporary / "cache" / inspected.name)
     for name in ("TRITON_INTERPRET", "MODEL"):
         environment.pop(name, None)
     environment["ARGS"] = f"--additional-config {json.dumps({'sage': OPTIONS}, separators=(',', ':'))}"

@@ -310,11 +310,15 @@ def test_attention_arguments_that_do_not_fit_are_refused(
     assert torch.equal(out.isnan(), before.isnan()), "the output was written"
 
 
-def test_page_selection_past_the_trained_length_needs_a_table() -> None:
+def test_page_selection_takes_a_table_past_the_trained_length_only() -> None:
+    """With one that it does not need, the GPU's kernels would leave the pages of the RopeShift unwritten, and attention would
+    read the table out of bounds."""
     table, lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[0]], [1], [0, 1]))
     batch, memory = PagedBatch(table, lengths, starts), Memory(trained_tokens=8192)
     with pytest.raises(ValueError, match="trained_tokens is 8192, which needs a shift_table"):
         api.select_pages(torch.zeros(1, 4, 64), LAYOUT.empty(1, 2), LAYOUT, batch, memory, 0)
+    with pytest.raises(ValueError, match="trained_tokens is 0, which takes no shift_table"):
+        api.select_pages(torch.zeros(1, 4, 64), LAYOUT.empty(1, 2), LAYOUT, batch, Memory(), 0, torch.zeros(2, 64))
     wrong = replace(batch, query_start_loc=torch.tensor([0, 1, 1], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"the batch has 1 seq_lens, 3 query_start_loc"):
         api.select_pages(torch.zeros(1, 4, 64), LAYOUT.empty(1, 2), LAYOUT, wrong, Memory(), 0)

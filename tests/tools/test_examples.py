@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from engines import inspect_embedded_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -31,12 +32,14 @@ def test_kernel_only() -> None:
 
 @pytest.mark.engine
 def test_offline() -> None:
+    inspect_embedded_model()
     assert "--- 'def fibonacci(n):'\n" in run(sys.executable, str(EXAMPLES / "offline.py"))
 
 
 @pytest.mark.engine
 def test_calibrate_and_serve(tmp_path: Path) -> None:
     """It ends by running serve.sh."""
+    inspect_embedded_model()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
