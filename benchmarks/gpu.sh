@@ -45,14 +45,15 @@ step_tests() {
     run 300 "$python" -m pytest -q tests/kernels --ignore=tests/kernels/test_compile.py
     run 300 "$python" -m pytest -q -m gpu tests/observability/test_canary.py tests/engine/test_memory.py
 }
+step_sanitizer() { benchmark 600 sanitizer run --out "$results/sanitizer-$name.json"; }
 step_doctor() { run 120 "$python" -m sage_backend.tools.cli doctor; }
 step_attention() {
-    benchmark 300 attention run --prefill 4096 8192 16384 32768 131072 16x1024 4x4096 --chunk 2048x129024 --store 8192 \
+    benchmark 300 attention run --prefill 1024 4096 8192 16384 32768 131072 64x256 16x1024 4x4096 --chunk 2048x129024 --store 8192 \
         --decode 128x1024 64x8192 8x131072 1x131072 1x1000000 131072+63x1024 --seconds 2 --out "$results/attention-$name.json"
     local shape d heads kv_heads
     for shape in "64 32 8" "256 32 8" "128 32 32"; do  # channels, query heads, KV heads
         read -r d heads kv_heads <<<"$shape"
-        benchmark 60 attention run --prefill 16384 --decode 64x8192 --contenders sage-int8 sage-int4 fa3-bf16 fa3-fp8 --seconds 1 \
+        benchmark 60 attention run --prefill 16384 --decode 64x8192 --contenders sage-int{8,4,4-v4} fa3-{bf16,fp8} --seconds 1 \
             --head-dim "$d" --heads "$heads" --kv-heads "$kv_heads" --out "$results/attention-d$d-${heads}x$kv_heads-$name.json"
     done
 }
@@ -83,6 +84,8 @@ step_memory() {
     local long=(--graphs --repeat 1 --prefill 1000000 --decode 1x1000000 4x250000)  # 70 GiB of a GPU, 80 GiB of its host
     engines 300 host-pages-device SAGE:memory.local_tokens=4096 --kv-gib 70 "${long[@]}"
     engines 300 host-pages SAGE:memory.local_tokens=4096,memory.host_gib=72 --kv-gib 8 "${long[@]}"
+    benchmark 480 host_pages --seconds 300 --host-gib 0.0625 --kv-gib 0.04 --graphs --tie 0.375 \
+        --out "$results/host-pages-clients-$name.json"
 }
 step_needle() {
     local remembering=SAGE:memory.local_tokens=1024,memory.topk_pages=64,memory.extrapolate=2048
@@ -112,7 +115,7 @@ step_servers() {
     fi
 }
 
-steps=(doctor tests attention recall engine variator serving memory needle quality heldout servers)
+steps=(doctor tests sanitizer attention recall engine variator serving memory needle quality heldout servers)
 [ $# -gt 0 ] || set -- "${steps[@]}"
 for step; do
     [[ " ${steps[*]} " == *" $step "* ]] || { echo "there is no step $step; there are: ${steps[*]}"; exit 64; }

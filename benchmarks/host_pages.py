@@ -199,7 +199,7 @@ def compare(hosted: Played, whole: Played, tie: float) -> dict[str, Any]:
         moved = max([moved, *(abs(x - y) for x, y in zip(a.logprobs[:same], b.logprobs[:same], strict=True))])
         if same < len(a.tokens):
             other += 1
-            margin = max(margin, min(a.margins[same], b.margins[same]))
+            margin = max(margin, a.margins[same], b.margins[same])
     names = ("host pages", "all on the GPU")
     figures = [{k: v for k, v in asdict(played).items() if k != "answers"} for played in (hosted, whole)]
     return {

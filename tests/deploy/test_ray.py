@@ -248,10 +248,10 @@ def suspend_with_requests(replica: psutil.Process, clients: Clients) -> list[Req
         clients.wait_for(clients.in_flight, CLIENTS)
         replica.suspend()
         suspended = time.monotonic()
-        while len(clients.answered(since=suspended)) < 2 * CLIENTS and time.monotonic() < suspended + 20:
+        while (answered := len(clients.answered(since=suspended))) < CLIENTS and time.monotonic() < suspended + 60:
             time.sleep(0.1)
         held = [request for request in clients.in_flight() if request.began < suspended]
-        if 0 < len(held) < CLIENTS and clients.answered(since=suspended):
+        if answered >= CLIENTS and 0 < len(held) < CLIENTS:
             return held
         replica.resume()
         assert time.monotonic() < deadline, clients.requests

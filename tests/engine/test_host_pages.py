@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages in host memory, in an engine: whatever it does, its answers are those of an engine with all pages in its own memory."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,23 @@ def test_answers_with_few_pages_in_memory(hosted: Any, whole: Any) -> None:
         assert len(cache.frame_of) == PAGES
         assert (cache.page_in >= 0).all()
     assert fetched(hosted) - before > 2 * FRAMES * KV_HEADS * LAYERS
+
+
+@pytest.mark.engine
+def test_damage_is_found(hosted: Any) -> None:
+    """A byte that differs in a frame, and two pages that claim the same frame. Both are mended again."""
+    greedy(hosted, heldout_prompts(hosted, [300]), 1)
+    config, cache = hosted.llm_engine.vllm_config, caches(hosted)[1]
+    assert host_pages.damage(config) == ""
+    frame = cache.frames[int((cache.page_in[:, 1] >= 0).nonzero()[0]), 1]
+    frame[5] ^= 1
+    assert re.fullmatch(r"\S+layers\.1\.\S+, KV head 1: 1 of \d+ frames differ from their pages", host_pages.damage(config))
+    frame[5] ^= 1
+    page = int((cache.frame_of[:, 0] < 0).nonzero()[0])
+    cache.frame_of[page, 0] = 0
+    assert host_pages.damage(config).endswith("KV head 0: the tables of pages and frames are not inverse to each other")
+    cache.frame_of[page, 0] = -1
+    assert host_pages.damage(config) == ""
 
 
 @pytest.mark.engine

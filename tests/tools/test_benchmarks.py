@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """benchmarks/attention.py, as far as it runs without a GPU: its figures, checks, reports and refusals. And how
-benchmarks/engine.py reports runs that fail."""
+benchmarks/engine.py reports runs that fail, and what sanitizer.py and host_pages.py make of what they find."""
 
 import importlib.util
 import json
@@ -365,3 +365,90 @@ def test_files_that_are_not_of_servers(serving: ModuleType, tmp_path: Path) -> N
     others = [RESULTS / f"serving-{name}-h200.json" for name in ("plain", "24gb-sage")]
     with pytest.raises(ValueError, match="the reports differ in shortest: 1024, 2048"):
         serving.read(others)
+
+
+# sanitizer.py and host_pages.py
+
+
+def test_reports_of_the_sanitizer() -> None:
+    sanitizer = load(SCRIPT.with_name("sanitizer.py"))
+    output = """========= COMPUTE-SANITIZER
+heads of 64, K INT8, V 8 bits
+========= Error: Race reported between Read access at _prefill_kernel+0x11110 in /a/copy.py:91
+=========     and Write access at _prefill_kernel+0x2f8c0 in /a/copy.py:92 [5120 hazards]
+=========
+========= Error: Race reported between Write access at _prefill_kernel+0x30aa0 in /a/copy.py:92
+=========     and Read access at _prefill_kernel+0x110d0 in /a/copy.py:91 [4096 hazards]
+========= Invalid __global__ read of size 16 bytes
+=========     at _decode_kernel+0x10 in decode.py:7
+========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)
+all kernels were called
+"""
+    assert sanitizer.reports(output) == {
+        "race in _prefill_kernel: read at copy.py:91 and write at copy.py:92": 2,
+        "Invalid __global__ read of size 16 bytes at _decode_kernel+0x10 in decode.py:7": 1,
+    }
+
+
+def test_the_sanitizer_calls_every_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sanitizer = load(SCRIPT.with_name("sanitizer.py"))
+    called = {"store": 0, "attend_prefill": 0, "attend_decode": 0, "store_summaries": 0, "select_pages": 0, "fetch_pages": 0}
+
+    def counted(name: str, call: Any) -> Any:
+        def counting(*args: Any) -> Any:
+            called[name] += 1
+            return call(*args)
+
+        return counting
+
+    for name in called:
+        monkeypatch.setattr(sanitizer.sage, name, counted(name, getattr(sanitizer.sage, name)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sanitizer.call_all()
+    assert all(called.values()), called
+    assert capsys.readouterr().out.endswith("all kernels were called\n")
+
+
+@pytest.fixture
+def clients() -> ModuleType:
+    return load(SCRIPT.with_name("host_pages.py"))
+
+
+def test_what_clients_ask(clients: ModuleType) -> None:
+    """It depends on the client and the turn alone; some share prefixes, and some are aborted."""
+    text = list(range(9000))
+    asked = [clients.request(text, client, turn) for client in range(8) for turn in range(8)]
+    assert asked == [clients.request(text, client, turn) for client in range(8) for turn in range(8)]
+    assert len({tuple(each.prompt) for each in asked}) == 64
+    assert max(len(each.prompt) + each.tokens for each in asked) <= clients.LONGEST
+    firsts = [each.prompt[0] for each in asked]
+    assert all(firsts.count(length) > 4 for length in clients.SHARED)
+    assert 0 < sum(each.leaves is not None for each in asked) < 32
+
+
+def test_answers_are_compared(clients: ModuleType) -> None:
+    """A token that differs is a failure, unless it was nearly as likely as another."""
+
+    def played(token: int, fetched: int, margin: float = 1.0, **changes: Any) -> Any:
+        answers = {
+            (client, 0): clients.Answer([1, token if client == 2 else 3], [-0.5, -0.25], [2.0, margin], 0, 10 + client)
+            for client in range(4)
+        }
+        facts = {"steps": 20, "until": 13, "seconds": 1.0, "aborted": 1, "preemptions": 1, "lost": 0, "damage": ""}
+        return clients.Played(answers, **{**facts, **changes}, fetched=fetched)
+
+    report = clients.compare(played(3, 9), played(3, 0), 0.0)
+    assert all(report["verdicts"].values())
+    assert (report["answers"], report["answers with other tokens"]) == (3, 0), "one ended after the last was asked"
+    report = clients.compare(played(4, 9, 0.25), played(3, 0, 0.25), 0.0)
+    assert [name for name, holds in report["verdicts"].items() if not holds] == ["the same tokens"]
+    assert (report["answers with other tokens"], report["largest margin where tokens differ"]) == (1, 0.25)
+    assert all(clients.compare(played(4, 9, 0.25), played(3, 0, 0.25), 0.375)["verdicts"].values())
+    for changes, verdict in (
+        ({"lost": 2}, "all pages returned"),
+        ({"damage": "of a layer"}, "frames hold what their pages hold"),
+        ({"until": 5}, "answers were compared"),
+        ({"preemptions": 0}, "requests were aborted and preempted"),
+    ):
+        verdicts = clients.compare(played(3, 9, **changes), played(3, 0), 0.0)["verdicts"]
+        assert verdict in [name for name, holds in verdicts.items() if not holds]
