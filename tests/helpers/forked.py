@@ -78,7 +78,9 @@ def _run(call: Callable[[Any], None], what: Any, environment: Mapping[str, str],
         process = started.Process(target=_redirected, args=(call, what, output))
         process.start()
     process.join(SECONDS)
-    assert process.exitcode is not None, f"still runs after {SECONDS} s: {output.read_text()}"
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"it still ran after {SECONDS} s: {output.read_text()}")
     return process.exitcode, output.read_text()
 
 
