@@ -247,8 +247,8 @@ def test_a_killed_replica_takes_only_its_requests_along(cluster: Cluster) -> Non
 
 def suspend_with_requests(replica: psutil.Process, clients: Clients) -> list[Request]:
     """Suspend a replica that answers some of the requests, and not all. Returns those, whose answers have begun and do not go
-    on while the other replica gives its own. On a busy machine, Ray may prefer one replica for a while: then this one is resumed,
-    and tried again later."""
+    on while the other replica gives its own. On a busy machine, Ray may prefer one replica for a while: then this one is
+    resumed, and tried again later."""
     deadline = time.monotonic() + REQUEST_SECONDS
     while True:
         clients.wait_for(lambda: [request for request in clients.in_flight() if request.pieces], CLIENTS)
