@@ -38,17 +38,17 @@ case "$model" in
     /* | ./* | ../*) [ -e "$model" ] || die "$model does not exist" ;;
 esac
 # "GPU", "CPU", or "slow CPU": one without instructions for 16 bits, on which a product in BF16 takes 25 times as long.
-kind='import torch
+classify='import torch
 fast = torch.version.cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 print("GPU" if torch.version.cuda else "CPU" if fast else "slow CPU")'
-kind=$("$python" -c "$kind") || die "torch does not work in $venv: run deploy/setup.sh again"
+kind=$("$python" -c "$classify") || die "torch does not work in $venv: run deploy/setup.sh again"
 if [ "$kind" != GPU ]; then
     # For a quick start: 1 GiB of KV cache instead of a share of the memory, and no compilation.
     export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
     options+=(--enforce-eager)
     # The embedded model's worker needs no process of its own, in which vLLM would be imported a third time. For larger
     # models vLLM starts one, with its threads bound to cores.
-    if [ "$name" = sage-demo ]; then
+    if [ -z "${MODEL:-}" ]; then
         options+=(--distributed-executor-backend vllm.v1.executor.uniproc_executor.UniProcExecutor)
         if [ "$kind" = "slow CPU" ]; then options+=(--dtype float32); fi
     fi

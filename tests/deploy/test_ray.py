@@ -189,15 +189,15 @@ class Clients:
             request = Request(time.monotonic())
             self.requests.append(request)
             prompt = f"# {request.began}\ndef f("
-            body = {"model": "sage-demo", "prompt": prompt, "max_tokens": 128, "ignore_eos": True, "temperature": 0}
+            usage, tokens = None, 128
             try:
-                response = self._server.ask("POST", "/v1/completions", REQUEST_SECONDS, json.dumps(body | {"stream": True}))
-                line = ""
-                for line in filter(None, (line.decode().strip() for line in response)):
-                    request.pieces += '"text"' in line
-                if response.status != 200 or line != "data: [DONE]" or not 0 < request.pieces <= body["max_tokens"] + 1:
-                    request.failure = f"{response.status} {line}"
-            except (OSError, http.client.HTTPException) as error:
+                body = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream_options": {"include_usage": True}}
+                for piece in self._server.stream("/v1/completions", **body):
+                    request.pieces += bool(piece.get("choices"))
+                    usage = piece.get("usage")
+                if usage is None or usage["completion_tokens"] != tokens:
+                    request.failure = f"its usage is {usage}"
+            except (AssertionError, ValueError, OSError, http.client.HTTPException) as error:
                 request.failure = repr(error)
             request.ended = time.monotonic()
 
