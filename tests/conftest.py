@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # other processes of pytest have the ot
 import pytest
 import torch
 from server import Server, serve
+
+from sage_backend.demo import MODEL_DIR
+from sage_backend.demo.passkey import make_passkey
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is defined and when it runs. Engines are started without it.
@@ -120,6 +124,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for all tests that need one. The test marked `stops_server` runs last, because the server is gone then."""
     with serve(tmp_path_factory.mktemp("server")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def passkeys() -> list[tuple[str, str]]:
+    """Prompts of up to 1500 tokens of the embedded model, with their answers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    rng = Random(0)
+    return [make_passkey(length, depth, rng, tokenizer) for length, depth in ((1500, 0.1), (1500, 0.6), (700, 0.5), (200, 0.9))]
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from unittest import mock
 import psutil
 import pytest
 import torch
-from engines import inspect_embedded_model
+from engines import EXACT, inspect_embedded_model
 from monitoring import run_prometheus
 from server import HOST, ROOT, Server, free_port
 
@@ -46,7 +48,7 @@ gpus = {}
 for file in Path(sys.argv[1]).glob("*.yaml"):
     [application] = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text())).applications
     [llm] = LLMServingArgs.model_validate(application.args).llm_configs
-    assert AsyncEngineArgs(model="", **llm.engine_kwargs).attention_backend == "SAGE"
+    assert AsyncEngineArgs(model=sys.argv[1], **llm.engine_kwargs).attention_backend == "SAGE"
     gpus[file.stem] = sum(bundle.get("GPU", 0) for bundle in llm.get_engine_config().placement_bundles)
 print(json.dumps(gpus))
 """
@@ -79,19 +81,33 @@ def temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
+ON_GPU = torch.cuda.is_available()
+
+
 @pytest.fixture(scope="module")
 def cluster(temporary: Path) -> Iterator[Cluster]:
-    """Two nodes with room for a replica each, and `serve run deploy/ray/cpu.yaml`, with another port and a canary."""
-    if torch.cuda.is_available():
-        pytest.skip("cpu.yaml is for vLLM's CPU build")
+    """Two replicas, a node each."""
+    with run_cluster(temporary, {}, nodes=2, replicas=2) as running:
+        yield running
+
+
+@contextmanager
+def run_cluster(temporary: Path, replaced: dict[str, str], nodes: int, replicas: int) -> Iterator[Cluster]:
+    """`serve run deploy/ray/cpu.yaml` with another port, a canary and the texts `replaced`, on one or two nodes that share two
+    CPUs and, on a GPU host, two GPUs."""
+    if ON_GPU and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     inspect_embedded_model()
     port, metrics = free_port(), (free_port(), free_port())
     text = (FOLDER / "cpu.yaml").read_text()
-    # With a histogram of the canary, and without BF16, for which many CPUs have no instructions.
-    more = f"{' ' * 12}additional_config: {{sage: {{canary: 1}}}}\n{' ' * 12}dtype: float32"
-    for old, new in {"port: 8000": f"port: {port}", "enforce_eager: true": f"enforce_eager: true\n{more}"}.items():
+    eager = "enforce_eager: true"
+    more = [eager.replace("true", "false") if ON_GPU else eager, "additional_config: {sage: {canary: 1}}"]
+    more.append(f"dtype: {EXACT}")  # many CPUs have no instructions for BF16
+    first = {"port: 8000": f"port: {port}", eager: f"\n{' ' * 12}".join(more)}
+    for old, new in {**first, **replaced}.items():
         assert old in text
         text = text.replace(old, new)
+    text = text.replace("{CPU: 1}", "{CPU: 1, GPU: 1}") if ON_GPU else text
     (temporary / "cpu.yaml").write_text(text)
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -105,41 +121,47 @@ def cluster(temporary: Path) -> Iterator[Cluster]:
         os.environ.pop("TRITON_INTERPRET", None)
         from ray.cluster_utils import Cluster as Nodes
 
-        nodes = Nodes()
+        ray_nodes, share = Nodes(), 2 // nodes
+        shared: dict[str, Any] = {"num_cpus": share, "object_store_memory": 100 << 20, "include_log_monitor": False}
         try:
-            shared: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_log_monitor": False}
-            nodes.add_node(**shared, metrics_export_port=metrics[0], include_dashboard=False, no_monitor=True)
-            nodes.add_node(**shared, metrics_export_port=metrics[1])
-            command = [Path(sys.executable).parent / "serve", "run", "--address", nodes.address, temporary / "cpu.yaml"]
+            for node in range(nodes):
+                # A node takes the GPUs that it sees.
+                gpus = ",".join(str(share * node + i) for i in range(share))
+                head: dict[str, Any] = {} if node else {"include_dashboard": False, "no_monitor": True}
+                with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": gpus} if ON_GPU else {}):
+                    ray_nodes.add_node(**shared, **head, num_gpus=share * ON_GPU, metrics_export_port=metrics[node])
+            command = [Path(sys.executable).parent / "serve", "run", "--address", ray_nodes.address, temporary / "cpu.yaml"]
             with (temporary / "log").open("w") as log:
                 process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True)
             try:
-                wait_for_replicas(process, nodes.address, temporary / "log")
-                yield Cluster(Server(process, port, temporary), metrics)
+                wait_for_replicas(process, ray_nodes.address, replicas, temporary / "log")
+                yield Cluster(Server(process, port, temporary), metrics[:nodes])
             finally:
                 process.terminate()
                 process.wait(timeout=300)
         finally:
-            nodes.shutdown()
+            ray_nodes.shutdown()
 
 
-def wait_for_replicas(process: subprocess.Popen[str], address: str, log: Path) -> None:
+def wait_for_replicas(process: subprocess.Popen[str], address: str, number: int, log: Path) -> None:
     import ray
     from ray import serve
+    from ray.serve import context
 
     ray.init(address, configure_logging=False, log_to_driver=False)
     deadline = time.monotonic() + START_SECONDS
     try:
         while True:
             if application := serve.status().applications.get("sage"):
-                assert application.status != "DEPLOY_FAILED", application.message
+                assert application.status != "DEPLOY_FAILED", (application.message, application.deployments)
                 states = [deployment.replica_states.get("RUNNING") for deployment in application.deployments.values()]
-                if sorted(states, key=str) == [1, 2]:
+                if sorted(states, key=str) == [1, number]:
                     return
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(1)
     finally:
+        context._set_global_client(None)  # Serve keeps the one of this cluster otherwise, also for the next
         ray.shutdown()
 
 
@@ -200,6 +222,26 @@ class Clients:
             except (AssertionError, ValueError, OSError, http.client.HTTPException) as error:
                 request.failure = repr(error)
             request.ended = time.monotonic()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs two GPUs")
+def test_tensor_parallel(temporary: Path, passkeys: list[tuple[str, str]]) -> None:
+    """One replica over the two GPUs of a node recalls keys, and its metrics are exported."""
+    replaced = {"enforce_eager": f"tensor_parallel_size: 2\n{' ' * 12}enforce_eager", "[{CPU: 1}]": "[{CPU: 1}, {CPU: 1}]"}
+    with run_cluster(temporary, replaced | {"num_replicas: 2": "num_replicas: 1"}, nodes=1, replicas=1) as running:
+        for prompt, answer in passkeys:
+            assert running.server.complete(prompt) == answer
+        [port], deadline = running.metrics, time.monotonic() + 60
+        while "sage_attended_tokens_total{" not in metrics(port):
+            assert time.monotonic() < deadline
+            time.sleep(1)
+
+
+def metrics(port: int) -> str:
+    """What a node exports."""
+    with urllib.request.urlopen(f"http://{HOST}:{port}/metrics") as response:
+        return response.read().decode()
 
 
 def test_both_replicas_are_scraped(cluster: Cluster, tmp_path: Path) -> None:

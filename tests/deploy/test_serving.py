@@ -3,26 +3,14 @@
 
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from random import Random
 
 import psutil
 import pytest
 from server import API_KEY, STOP_SECONDS, Server
 
-from sage_backend.demo import HELDOUT, MODEL_DIR
-from sage_backend.demo.passkey import make_passkey
+from sage_backend.demo import HELDOUT
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(scope="module")
-def passkeys() -> list[tuple[str, str]]:
-    """Prompts of up to 1500 tokens with their answers."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    rng = Random(0)
-    return [make_passkey(length, depth, rng, tokenizer) for length, depth in ((1500, 0.1), (1500, 0.6), (700, 0.5), (200, 0.9))]
 
 
 def test_keys_are_calibrated(server: Server) -> None:

@@ -81,7 +81,13 @@ def test_declared_caches(
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(("dtype", "declares"), [("bfloat16", False), ("float16", True)])
+@pytest.mark.parametrize(
+    ("dtype", "declares"),
+    [
+        ("bfloat16", False),
+        pytest.param("float16", True, marks=pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM refuses it on a GPU")),
+    ],
+)
 def test_unquantized_cache_dtypes(
     dtype: str, declares: bool, plain: tuple[list[list[int]], list[Any], int], tmp_path: Path
 ) -> None:

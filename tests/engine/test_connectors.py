@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from engines import NEAR_TIE, Answer, assert_same_tokens, engine, environment, greedy, heldout_prompts, metric
+from engines import EXACT, NEAR_TIE, Answer, assert_same_tokens, engine, environment, greedy, heldout_prompts, metric
 
 from sage_backend import plugin
 from sage_backend.demo import MODEL_DIR
@@ -32,10 +32,9 @@ FORMATS = {"K INT8": "", "K INT4": "k_bits=4", "K INT4, V 4 bits": "k_bits=4,v_b
 LENGTHS = (300, 700, 600, 500, 650)
 CACHED = [(length - 1) // PAGE * PAGE for length in LENGTHS]
 """Tokens of each prompt in whole pages, without the last token."""
-DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 NOISE = NEAR_TIE if torch.cuda.is_available() else 0.02
 """Bound on the change of a token's log-probability by the other requests of a batch, in nats."""
-SIZES = {"dtype": DTYPE, "block_size": PAGE, "max_model_len": 1024}
+SIZES = {"dtype": EXACT, "block_size": PAGE, "max_model_len": 1024}
 
 
 def run_of(options: str) -> str:

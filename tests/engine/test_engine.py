@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from engines import (
+    EXACT,
     NEAR_TIE,
     NGRAM_DRAFTS,
     PLAIN,
@@ -47,6 +48,7 @@ class Plain:
     answers: list[Answer]
     cached: list[Answer]
     one_by_one: list[Answer]
+
 
 @pytest.fixture(scope="module", params=CASES, ids=" ".join)
 def plain(request: pytest.FixtureRequest) -> Iterator[Plain]:
@@ -103,10 +105,6 @@ def test_capacity() -> None:
     assert tokens["SAGE"] >= 1.88 * tokens[PLAIN]
     assert tokens["SAGE:k_bits=4"] >= 2.32 * tokens[PLAIN]
     assert tokens["SAGE:k_bits=4,v_bits=4"] >= 3.19 * tokens[PLAIN]
-
-
-EXACT = "bfloat16" if torch.cuda.is_available() else "float32"
-"""The dtype of models where it does not matter: on a CPU the one that rounds least, and is fast on all of them."""
 
 
 @pytest.fixture(scope="module")

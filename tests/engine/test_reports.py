@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from engines import (
+    EXACT,
     NEAR_TIE,
     NGRAM_DRAFTS,
     Answer,
@@ -30,7 +31,6 @@ from sage_backend.demo.passkey import make_passkey
 
 pytestmark = pytest.mark.engine
 
-DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
 NOISE = NEAR_TIE if torch.cuda.is_available() else 0.02
 """Bound on the change of a token's log-probability by the other requests of a batch, in nats."""
 PAGE = 64
@@ -109,7 +109,7 @@ def hybrid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "block_size": 64,
         "enable_prefix_caching": request.param,
     }
-    with engine("SAGE:page_tokens=64", folder, skip_tokenizer_init=True, dtype=DTYPE, **limits) as llm:
+    with engine("SAGE:page_tokens=64", folder, skip_tokenizer_init=True, dtype=EXACT, **limits) as llm:
         yield llm
 
 
@@ -139,7 +139,7 @@ def owned_before(llm: Any, prompt: list[int], others: Callable[[int], list[list[
         with allocations(llm) as found:
             answers += greedy(llm, [prompt], 8)
         pages.add(tuple(block for _, blocks in found for block in blocks))
-    assert len(pages) > turns // 2
+    assert len(pages) >= turns // 2
     return answers
 
 
@@ -157,13 +157,13 @@ LIMITS = {"max_num_batched_tokens": 8192, "max_num_seqs": 128, "block_size": PAG
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Any]:
     """The embedded model, without drafts."""
-    with engine(f"SAGE:page_tokens={PAGE}", dtype=DTYPE, **LIMITS) as llm:
+    with engine(f"SAGE:page_tokens={PAGE}", dtype=EXACT, **LIMITS) as llm:
         yield llm
 
 
 @pytest.fixture(scope="module")
 def drafting() -> Iterator[Any]:
-    with engine(f"SAGE:page_tokens={PAGE}", dtype=DTYPE, speculative_config=NGRAM_DRAFTS, **LIMITS) as llm:
+    with engine(f"SAGE:page_tokens={PAGE}", dtype=EXACT, speculative_config=NGRAM_DRAFTS, **LIMITS) as llm:
         yield llm
 
 
@@ -237,7 +237,7 @@ MEMORY = "SAGE:page_tokens=64,memory.sink_tokens=64,memory.local_tokens=128,memo
 
 @pytest.fixture(scope="module")
 def remembering() -> Iterator[Any]:
-    with engine(MEMORY, dtype=DTYPE, num_gpu_blocks_override=40) as llm:
+    with engine(MEMORY, dtype=EXACT, num_gpu_blocks_override=40) as llm:
         yield llm
 
 

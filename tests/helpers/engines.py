@@ -25,6 +25,9 @@ from sage_backend.tools import engines as runner
 PLAIN = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
 """vLLM's own backend, to compare with."""
 
+EXACT = "bfloat16" if torch.cuda.is_available() else "float32"
+"""The dtype of models where it does not matter: on a CPU the one that rounds least, and is fast on all of them."""
+
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 NGRAM_DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from engines import (
+    EXACT,
+    NEAR_TIE,
     NGRAM_DRAFTS,
     Answer,
     assert_same_tokens,
@@ -373,6 +375,8 @@ def test_an_engine_can_be_forked_after_a_file_was_checked(tmp_path: Path) -> Non
 )
 def test_settings(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     """Refused where the configuration is made, in one line."""
+    if "pipeline_parallel_size" in arguments and torch.cuda.device_count() == 1:
+        pytest.skip("vLLM refuses it itself on one GPU")
     ratio = {"ratio": arguments.pop("ratio")} if "ratio" in arguments else {}
     options = {"smooth_k": False, "variator": {"plugins": str(loud_plugins(tmp_path)), **ratio}}
     with environment():
@@ -512,8 +516,9 @@ def test_choice_of_layers(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layers = files.all_layers(model.config)
     plugins = files.make(layers, [2], 32)
-    for layer, scale in zip(layers, (100.0, 0.0, 100.0, 0.0), strict=True):
+    for layer, scale in zip(layers, (0.0, 100.0, 100.0, 0.0), strict=True):
         torch.nn.init.normal_(plugins[layer][2].up.bias, std=scale)
+    torch.nn.init.zeros_(model.get_submodule(layers[0]).down_proj.weight)  # the first layer's FFN is not missed at all
     batches = train.Batches(transformers.AutoTokenizer.from_pretrained(small), HELDOUT.read_text(), 1, 128, 0.0, seed=5)
     attached = train.Attached(model, plugins)
     training = train.Training(attached, batches, {"layers": 1, "joint": 1}, 2)
@@ -527,10 +532,10 @@ def test_choice_of_layers(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )
         torch.testing.assert_close(attached.divergence(plain, quiet), expected)
         training.choose()
-        assert sorted(plugins) == [layers[1], layers[3]]
+        assert sorted(plugins) == [layers[0], layers[3]]
         with attached.compressing(2, batch.cut, []):
             assert torch.equal(attached.hidden(batch), plain)
-    left_out = model.get_submodule(layers[0])
+    left_out = model.get_submodule(layers[1])
     assert left_out.forward.__func__ is type(left_out).forward
 
 
@@ -587,7 +592,7 @@ def asking(ratio: int) -> dict[str, int]:
     return {RATIO: ratio, TAIL: MIN_TAIL}
 
 
-def compressing(plugins: Path, dtype: str = "float32", **arguments: Any) -> Any:
+def compressing(plugins: Path, dtype: str = EXACT, **arguments: Any) -> Any:
     """An engine with plugins that chooses ratios by load."""
     options = {**OPTIONS, "variator": {"plugins": str(plugins), "waiting": 4}}
     return engine(dtype=dtype, additional_config={"sage": options}, **arguments)
@@ -601,7 +606,7 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain() -> tuple[list[list[int]], list[Answer]]:
     """Prompts, and the answers of an engine without plugins."""
-    with engine(dtype="float32", additional_config={"sage": OPTIONS}) as llm:
+    with engine(dtype=EXACT, additional_config={"sage": OPTIONS}) as llm:
         prompts = heldout_prompts(llm, LENGTHS)
         return prompts, ask_all(llm, prompts, 1)
 
@@ -640,17 +645,21 @@ def change(before: dict[str, float], after: dict[str, float]) -> dict[str, float
 
 
 def distance(a: Answer, b: Answer) -> float:
-    """The mean difference of the tokens' margins, in nats, up to the first token that differs."""
-    same = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), len(a.tokens) - 1)
-    return sum(abs(x - y) for x, y in zip(a.margins[: same + 1], b.margins[: same + 1], strict=True)) / (same + 1)
+    """The mean difference of the tokens' margins, in nats, up to the first token that differs. There the difference is the sum
+    of both margins: each answer prefers its token to the other's by that much or more."""
+    same = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y), len(a.tokens))
+    parts = [abs(x - y) for x, y in zip(a.margins[:same], b.margins[:same], strict=True)]
+    if same < len(a.tokens):
+        parts.append(a.margins[same] + b.margins[same])
+    return sum(parts) / len(parts)
 
 
-NOISE = 0.1
-"""Bound on the distance of answers that count as the same, in nats."""
+TIE, NOISE = (0.0, 0.1) if EXACT == "float32" else (NEAR_TIE, 0.2)
+"""Bounds for answers that count as the same, in nats: on the margin of a token that differs, and on their distance."""
 
 
 def assert_same(actual: Sequence[Answer], expected: Sequence[Answer], near_tie: float = 0.0) -> None:
-    assert_same_tokens(actual, expected, near_tie)
+    assert_same_tokens(actual, expected, max(near_tie, TIE))
     assert max(map(distance, actual, expected)) < NOISE
 
 
@@ -809,12 +818,13 @@ def test_what_is_served_is_what_was_trained(kind: str, tmp_path: Path) -> None:
     scored = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "flat_logprobs": True, "detokenize": False}
     parameters = [SamplingParams(**scored, extra_args={TAIL: len(prompt) - 256}) for prompt in prompts]
     limits = {"max_model_len": 1024, "max_num_batched_tokens": 200, "skip_tokenizer_init": True}
-    with engine(model=model, dtype="float32", additional_config=options, **limits) as llm:
+    with engine(model=model, dtype=EXACT, additional_config=options, **limits) as llm:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
     actual = torch.cat([torch.tensor(output.prompt_logprobs.logprobs)[256:] for output in outputs])
     compressed, plain = (reference_logprobs(model, path, prompts, ratio, 256) for ratio in (4, 1))
     assert (compressed - plain).abs().mean() > 0.2
-    assert (actual - compressed).abs().mean() < 0.2 * (compressed - plain).abs().mean()
+    bound = 0.2 if EXACT == "float32" else 0.3
+    assert (actual - compressed).abs().mean() < bound * (compressed - plain).abs().mean()
 
 
 @pytest.mark.engine
