@@ -14,6 +14,8 @@ pauses, and its speed and power then are reported. In a server, a prompt is one 
 the GPU down; a single call ends before the limit takes effect.
 
 A contender that is not installed, or fails, is listed with the reason. `plot` needs matplotlib but neither torch nor a GPU.
+
+Length: every contender is a short class, and they are compared with each other most easily where they stand together.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
+
+from common.report import save
 
 try:
     import torch
@@ -776,8 +780,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{case.name}: timed {timed} of {len(arguments.contenders)} contenders", file=sys.stderr, flush=True)
         report["cases"].append(measured)
         if arguments.out:  # after each case, so that a later failure loses nothing
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+            save(report, arguments.out)
     print(table(report))
     if not any("ms" in result for case in report["cases"] for result in case["results"]):
         sys.exit("attention.py run: nothing could be timed")

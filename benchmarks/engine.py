@@ -23,14 +23,12 @@ the others still run.
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +49,7 @@ def execution(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def fetched_bytes(worker: Any) -> int:
     """Bytes that a worker has copied from host pages into frames so far."""
-    from sage_backend.engine.host_pages import owners
+    from sage_backend.engine.host_pages import owners  # in the worker's process
 
     layers = [impl for impl in owners(worker.vllm_config).values() if impl.cache is not None]
     return sum(int(impl.cache.fetched.sum()) * impl.layout.page_bytes for impl in layers)
@@ -75,15 +73,67 @@ def source(arguments: argparse.Namespace, longest: int, folder: str) -> tuple[di
     return {"model": arguments.model, "hf_overrides": {"max_position_embeddings": longest}}, tokens
 
 
+class Clock:
+    """Times what an engine does with random prompts. vocabulary: see `source`."""
+
+    def __init__(self, llm: Any, vocabulary: int | list[int]) -> None:
+        self.llm, self.vocabulary, self.rng = llm, vocabulary, random.Random(0)
+
+    def prompts(self, batch: int, length: int) -> list[Any]:
+        if isinstance(self.vocabulary, int):
+            ids = [[self.rng.randrange(self.vocabulary) for _ in range(length)] for _ in range(batch)]
+        else:
+            starts = [self.rng.randrange(len(self.vocabulary) - length) for _ in range(batch)]
+            ids = [self.vocabulary[start : start + length] for start in starts]
+        return [{"prompt_token_ids": each} for each in ids]
+
+    def generate(self, prompts: list[Any], tokens: int) -> float:
+        """Seconds that so many tokens of each answer take."""
+        from vllm import SamplingParams  # see `main`
+
+        sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        self.llm.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - start
+
+    def fetched(self) -> float:
+        """MiB that all workers have fetched."""
+        return sum(self.llm.collective_rpc(fetched_bytes)) / 2**20
+
+    def prefill(self, length: int, warm_up: int, repeat: int) -> dict[str, float]:
+        """Tokens a second of a prompt, after a warm-up of at most so many tokens."""
+        self.generate(self.prompts(1, min(length, warm_up)), 1)
+        before = self.fetched()
+        seconds = statistics.median(self.generate(self.prompts(1, length), 1) for _ in range(repeat))
+        figures: dict[str, float] = {f"prefill_{length}": round(length / seconds)}
+        if moved := (self.fetched() - before) / repeat:
+            figures[f"prefill_{length}_fetched_MiB"] = round(moved)
+        return figures
+
+    def decode(self, batch: int, length: int, repeat: int) -> dict[str, float]:
+        """Milliseconds of a decode step of so many requests."""
+        asked = self.prompts(batch, length)
+        for _ in range(2):  # once to fill the cache, and once to warm up with a full one
+            self.generate(asked, 8)
+        before = self.fetched()
+        seconds = statistics.median(-self.generate(asked, 8) + self.generate(asked, 72) for _ in range(repeat))
+        figures = {f"decode_{batch}x{length}_ms": round(seconds / 64 * 1e3, 3)}
+        if moved := (self.fetched() - before) / repeat / 80:
+            figures[f"decode_{batch}x{length}_fetched_MiB"] = round(moved, 2)
+        return figures
+
+
 def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Start an engine and time it; returns the figures."""
-    from vllm import SamplingParams
-
-    from sage_backend.tools import engines
+    from sage_backend.tools import engines  # see `main`
 
     longest = max([*arguments.prefill, *(length for _, length in arguments.decode)]) + 1024
     figures: dict[str, Any] = {"run": run}
-    rng = random.Random(0)
+
+    def add(found: dict[str, float]) -> None:
+        figures.update(found)
+        print(f"  {run}: {', '.join(f'{name} {value}' for name, value in found.items())}", flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
         model, vocabulary = source(arguments, longest, folder)
         parsed = engines.Run.parse(run)
@@ -103,48 +153,16 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
             figures["start_seconds"] = round(time.perf_counter() - began, 1)
             cache = llm.llm_engine.vllm_config.cache_config
             figures["kv_tokens"] = (cache.num_gpu_blocks or 0) * cache.block_size
-
-            def prompts(batch: int, length: int) -> list[Any]:
-                if isinstance(vocabulary, int):
-                    ids = [[rng.randrange(vocabulary) for _ in range(length)] for _ in range(batch)]
-                else:
-                    starts = [rng.randrange(len(vocabulary) - length) for _ in range(batch)]
-                    ids = [vocabulary[start : start + length] for start in starts]
-                return [{"prompt_token_ids": each} for each in ids]
-
-            def generate(prompts: list[Any], tokens: int) -> float:
-                sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
-                start = time.perf_counter()
-                llm.generate(prompts, sampling, use_tqdm=False)
-                return time.perf_counter() - start
-
-            def fetched() -> float:
-                """MiB that all workers have fetched."""
-                return sum(llm.collective_rpc(fetched_bytes)) / 2**20
-
             if arguments.skip_prefill_attention:
-                from sage_backend.engine import impl
+                from sage_backend.engine import impl  # imports vLLM
 
                 impl.attend_prefill = lambda *_, **__: None
-            figures["first_request_seconds"] = round(generate(prompts(1, min(200, longest - 1)), 1), 3)
+            clock = Clock(llm, vocabulary)
+            figures["first_request_seconds"] = round(clock.generate(clock.prompts(1, min(200, longest - 1)), 1), 3)
             for length in arguments.prefill:
-                generate(prompts(1, min(length, arguments.warm_up)), 1)
-                before = fetched()
-                seconds = statistics.median(generate(prompts(1, length), 1) for _ in range(arguments.repeat))
-                figures[f"prefill_{length}"] = round(length / seconds)
-                if moved := (fetched() - before) / arguments.repeat:
-                    figures[f"prefill_{length}_fetched_MiB"] = round(moved)
-                print(f"  {run}: prefill {length}: {length / seconds:,.0f} tokens/s", flush=True)
+                add(clock.prefill(length, arguments.warm_up, arguments.repeat))
             for batch, length in arguments.decode:
-                asked = prompts(batch, length)
-                for _ in range(2):  # once to fill the cache, and once to warm up with a full one
-                    generate(asked, 8)
-                before = fetched()
-                seconds = statistics.median(-generate(asked, 8) + generate(asked, 72) for _ in range(arguments.repeat))
-                figures[f"decode_{batch}x{length}_ms"] = round(seconds / 64 * 1e3, 3)
-                if moved := (fetched() - before) / arguments.repeat / 80:
-                    figures[f"decode_{batch}x{length}_fetched_MiB"] = round(moved, 2)
-                print(f"  {run}: decode {batch} x {length}: {figures[f'decode_{batch}x{length}_ms']} ms a step", flush=True)
+                add(clock.decode(batch, length, arguments.repeat))
     return figures
 
 
@@ -211,25 +229,16 @@ def main() -> None:
     if arguments.only:
         arguments.out.write_text(json.dumps(measure(arguments.only, arguments)))
         return
-    import torch
-    import vllm
-    from vllm.platforms import current_platform  # asking torch for the GPU would take some of its memory
-
-    from sage_backend.tools.engines import Run  # not at the top: vLLM reads VLLM_LOGGING_LEVEL when it is imported
+    # Not at the top: vLLM reads VLLM_LOGGING_LEVEL when it is imported.
+    from sage_backend.tools.engines import Run, circumstances
 
     for run in arguments.runs:
         try:
             Run.parse(run)
         except ValueError as error:
             sys.exit(f"engine.py: {error}")
-    report: dict[str, Any] = {
-        "command": " ".join(["benchmarks/engine.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": platform.processor() if current_platform.is_cpu() else current_platform.get_device_name(),
-        "torch": torch.__version__,
-        "vllm": vllm.__version__,
-        "results": [],
-    }
+    command = " ".join(["benchmarks/engine.py", *sys.argv[1:]])
+    report: dict[str, Any] = circumstances(command, arguments.model or arguments.shape) | {"results": []}
     for run in arguments.runs:
         print(run, flush=True)
         report["results"].append(in_process_of_its_own(run))

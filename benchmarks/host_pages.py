@@ -16,6 +16,7 @@ there, an answer may differ from a token on whose two likeliest are nearly equal
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,9 @@ from random import Random
 from typing import Any
 
 from common.report import save
+
+from sage_backend.demo import HELDOUT, MODEL_DIR
+from sage_backend.tools import engines
 
 ABORTED = 0.15
 """The share of requests that are aborted, if they last long enough."""
@@ -148,12 +152,7 @@ def _state(llm: Any) -> tuple[int, int, str, int]:
 
 def play(run: str, model: str, arguments: Mapping[str, Any], clients: int, seconds: float, told: Connection) -> None:
     """In a process of its own: start an engine, send the number of its pages, and then what it did."""
-    import os
-
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # steps are taken here
-    from sage_backend.demo import HELDOUT
-    from sage_backend.tools import engines
-
     limits = {"max_model_len": LONGEST, **engines.stretched(model, LONGEST)}
     with engines.engine(engines.Run.parse(run), model, **limits, **arguments) as llm:
         told.send(llm.llm_engine.vllm_config.cache_config.num_gpu_blocks)
@@ -224,9 +223,6 @@ def compare(hosted: Played, whole: Played, tie: float) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from sage_backend.demo import MODEL_DIR
-    from sage_backend.tools.engines import circumstances
-
     parser = argparse.ArgumentParser(description="Compare an engine with pages in host memory to one without, under load.")
     parser.add_argument("--run", default="SAGE:memory.local_tokens=1024,memory.topk_pages=16,memory.extrapolate=2048")
     parser.add_argument("--model", default=str(MODEL_DIR))
@@ -241,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     report = compare(*play_both(arguments), arguments.tie)
     command = " ".join(["benchmarks/host_pages.py", *(sys.argv[1:] if argv is None else argv)])
-    report = circumstances(command, arguments.model) | {"clients": arguments.clients} | report
+    report = engines.circumstances(command, arguments.model) | {"clients": arguments.clients} | report
     print(json.dumps(report, indent=1))
     if arguments.out:
         save(report, arguments.out)

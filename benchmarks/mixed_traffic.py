@@ -24,6 +24,8 @@ from common.report import save
 from common.server import Server, compiled_late, metric_sums, serving
 from common.shapes import SHAPES
 
+from sage_backend.tools.engines import circumstances
+
 
 async def send(session: aiohttp.ClientSession, base: str, rng: random.Random, longest: int, index: int) -> str:
     """Send one request. Returns its outcome: "complete", "hung up", or what went wrong."""
@@ -94,8 +96,6 @@ async def drive(arguments: argparse.Namespace, server: Server) -> dict[str, Any]
 
 
 def main() -> None:
-    from sage_backend.tools.engines import circumstances
-
     parser = argparse.ArgumentParser(description="Send mixed traffic to a `vllm serve` with random weights.")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, help="instead of the shape's own number")
@@ -121,8 +121,7 @@ def main() -> None:
     errors = [line for line in output.splitlines() if " ERROR " in line]
     report["errors_in_the_log"] = errors[:5]
     report["kernels_compiled_while_serving"] = compiled_late(output)
-    report["command"] = " ".join(["benchmarks/mixed_traffic.py", *sys.argv[1:]])
-    report |= circumstances(report["command"], arguments.shape)
+    report |= circumstances(" ".join(["benchmarks/mixed_traffic.py", *sys.argv[1:]]), arguments.shape)
     print(json.dumps(report, indent=2))
     if arguments.out:
         save(report, arguments.out)

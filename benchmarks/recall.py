@@ -12,11 +12,10 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from common.report import save
+from common.report import circumstances, save
 
 from sage_kernels import Memory, PagedBatch, PageLayout, attend_decode, select_pages, store, store_summaries
 from sage_kernels.reference import rope_shift_table
@@ -105,14 +104,7 @@ def main() -> None:
         results.append(measure(length, arguments))
         print(results[-1], flush=True)
     if arguments.out:
-        report = {
-            "command": " ".join(["benchmarks/recall.py", *sys.argv[1:]]),
-            "date": datetime.now(UTC).date().isoformat(),
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "results": results,
-        }
-        save(report, arguments.out)
+        save(circumstances("benchmarks/recall.py") | {"results": results}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print and save. Returns the exit status."""
-    from sage_backend.demo import MODEL_DIR
+    from sage_backend.demo import MODEL_DIR  # not at the top: plots need neither torch nor this package
     from sage_backend.tools.engines import circumstances
 
     shape = dict(SHAPES.get(arguments.shape) or json.loads((MODEL_DIR / "config.json").read_text()))

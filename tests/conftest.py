@@ -39,8 +39,9 @@ WITH_SERVER = (
 )  # fmt: skip
 """The files whose tests use the fixture `server`: one process runs them all."""
 LONGEST = (
-    "engine/test_engine.py", "variator/test_variator.py", "kernels/test_recall.py", "deploy/test_ray.py", "server",
-    "tools/test_examples.py", "tools/test_quality.py", "kernels/test_store.py", "kernels/test_prefill.py",
+    "engine/test_engine.py", "variator/test_served.py", "variator/test_variator.py", "kernels/test_recall.py",
+    "deploy/test_ray.py", "server", "tools/test_examples.py", "tools/test_quality.py", "kernels/test_store.py",
+    "kernels/test_prefill.py",
 )  # fmt: skip
 """What takes longest comes first, so that all processes end at about the same time."""
 

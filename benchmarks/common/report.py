@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports: JSON files that say how they were made."""
 
+import importlib.metadata
 import json
 import platform
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,17 @@ def save(report: Mapping[str, Any], path: Path) -> None:
 
 
 def circumstances(script: str) -> dict[str, Any]:
-    """The part of a report that says how it was made, for a script that runs a model in plain torch."""
-    import torch  # reports of other scripts need neither
-    import transformers
+    """The part of a report that says how it was made, for a script that uses torch without vLLM's engine. Others take
+    `sage_backend.tools.engines.circumstances`."""
+    import torch  # not every script with a report has it
 
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "transformers"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
-        "command": f"{script} {shlex.join(sys.argv[1:])}",
+        "command": f"{script} {shlex.join(sys.argv[1:])}".rstrip(),
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions,
     }

@@ -2,13 +2,11 @@
 """The command of a study: a script of benchmarks/studies that measures on a CPU and prints tables."""
 
 import argparse
-import platform
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from common.report import save
+from common.report import circumstances, save
 
 
 def study(
@@ -17,18 +15,13 @@ def study(
     heading: str,
     parts: dict[str, Callable[[], list[dict[str, object]]]],
     table: Callable[[list[dict[str, object]]], str],
-    **circumstances: object,
+    **facts: object,
 ) -> None:
     """Print a table of each part's results, and write these to the file of --out."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
-    report: dict[str, object] = {
-        "command": f"benchmarks/studies/{script}" + (f" --out {arguments.out}" if arguments.out else ""),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        **circumstances,
-    }
+    report: dict[str, object] = circumstances(f"benchmarks/studies/{script}") | facts
     with torch.inference_mode():
         for name, measure in parts.items():
             results = measure()

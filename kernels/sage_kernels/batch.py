@@ -34,7 +34,7 @@ class PagedBatch:
     seq_lens: int32 [requests], tokens of a request, its query tokens included.
     query_start_loc: int32 [requests + 1], ascending.
     max_query_len: upper bound on the query tokens of a request. `attend_decode` sizes its tiles by it; None: 1.
-    max_seq_len: upper bound on seq_lens. It saves scratch memory where INT4 pages are widened; None: what block_table holds.
+    max_seq_len: upper bound on seq_lens. It saves scratch memory where 4-bit codes are widened; None: what block_table holds.
     rope_shift: set where pages are read at other positions than their own (see `select_pages`).
     """
 
@@ -149,7 +149,7 @@ NOT_CALIBRATED = LayerCalibration()
 
 @dataclass(frozen=True)
 class Modifiers:
-    """What a layer's attention has besides softmax(scale Q K^T) V. Built once a layer.
+    """What a layer's attention has besides softmax(scale Q K^T) V.
 
     window: sliding window in tokens: a query sees itself and the window - 1 tokens before it; 0 for all.
     soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0.0 for none.

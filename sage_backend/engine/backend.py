@@ -19,7 +19,7 @@ from sage_backend.engine.metadata import SageMetadataBuilder
 
 
 class SageBackend(AttentionBackend):
-    """`--attention-backend sage`. A KV block is a page."""
+    """`--attention-backend sage`. vLLM's kernel block is a page; a KV block is one or several."""
 
     forward_includes_kv_cache_update = False
 

@@ -267,6 +267,9 @@ def _check_calibration(file: str, config: Any) -> None:
             )
 
 
+_CPU_BLOCK = 128
+"""Tokens of a block on vLLM's CPU platform, if --block-size is left out."""
+
 _FROM_GPU = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 """KV connectors that --kv-offloading-size chooses. vLLM's stores for them are filled from a GPU."""
 
@@ -279,8 +282,8 @@ def _check_connector(config: Any, options: SageOptions) -> None:
     own_store = "spec_module_path" in transfer.kv_connector_extra_config  # a store that is not vLLM's may work anywhere
     of_gpu = [name for name in _FROM_GPU if transfer.has_connector(name)]
     has_example = transfer.has_connector("ExampleConnector")
-    # Elsewhere, a size that nobody chose becomes that of a page.
-    block = cache.block_size if cache.user_specified_block_size or is_cpu else options.page_tokens
+    # A size that nobody chose becomes that of a page, and on a CPU 128, in some releases only after this check.
+    block = cache.block_size if cache.user_specified_block_size else _CPU_BLOCK if is_cpu else options.page_tokens
     rows = [
         (
             is_cpu and not own_store and of_gpu,

@@ -81,7 +81,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         """Sees what this layer stores and attends to, if there is one."""
         self.calibration = NOT_CALIBRATED
         """What this layer's keys and values are stored with. Allocated when the first tokens are stored."""
-        self.memory = None if self.window else options.current().memory
+        self.memory_options = None if self.window else options.current().memory
         """How long contexts are read; None in layers with a sliding window. See also `memory_of`."""
         self.cache: PageCache | None = None
         """What the GPU holds of the pages, if they are in host memory (`sage_backend.engine.host_pages` sets it)."""
@@ -93,9 +93,9 @@ class SageImpl(AttentionImpl[SageMetadata]):
     @property
     def rotates_pages(self) -> bool:
         """Whether distant pages are read at other RoPE positions than their own."""
-        return self.memory is not None and bool(self.memory.extrapolate)
+        return self.memory_options is not None and bool(self.memory_options.extrapolate)
 
-    def calibrate(self, found: LayerCalibration, device_: torch.device) -> None:
+    def calibrate(self, found: LayerCalibration, device: torch.device) -> None:
         """Store keys and values with `found` from now on, as far as the options ask for it. No stored key may still be needed.
 
         The tensors of keys stay where they are: CUDA graphs may have been captured with them. So do those of values, for which
@@ -103,28 +103,28 @@ class SageImpl(AttentionImpl[SageMetadata]):
         """
         chosen, shape = options.current(), (self.num_kv_heads, self.head_size)
         if self.calibration is NOT_CALIBRATED:
-            pairs = torch.arange(self.head_size // 2, dtype=torch.int32, device=device_)
+            pairs = torch.arange(self.head_size // 2, dtype=torch.int32, device=device)
             self.calibration = LayerCalibration(
-                torch.zeros(shape, device=device_) if chosen.smooth_k else None,
-                torch.ones(shape, device=device_) if chosen.equalize else None,
+                torch.zeros(shape, device=device) if chosen.smooth_k else None,
+                torch.ones(shape, device=device) if chosen.equalize else None,
                 pairs.repeat(shape[0], 1) if chosen.equalize and self.layout.k_bits == 4 else None,
-                found.v_anchor.to(device_) if chosen.smooth_v and found.v_anchor is not None else None,
+                found.v_anchor.to(device) if chosen.smooth_v and found.v_anchor is not None else None,
             )
         own = self.calibration
         for target, source in ((own.k_anchor, found.k_anchor), (own.equalizer, found.equalizer), (own.order, found.order)):
             if target is not None and source is not None:
                 target.copy_(source)
 
-    def _calibrate_from_file(self, layer: Any, device_: torch.device) -> None:
-        """Take the calibration from the user's file, if there is one. Elsewhere the engine calibrates when it is about to be
-        ready (`sage_backend.engine.start_calibration`)."""
+    def _allocate_calibration(self, layer: Any, device: torch.device) -> None:
+        """Allocate this layer's calibration: from the user's file, or else neutral, for `sage_backend.engine.start_calibration`
+        to fill when the engine is about to be ready."""
         found = NOT_CALIBRATED
         if self.calibration_file is not None:
             worker = self.num_kv_heads, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             found = calibration_file.calibration(self.calibration_file, layer.layer_name, *worker)
             if found.k_anchor is None:  # a layer of a drafter, which is a model of its own
                 logger.warning("%s has nothing for %s, whose keys stay as they are", self.calibration_file, layer.layer_name)
-        self.calibrate(found, device_)
+        self.calibrate(found, device)
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -139,7 +139,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         if self.calibration is NOT_CALIBRATED:
             # Not earlier: tensors that are allocated with the weights or with the KV cache do not survive sleep mode. And not
             # in a CUDA graph: vLLM runs every batch once before it captures it.
-            self._calibrate_from_file(layer, key.device)
+            self._allocate_calibration(layer, key.device)
         tokens = slot_mapping.numel()
         key, value = key[:tokens], value[:tokens]
         if self.observer is not None:
@@ -170,7 +170,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
         owner = self._owner(layer)
         memory = self.memory_of(layer)
         if owner.cache is None and not self.layout.has_summary:
-            memory = None  # without any, or while vLLM measures its graphs in a small cache, before it allocates host pages
+            memory = None  # no summaries yet: vLLM measures its graphs in a small cache, before host pages are allocated
         modifiers = self._modifiers(owner, query.device)
 
         if memory is not None and owner is self:
@@ -237,10 +237,10 @@ class SageImpl(AttentionImpl[SageMetadata]):
 
     def memory_of(self, layer: Any) -> Memory | None:
         """The memory policy of this layer; None if it is one of dense_layers, by the index in its name."""
-        if self.memory is None:
+        if self.memory_options is None:
             return None
-        dense = self.memory.dense_layers  # asked first: parsing names in every step would take time
-        return None if dense and extract_layer_index(layer.layer_name) in dense else self.memory.policy
+        dense = self.memory_options.dense_layers  # asked first: parsing names in every step would take time
+        return None if dense and extract_layer_index(layer.layer_name) in dense else self.memory_options.policy
 
     def _shift_table(self, device: torch.device) -> torch.Tensor | None:
         if not self.rotates_pages:

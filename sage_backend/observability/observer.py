@@ -1,19 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one object that attention reports a step to. It passes on to metrics, coverage, the canary and calibration.
 
-`SageMetadata.observer` is the observer of a step, made by the metadata builder. The layers of the step use it like this:
-
-    observer = metadata.observer
-    store_summaries(...)
-    for phase in ("decode", "prefill"):
-        with observer.timed(phase, layer, query.device):
-            selected = select_pages(...)  # with memory, if it does not read everything
-            attend(...)
-        if memory has selected pages:
-            observer.selected(phase, layer, query, pages, batch, selected, calibration)
-    observer.attended(layer, impl, query, key, value, out)
-
-Each call takes nanoseconds where nothing is to be observed, and none waits for the device.
+`SageMetadata.observer` is the observer of a step, made by the metadata builder; `SageImpl.forward` calls it. Each call takes
+nanoseconds where nothing is to be observed, and none waits for the device.
 """
 
 from contextlib import AbstractContextManager

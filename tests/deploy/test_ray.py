@@ -30,6 +30,10 @@ FOLDER = ROOT / "deploy" / "ray"
 GPUS = {"cpu": 0, "one-gpu": 1, "replicas": 1, "tensor-parallel": 4, "pipeline-parallel": 8}
 """GPUs of one replica of each configuration."""
 START_SECONDS, CLIENTS, REQUEST_SECONDS = 1500, 6, 600
+HEALTH_SECONDS, SHARE_SECONDS = 70, 20
+"""How long a replica may be suspended: Ray replaces one that misses its health checks for 90 s. And how long to wait for an
+answer of the other, before another moment is tried."""
+ON_GPU = torch.cuda.is_available()
 REPLICA = "ray::ServeReplica:sage:LLMServer"
 """How Ray names the processes of replicas."""
 
@@ -81,9 +85,6 @@ def temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
-ON_GPU = torch.cuda.is_available()
-
-
 @pytest.fixture(scope="module")
 def cluster(temporary: Path) -> Iterator[Cluster]:
     """Two replicas, a node each."""
@@ -119,6 +120,7 @@ def run_cluster(temporary: Path, replaced: dict[str, str], nodes: int, replicas:
     }
     with mock.patch.dict(os.environ, settings):
         os.environ.pop("TRITON_INTERPRET", None)
+        # Ray sets up logging where it is imported: only in tests that start a cluster.
         from ray.cluster_utils import Cluster as Nodes
 
         ray_nodes, share = Nodes(), 2 // nodes
@@ -233,13 +235,13 @@ def test_tensor_parallel(temporary: Path, passkeys: list[tuple[str, str]]) -> No
         for prompt, answer in passkeys:
             assert running.server.complete(prompt) == answer
         [port], deadline = running.metrics, time.monotonic() + 60
-        while "sage_attended_tokens_total{" not in metrics(port):
+        while "sage_attended_tokens_total{" not in exported_by(port):
             assert time.monotonic() < deadline
             time.sleep(1)
 
 
-def metrics(port: int) -> str:
-    """What a node exports."""
+def exported_by(port: int) -> str:
+    """The metrics of a node."""
     with urllib.request.urlopen(f"http://{HOST}:{port}/metrics") as response:
         return response.read().decode()
 
@@ -284,7 +286,7 @@ def test_a_killed_replica_takes_only_its_requests_along(cluster: Cluster) -> Non
     print(f"{len(clients.requests)} requests, {len(held)} with the replica that was killed, {len(failed)} failed")
     assert all(request.failure for request in held)
     assert not [request for request in failed if not request.began < killed < request.ended], failed
-    assert len(failed) < CLIENTS, "those of the other replica came through"
+    assert len(failed) < CLIENTS, "requests of the other replica failed, too"
 
 
 def suspend_with_requests(replica: psutil.Process, clients: Clients) -> list[Request]:
@@ -297,9 +299,8 @@ def suspend_with_requests(replica: psutil.Process, clients: Clients) -> list[Req
         replica.suspend()
         suspended = time.monotonic()
         begun = [request for request in clients.in_flight() if request.pieces]
-        # Ray would replace a replica that does not answer its health checks for 90 s.
         while (answered := len(clients.answered(since=suspended))) < 2 * CLIENTS:
-            if time.monotonic() > suspended + (70 if answered else 20):
+            if time.monotonic() > suspended + (HEALTH_SECONDS if answered else SHARE_SECONDS):
                 break
             time.sleep(0.1)
         held = [request for request in begun if request.ended == math.inf]

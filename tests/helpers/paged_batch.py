@@ -62,20 +62,8 @@ def make_batch(
     values are stored less an anchor; equalize: whether keys are equalized and ordered, at random.
     """
     g = torch.Generator().manual_seed(seed)
-    tokens = layout.tokens
-    counts = [-(-length // tokens) for length, _ in requests]
-    blocks = sum(counts) + 3
-    order = torch.randperm(blocks, generator=g).tolist()
-    # Entries past a request's own blocks point at real but foreign pages: reading them must change nothing.
-    table = torch.randint(0, blocks, (len(requests), max(counts) + 2), generator=g, dtype=torch.int32)
-    slots = []
-    for row, (length, _) in enumerate(requests):
-        for i in range(counts[row]):
-            table[row, i] = order.pop()
-        t = torch.arange(length)
-        slots.append(table[row][t // tokens].long() * tokens + t % tokens)
-    slots.append(torch.tensor([-1]))  # padding
-    total = sum(length for length, _ in requests) + 1
+    table, slots, blocks = random_blocks(g, layout.tokens, [length for length, _ in requests])
+    total = len(slots)
     key = torch.randn(total, kv_heads, layout.head_dim, generator=g)
     key[..., ::17] += channel_bias
     value = torch.randn(total, kv_heads, layout.head_dim, generator=g) * torch.rand(total, 1, 1, generator=g) * 4
@@ -87,30 +75,44 @@ def make_batch(
     garbage = torch.randint(0, 256, (blocks, kv_heads, layout.page_bytes), generator=g, dtype=torch.uint8)
     equalizer = torch.randn(kv_heads, layout.head_dim // 2, generator=g).exp().repeat(1, 2)
     order = torch.rand(kv_heads, layout.head_dim // 2, generator=g).argsort(-1).int()
+    calibration = LayerCalibration(
+        key[:8].mean(0) if smooth else None,
+        equalizer if equalize else None,
+        order if equalize else None,
+        value.mean(0) if smooth_v else None,
+    )
+    lengths = torch.tensor([length for length, _ in requests], dtype=torch.int32)
     batch = Batch(
         layout,
         key.to(dtype),
         value.to(dtype),
-        torch.cat(slots),
+        slots,
         garbage.clone(),
         garbage,
-        LayerCalibration(
-            key[:8].mean(0) if smooth else None,
-            equalizer if equalize else None,
-            order if equalize else None,
-            value.mean(0) if smooth_v else None,
-        ),
+        calibration,
         query.to(dtype),
-        PagedBatch(
-            table,
-            torch.tensor([length for length, _ in requests], dtype=torch.int32),
-            starts,
-            max_query_len=max(n for _, n in requests),
-        ),
+        PagedBatch(table, lengths, starts, max_query_len=max(n for _, n in requests)),
         layout.head_dim**-0.5,
     )
     reference.store(batch.key, batch.value, batch.pages, batch.slots, layout, batch.calibration)
     return batch.to(device)
+
+
+def random_blocks(g: torch.Generator, tokens: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A block table for requests of these lengths in pages of `tokens` tokens, the slots of their tokens and one of padding,
+    and the number of blocks."""
+    counts = [-(-length // tokens) for length in lengths]
+    blocks = sum(counts) + 3
+    free = torch.randperm(blocks, generator=g).tolist()
+    # Entries past a request's own blocks point at real but foreign pages: reading them must change nothing.
+    table = torch.randint(0, blocks, (len(lengths), max(counts) + 2), generator=g, dtype=torch.int32)
+    slots = []
+    for row, length in enumerate(lengths):
+        for i in range(counts[row]):
+            table[row, i] = free.pop()
+        t = torch.arange(length)
+        slots.append(table[row][t // tokens].long() * tokens + t % tokens)
+    return table, torch.cat([*slots, torch.tensor([-1])]), blocks
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -34,7 +34,7 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     import torch
 
     from sage_kernels import LayerCalibration, Memory, Modifiers, PageCache, PagedBatch, PageLayout, RopeShift
-    from sage_kernels.portable import decode, page_cache, prefill, recall, store
+    from sage_kernels.portable import page_cache, prefill, recall, store
     from sage_paged import MAX_V_INT4_DIM
 
     starts, lengths, table = (torch.zeros(*shape, dtype=torch.int32) for shape in ((2,), (1,), (1, 2)))
@@ -50,16 +50,7 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     for name, calibration in {"": LayerCalibration(), "keys": keys, "values": values}.items():
         yield name, partial(store.store, key, key, pages, slots, layout, calibration)
 
-    attentions: list[Callable[..., Any]] = [prefill.prefill, decode.decode]
-    if capability == 90:
-        from sage_kernels.hopper import decode as hopper_decode
-        from sage_kernels.hopper import prefill as hopper_prefill
-
-        if hopper_prefill.supports(layout, 4):
-            attentions.append(hopper_prefill.prefill)
-        if hopper_decode.supports(layout):
-            attentions.append(hopper_decode.decode)
-
+    attentions = attention_functions(capability, layout)
     if head_dim <= MAX_V_INT4_DIM:
         narrow = replace(layout, v_bits=4)
         narrow_pages = narrow.empty(2, 2)
@@ -98,3 +89,19 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
         # Only the portable kernels rotate queries, and of these only that for prefill smooths them.
         for attention in attentions[: 1 if modifiers.q_block else 2 if where.rope_shift else None]:
             yield name, partial(attention, query, pages, layout, where, 0.1, torch.empty_like(query), modifiers)
+
+
+def attention_functions(capability: int, layout: Any) -> list[Callable[..., Any]]:
+    """The portable functions, of prefill and of decode, and those for sm_90 that take this layout."""
+    from sage_kernels.portable import decode, prefill
+
+    found: list[Callable[..., Any]] = [prefill.prefill, decode.decode]
+    if capability == 90:
+        from sage_kernels.hopper import decode as hopper_decode
+        from sage_kernels.hopper import prefill as hopper_prefill
+
+        if hopper_prefill.supports(layout, 4):
+            found.append(hopper_prefill.prefill)
+        if hopper_decode.supports(layout):
+            found.append(hopper_decode.decode)
+    return found

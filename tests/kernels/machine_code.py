@@ -2,6 +2,7 @@
 """Compile every Triton kernel for GPUs that are not here, and compare the machine code of two versions of the sources.
 
     python tests/kernels/machine_code.py                      compile for all compute capabilities, with progress
+    python tests/kernels/machine_code.py 90 --head-dim 128    only one head size, with another Triton, say
     python tests/kernels/machine_code.py 90 --sass DIR        also write the disassembly of each kernel of sm_90 into DIR
     python tests/kernels/machine_code.py --compare OLD NEW    what differs between two such folders; status 1 if anything does
     python tests/kernels/machine_code.py --record             compile what is not cached, and write compiled.json
@@ -234,7 +235,8 @@ def save(unit: Unit, digest: str, compiled: list[dict[str, Any]]) -> None:
 def compile_all(
     wanted: list[Unit], digest: str, known: dict[Unit, list[dict[str, Any]]], folder: Path | None = None
 ) -> dict[Unit, list[dict[str, Any]]]:
-    """What became of the kernels of all units that are wanted; those of units that are known are not compiled.
+    """What became of the kernels of all units that are wanted; those of units that are known are not compiled. Without a
+    digest, nothing is kept.
 
     Prints progress on stderr. Raises what a compilation raised."""
     # Loaded here once, and not by each process that is forked from this one. The kernels themselves are imported by each,
@@ -256,7 +258,8 @@ def compile_all(
             for done, future in enumerate(as_completed(futures), start=1):
                 unit = futures[future]
                 compiled[unit], seconds = future.result()
-                save(unit, digest, compiled[unit])
+                if digest:
+                    save(unit, digest, compiled[unit])
                 progress = f"{time.monotonic() - began:4.0f} s  {done}/{len(waiting)}  {unit}"
                 print(f"  {progress}: {len(compiled[unit])} launches, {seconds:.0f} s of a core", file=sys.stderr, flush=True)
         except BaseException:
@@ -374,6 +377,7 @@ def compare(old_folder: Path, new_folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("capability", type=int, nargs="*", choices=[[], *SHARED_KIB], help="compute capability, such as 90")
+    parser.add_argument("--head-dim", type=int, help="only this head size; nothing is taken from a cache or kept in one")
     parser.add_argument("--sass", type=Path, metavar="DIR", help="write disassemblies (of one capability)")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare two such folders")
     parser.add_argument("--record", action="store_true", help="write compiled.json")
@@ -383,12 +387,17 @@ def main() -> None:
     if arguments.compare:
         sys.exit(compare(*arguments.compare) > 0)
     capabilities = arguments.capability or list(SHARED_KIB)
-    if arguments.record and set(capabilities) != set(SHARED_KIB):
-        parser.error("--record takes all compute capabilities")
+    if arguments.record and (set(capabilities) != set(SHARED_KIB) or arguments.head_dim):
+        parser.error("--record takes all compute capabilities and head sizes")
     if arguments.sass:
         if len(capabilities) != 1:
             parser.error("--sass takes one capability")
         arguments.sass.mkdir(parents=True, exist_ok=True)
+    if arguments.head_dim:
+        wanted = [unit for unit in units(capabilities) if unit.head_dim == arguments.head_dim]
+        compiled = compile_all(wanted, "", {}, arguments.sass)
+        print(f"{sum(map(len, compiled.values()))} launches of head size {arguments.head_dim} compiled")
+        return
     wanted, digest = units(capabilities), sources_hash()
     record = {} if arguments.record else read_record(digest)
     known = {unit: kernels for unit in wanted if (kernels := load(unit, digest) or record.get(str(unit))) is not None}

@@ -59,6 +59,8 @@ from sage_kernels.portable.query_tile import calibration_constants, calibration_
 from sage_kernels.portable.scheduler import LANES, WorkItem, count_parts, find_span, next_segment, partial_slot
 from sage_paged import PageLayout
 
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the name before Triton 3.7
+
 
 class PageSource(NamedTuple):
     """What the copies of a decode read. k, v, groups, low, scales: TMA descriptors (`PageDescriptors`); block_rows, head_rows:
@@ -369,7 +371,7 @@ def _decode_kernel(
                 q, state, tokens, operands, buffers, n, i * PAGE, soft_cap,
                 WINDOW, SOFT_CAP, HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_M, STAGES, LAYOUT,
             )  # fmt: skip
-            gl.thread_barrier()  # no warp reads this slot any more
+            _barrier()  # no warp reads this slot any more
             if ahead.left > 0:
                 _copy_page(source, buffers, n % STAGES, row, HEAD_DIM, K_BITS, V_BITS, PAGE)
                 ahead = _next_page(ahead, seq_lens, query_start_loc, kv_heads, WINDOW, PAGE)

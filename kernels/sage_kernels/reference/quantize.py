@@ -170,7 +170,7 @@ def unpack_int4(packed: torch.Tensor, groups: torch.Tensor, low: torch.Tensor) -
 
 def code_product(q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor) -> torch.Tensor:
     """Q K^T of codes q [..., queries, head_dim] and k [..., tokens, head_dim], times k_scale [..., tokens]: float32 [...,
-    queries, tokens]. INT8 products are exact in float32: |sum| <= 127 * 128 * 256 < 2**24."""
+    queries, tokens]. INT8 products are exact in float32: |sum| <= 127 * 128 * 512 < 2**24."""
     return torch.matmul(q.float(), k.float().transpose(-1, -2)) * k_scale[..., None, :]
 
 

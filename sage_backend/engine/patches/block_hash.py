@@ -10,7 +10,7 @@ Remove when: a request can bring extra keys per block, as it can a `cache_salt` 
 import functools
 from typing import Any
 
-from sage_backend.engine.patches.target import find, replace
+from sage_backend.engine.patches.target import find, wrap
 from sage_backend.variator.admission import PLAN_KEY
 from sage_backend.variator.groups import PLAIN, CompressionPlan
 
@@ -19,8 +19,8 @@ _FUNCTION = "generate_block_hash_extra_keys"
 
 @functools.cache
 def apply() -> None:
-    replace(__name__, find(__name__, "vllm.v1.core.kv_cache_utils"), _FUNCTION, _with_ratio)
-    replace(__name__, find(__name__, "vllm.v1.core.block_pool"), _FUNCTION, _with_ratio)
+    wrap(__name__, find(__name__, "vllm.v1.core.kv_cache_utils"), _FUNCTION, _with_ratio)
+    wrap(__name__, find(__name__, "vllm.v1.core.block_pool"), _FUNCTION, _with_ratio)
 
 
 def _with_ratio(generate: Any) -> Any:

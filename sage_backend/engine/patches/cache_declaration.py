@@ -16,7 +16,7 @@ import torch
 
 from sage_backend import BACKEND
 from sage_backend.engine import checks
-from sage_backend.engine.patches.target import find, replace
+from sage_backend.engine.patches.target import find, wrap
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +27,12 @@ _DECLARATIONS = ("kv_cache_scheme", "kv_cache_quant_algo")
 
 @functools.cache
 def apply() -> None:
-    replace(__name__, find(__name__, "vllm.engine.arg_utils", "EngineArgs"), "create_model_config", _undeclared)
+    wrap(__name__, find(__name__, "vllm.engine.arg_utils", "EngineArgs"), "create_model_config", _undeclared)
 
 
 @functools.cache
 def apply_in_worker() -> None:
-    replace(__name__, find(__name__, _ATTENTION), "_init_kv_cache_quant", _without_scales)
+    wrap(__name__, find(__name__, _ATTENTION), "_init_kv_cache_quant", _without_scales)
 
 
 def _undeclared(create: Any) -> Any:

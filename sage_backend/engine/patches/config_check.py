@@ -14,12 +14,12 @@ from typing import Any
 
 from sage_backend.engine import checks, drafter
 from sage_backend.engine.patches import cache_declaration, pages_gauge
-from sage_backend.engine.patches.target import find, replace
+from sage_backend.engine.patches.target import find, wrap
 
 
 @functools.cache
 def apply() -> None:
-    replace(__name__, find(__name__, "vllm.engine.arg_utils", "EngineArgs"), "create_engine_config", _checked)
+    wrap(__name__, find(__name__, "vllm.engine.arg_utils", "EngineArgs"), "create_engine_config", _checked)
 
 
 def _checked(create: Any) -> Any:

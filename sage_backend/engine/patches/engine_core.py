@@ -13,7 +13,7 @@ import functools
 from typing import Any
 
 from sage_backend.engine import start_calibration
-from sage_backend.engine.patches.target import find, replace
+from sage_backend.engine.patches.target import find, wrap
 
 _DONE = "_sage_calibrated"
 """The attribute of an engine that has been asked for its calibration."""
@@ -21,9 +21,9 @@ _DONE = "_sage_calibrated"
 
 @functools.cache
 def apply() -> None:
-    replace(__name__, find(__name__, "vllm.v1.engine.core", "EngineCore"), "__init__", _after)
+    wrap(__name__, find(__name__, "vllm.v1.engine.core", "EngineCore"), "__init__", _calibrate_after)
     for name in ("EngineCoreProc", "DPEngineCoreProc"):
-        replace(__name__, find(__name__, "vllm.v1.engine.core", name), "run_busy_loop", _before)
+        wrap(__name__, find(__name__, "vllm.v1.engine.core", name), "run_busy_loop", _calibrate_before)
 
 
 def _calibrate_once(core: Any) -> None:
@@ -32,7 +32,7 @@ def _calibrate_once(core: Any) -> None:
         start_calibration.calibrate(core)
 
 
-def _after(init: Any) -> Any:
+def _calibrate_after(init: Any) -> Any:
     @functools.wraps(init)
     def init_and_calibrate(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
@@ -41,7 +41,7 @@ def _after(init: Any) -> Any:
     return init_and_calibrate
 
 
-def _before(run: Any) -> Any:
+def _calibrate_before(run: Any) -> Any:
     @functools.wraps(run)
     def calibrate_and_run(self: Any, *args: Any, **kwargs: Any) -> Any:
         _calibrate_once(self)

@@ -4,7 +4,7 @@
 What: wraps `determine_available_memory` and `initialize_from_config` of workers, and `allocate_kv_cache` in the modules of both
     model runners.
 Why: vLLM sizes its pool by what is free on the GPU, and allocates it there.
-Releases: 0.31 and 0.32.
+Releases: 0.31 to 0.33.
 Remove when: a backend can say how large the pool is and where it lies.
 """
 
@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from sage_backend.engine import checks, host_pages
-from sage_backend.engine.patches.target import find, replace, replace_in_worker
+from sage_backend.engine.patches.target import find, wrap, wrap_worker_method
 from sage_backend.options import SageOptions
 
 _RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.attn_utils")
@@ -22,9 +22,9 @@ _RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.attn_utils")
 
 @functools.cache
 def apply() -> None:
-    replace_in_worker(__name__, "determine_available_memory", _in_host_memory, in_base=False)
+    wrap_worker_method(__name__, "determine_available_memory", _in_host_memory, in_base=False)
     wrapper = find(__name__, "vllm.v1.worker.worker_base", "WorkerWrapperBase")
-    replace(__name__, wrapper, "initialize_from_config", _with_caches)
+    wrap(__name__, wrapper, "initialize_from_config", _with_caches)
 
 
 def _has_host_pages(config: Any) -> bool:
@@ -51,7 +51,7 @@ def _replace_allocation() -> None:
     for module in _RUNNERS:
         if module in sys.modules:  # a worker has imported that of its runner
             owner = find(__name__, module)
-            replace(__name__, owner, "allocate_kv_cache", lambda allocate: functools.partial(host_pages.allocate, allocate))
+            wrap(__name__, owner, "allocate_kv_cache", lambda allocate: functools.partial(host_pages.allocate, allocate))
 
 
 def _with_caches(initialize: Any) -> Any:

@@ -11,13 +11,13 @@ import functools
 from typing import Any
 
 from sage_backend.engine import checks
-from sage_backend.engine.patches.target import find, replace
+from sage_backend.engine.patches.target import find, wrap
 from sage_backend.variator.admission import check_request
 
 
 @functools.cache
 def apply() -> None:
-    replace(__name__, find(__name__, "vllm.v1.engine.input_processor", "InputProcessor"), "__init__", _attached)
+    wrap(__name__, find(__name__, "vllm.v1.engine.input_processor", "InputProcessor"), "__init__", _attached)
 
 
 def _attached(init: Any) -> Any:
@@ -33,6 +33,6 @@ def _attached(init: Any) -> Any:
 
                 return check_and_validate
 
-            replace(__name__, self, "_validate_params", checked)
+            wrap(__name__, self, "_validate_params", checked)
 
     return init_and_check

@@ -12,14 +12,14 @@ import functools
 from typing import Any
 
 from sage_backend.engine import checks
-from sage_backend.engine.patches.target import find, replace
+from sage_backend.engine.patches.target import find, wrap
 from sage_backend.observability.recorder import recorder
 
 
 @functools.cache
 def apply() -> None:
     wrapper = find(__name__, "vllm.v1.worker.worker_base", "WorkerWrapperBase")
-    replace(__name__, wrapper, "initialize_from_config", _recorded)
+    wrap(__name__, wrapper, "initialize_from_config", _recorded)
 
 
 def _recorded(initialize: Any) -> Any:

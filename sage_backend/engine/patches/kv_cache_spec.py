@@ -12,14 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 from sage_backend import options
-from sage_backend.engine.patches.target import replace_in_worker
+from sage_backend.engine.patches.target import wrap_worker_method
 from sage_backend.features import calibration_file
 from sage_backend.features.layers import own_impls
 
 
 @functools.cache
 def apply() -> None:
-    replace_in_worker(__name__, "get_kv_cache_spec", _per_layer)
+    wrap_worker_method(__name__, "get_kv_cache_spec", _per_layer)
 
 
 def _per_layer(get: Any) -> Any:

@@ -13,14 +13,14 @@ from typing import Any
 
 from sage_backend.engine import checks
 from sage_backend.engine.patches import cache_declaration, model_runner
-from sage_backend.engine.patches.target import replace_in_worker
+from sage_backend.engine.patches.target import wrap_worker_method
 from sage_backend.features import positions
 from sage_backend.features.layers import own_impls
 
 
 @functools.cache
 def apply() -> None:
-    replace_in_worker(__name__, "load_model", _prepared)
+    wrap_worker_method(__name__, "load_model", _prepared)
 
 
 def _prepared(load: Any) -> Any:

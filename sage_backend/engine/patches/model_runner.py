@@ -9,7 +9,7 @@ Remove when: CommonAttentionMetadata has the ids of its requests, or vLLM hands 
 
 from typing import Any
 
-from sage_backend.engine.patches.target import attribute, replace
+from sage_backend.engine.patches.target import attribute, wrap
 
 
 def apply(runner: Any, compressor: Any) -> None:
@@ -32,9 +32,9 @@ def apply(runner: Any, compressor: Any) -> None:
 
         return prepare
 
-    replace(__name__, runner, "execute_model", compressing)
+    wrap(__name__, runner, "execute_model", compressing)
     if hasattr(runner, "prepare_inputs"):
-        replace(__name__, runner, "prepare_inputs", remembering_order)
+        wrap(__name__, runner, "prepare_inputs", remembering_order)
     else:  # V1 keeps one batch for all steps
         attribute(__name__, runner, "input_batch")
         compressor.order = lambda: runner.input_batch.req_ids

@@ -11,14 +11,14 @@ import functools
 from typing import Any
 
 from sage_backend.engine import checks
-from sage_backend.engine.patches.target import find, replace
+from sage_backend.engine.patches.target import find, wrap
 
 
 @functools.cache
 def apply() -> None:
     logger = find(__name__, "vllm.v1.metrics.loggers", "PrometheusStatLogger")
-    replace(__name__, logger, "__init__", _with_pages)
-    replace(__name__, logger, "record", _recording)
+    wrap(__name__, logger, "__init__", _with_pages)
+    wrap(__name__, logger, "record", _recording)
 
 
 def _with_pages(init: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 from sage_backend.engine import checks
 from sage_backend.engine.patches import block_hash
-from sage_backend.engine.patches.target import attribute, find, replace
+from sage_backend.engine.patches.target import attribute, find, wrap
 from sage_backend.options import VariatorOptions
 from sage_backend.variator import admission
 from sage_backend.variator.groups import PLAIN, clip
@@ -25,7 +25,7 @@ from sage_backend.variator.groups import PLAIN, clip
 
 @functools.cache
 def apply() -> None:
-    replace(__name__, find(__name__, "vllm.v1.core.sched.scheduler", "Scheduler"), "__init__", _attached)
+    wrap(__name__, find(__name__, "vllm.v1.core.sched.scheduler", "Scheduler"), "__init__", _attached)
 
 
 def _attached(init: Any) -> Any:
@@ -48,8 +48,8 @@ def attach(scheduler: Any, options: VariatorOptions, ratios: Sequence[int]) -> N
                 _, waiting = scheduler.get_request_counts()
                 ratio = policy.choose(waiting - 1, scheduler.get_kv_cache_usage())
                 # Without hashes, the request does not use the prefix cache, and the greatest ratio leaves the least work.
-                ratios = policy.allowed if request.block_hashes else [ratio]
-                plan = admission.admit_with_least_work(request, ratios, options.tail, lambda: lookup(request, *limits)[1])
+                candidates = policy.allowed if request.block_hashes else [ratio]
+                plan = admission.admit_with_least_work(request, candidates, options.tail, lambda: lookup(request, *limits)[1])
             if request.sampling_params is not None:
                 # Requests of one call may share their parameters, and a session's next prompt brings new ones.
                 request.sampling_params = copy.copy(request.sampling_params)
@@ -62,7 +62,7 @@ def attach(scheduler: Any, options: VariatorOptions, ratios: Sequence[int]) -> N
     def split(request: Any, tokens: int, local: int = 0, external: int = 0) -> int:
         return clip(tokens, request.num_computed_tokens + local + external, getattr(request, admission.PLAN_KEY, PLAIN))
 
-    replace(__name__, scheduler, "_get_local_prefix_cache_hit", admitting)
+    wrap(__name__, scheduler, "_get_local_prefix_cache_hit", admitting)
     for name in ("need_mamba_block_aligned_split", "_mamba_block_aligned_split"):
         attribute(__name__, scheduler, name)
     scheduler.need_mamba_block_aligned_split = True

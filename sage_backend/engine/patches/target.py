@@ -47,24 +47,24 @@ def find(patch: str, module: str, *names: str) -> Any:
     return found
 
 
-def replace(patch: str, owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Set `owner.name` to what `wrap` makes of it. Raises PatchError if there is no such attribute."""
-    setattr(owner, name, wrap(attribute(patch, owner, name)))
+def wrap(patch: str, owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Set `owner.name` to what `wrapper` makes of it. Raises PatchError if there is no such attribute."""
+    setattr(owner, name, wrapper(attribute(patch, owner, name)))
 
 
-def replace_in_worker(patch: str, name: str, wrap: Callable[[Any], Any], in_base: bool = True) -> None:
-    """Set `WorkerWrapperBase.name` to what `wrap` makes of a call of the worker's method of this name.
+def wrap_worker_method(patch: str, name: str, wrapper: Callable[[Any], Any], in_base: bool = True) -> None:
+    """Set `WorkerWrapperBase.name` to what `wrapper` makes of a call of the worker's method of this name.
 
     vLLM's wrapper of workers hands methods that it does not define to its worker, of whatever class, so a method that it does
     define is in front of that of every worker. in_base: whether WorkerBase declares the method, which is checked then.
     Raises PatchError if vLLM's classes are not like that.
     """
-    wrapper = find(patch, _WORKERS, "WorkerWrapperBase")
-    attribute(patch, wrapper, "__getattr__")
+    base = find(patch, _WORKERS, "WorkerWrapperBase")
+    attribute(patch, base, "__getattr__")
     if in_base:
         find(patch, _WORKERS, "WorkerBase", name)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.worker, name)(*args, **kwargs)
 
-    setattr(wrapper, name, wrap(call))
+    setattr(base, name, wrapper(call))

@@ -11,14 +11,14 @@ Remove when: an attention backend can see that a batch is a dummy one.
 import functools
 from typing import Any
 
-from sage_backend.engine.patches.target import replace_in_worker
+from sage_backend.engine.patches.target import wrap_worker_method
 from sage_backend.observability import recorder
 
 
 @functools.cache
 def apply() -> None:
-    replace_in_worker(__name__, "compile_or_warm_up_model", _paused)
-    replace_in_worker(__name__, "execute_dummy_batch", _paused, in_base=False)
+    wrap_worker_method(__name__, "compile_or_warm_up_model", _paused)
+    wrap_worker_method(__name__, "execute_dummy_batch", _paused, in_base=False)
 
 
 def _paused(call: Any) -> Any:

@@ -12,13 +12,13 @@ import functools
 from typing import Any
 
 from sage_backend.engine import checks
-from sage_backend.engine.patches.target import find, replace
+from sage_backend.engine.patches.target import find, wrap
 
 
 @functools.cache
 def apply() -> None:
     runner = find(__name__, "vllm.v1.worker.cpu_model_runner", "CPUModelRunner")
-    replace(__name__, runner, "_zero_block_ids", _of_other_backends)
+    wrap(__name__, runner, "_zero_block_ids", _of_other_backends)
 
 
 def _of_other_backends(zero_blocks: Any) -> Any:
