@@ -29,7 +29,7 @@ test-previous:  ## a few tests (tests/previous.txt) with the vLLM before the new
 	@deploy/setup.sh --dev
 	@deploy/previous.sh
 	@.venv-0.31/bin/python -m pytest -n 2 @tests/previous.txt
-	@.venv-0.31/bin/python tests/kernels/machine_code.py 90 --head-dim 128
+	@.venv-0.31/bin/python tests/kernels/machine_code.py 90 --head-dim 64
 
 lint:  ## ruff and mypy only
 	@deploy/setup.sh --dev
