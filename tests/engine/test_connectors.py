@@ -189,7 +189,7 @@ def test_under_load(offloading: Any) -> None:
     assert loaded(llm) - before >= sum(CACHED)
     # With memory, a preempted request reads again what it has generated, as a part of its prompt: these queries choose pages
     # together, where each had chosen alone. docs/user/compatibility.md names this limit.
-    noise = 0.1 if own_impls(llm.llm_engine.vllm_config).popitem()[1].memory else NOISE
+    noise = 0.1 if own_impls(llm.llm_engine.vllm_config).popitem()[1].memory_options else NOISE
     first = [Answer(a.tokens[:16], a.margins[:16], 0, a.logprobs[:16]) for a in answers[: len(LENGTHS)]]
     assert_same(first, offloading.answers, noise)
 
