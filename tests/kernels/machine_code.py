@@ -235,8 +235,7 @@ def save(unit: Unit, digest: str, compiled: list[dict[str, Any]]) -> None:
 def compile_all(
     wanted: list[Unit], digest: str, known: dict[Unit, list[dict[str, Any]]], folder: Path | None = None
 ) -> dict[Unit, list[dict[str, Any]]]:
-    """What became of the kernels of all units that are wanted; those of units that are known are not compiled. Without a
-    digest, nothing is kept.
+    """What became of the kernels of all units that are wanted; those of units that are known are not compiled.
 
     Prints progress on stderr. Raises what a compilation raised."""
     # Loaded here once, and not by each process that is forked from this one. The kernels themselves are imported by each,
@@ -258,8 +257,7 @@ def compile_all(
             for done, future in enumerate(as_completed(futures), start=1):
                 unit = futures[future]
                 compiled[unit], seconds = future.result()
-                if digest:
-                    save(unit, digest, compiled[unit])
+                save(unit, digest, compiled[unit])
                 progress = f"{time.monotonic() - began:4.0f} s  {done}/{len(waiting)}  {unit}"
                 print(f"  {progress}: {len(compiled[unit])} launches, {seconds:.0f} s of a core", file=sys.stderr, flush=True)
         except BaseException:
@@ -377,7 +375,7 @@ def compare(old_folder: Path, new_folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("capability", type=int, nargs="*", choices=[[], *SHARED_KIB], help="compute capability, such as 90")
-    parser.add_argument("--head-dim", type=int, help="only this head size; nothing is taken from a cache or kept in one")
+    parser.add_argument("--head-dim", type=int, help="only this head size")
     parser.add_argument("--sass", type=Path, metavar="DIR", help="write disassemblies (of one capability)")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="compare two such folders")
     parser.add_argument("--record", action="store_true", help="write compiled.json")
@@ -393,13 +391,10 @@ def main() -> None:
         if len(capabilities) != 1:
             parser.error("--sass takes one capability")
         arguments.sass.mkdir(parents=True, exist_ok=True)
-    if arguments.head_dim:
-        wanted = [unit for unit in units(capabilities) if unit.head_dim == arguments.head_dim]
-        compiled = compile_all(wanted, "", {}, arguments.sass)
-        print(f"{sum(map(len, compiled.values()))} launches of head size {arguments.head_dim} compiled")
-        return
-    wanted, digest = units(capabilities), sources_hash()
-    record = {} if arguments.record else read_record(digest)
+    wanted, digest = [unit for unit in units(capabilities) if arguments.head_dim in (None, unit.head_dim)], sources_hash()
+    if not wanted:
+        parser.error(f"--head-dim is none of {', '.join(str(size) for size in HEAD_DIMS[capabilities[0]])}")
+    record = {} if arguments.record or arguments.head_dim else read_record(digest)
     known = {unit: kernels for unit in wanted if (kernels := load(unit, digest) or record.get(str(unit))) is not None}
     small = [unit for unit in units(list(SHARED_KIB)) if unit.head_dim < 128]
     checked = small[int(digest, 16) % len(small)]
