@@ -15,6 +15,11 @@ the GPU down; a single call ends before the limit takes effect.
 
 A contender that is not installed, or fails, is listed with the reason. `plot` needs matplotlib but neither torch nor a GPU.
 
+With `--as-if 8.9`, a Hopper GPU stands in for one that is not at hand: these kernels are the portable ones, with the data types
+and the shared memory of that compute capability, and Triton multiplies with its instructions (mma.sync instead of wgmma), in
+vLLM's Triton kernels too. Ratios between contenders then say something about such a GPU; times do not. With FP8 they say less:
+Hopper's mma.sync takes no e4m3, and the compiler widens P and V to float16.
+
 Length: every contender is a short class, and they are compared with each other most easily where they stand together.
 """
 
@@ -40,7 +45,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from common.report import save
+from common.report import command_line, save
 
 try:
     import torch
@@ -247,15 +252,34 @@ def filled(batch: Batch, paging: Paging, dtype: torch.dtype) -> tuple[torch.Tens
     return key, value
 
 
-def flash_attention(batch: Batch, fp8: bool = False, cast: bool = False) -> Prepared:
+def fa3_schedule(batch: Batch, paging: Paging, dtype: torch.dtype) -> torch.Tensor:
+    from vllm.vllm_flash_attn.flash_attn_interface import get_scheduler_metadata
+
+    return get_scheduler_metadata(
+        batch_size=batch.case.batch,
+        max_seqlen_q=batch.case.queries,
+        max_seqlen_k=batch.case.length,
+        num_heads_q=batch.shape.heads,
+        num_heads_kv=batch.shape.kv_heads,
+        headdim=batch.shape.head_dim,
+        cache_seqlens=batch.seq_lens,
+        qkv_dtype=dtype,
+        cu_seqlens_q=batch.query_start_loc,
+        page_size=paging.page,
+        causal=True,
+    )
+
+
+def flash_attention(batch: Batch, version: int = 3, fp8: bool = False, cast: bool = False) -> Prepared:
     """As vLLM's FLASH_ATTN backend calls it: the schedule is computed once a step, outside the calls of the layers. The number
     of splits is left to its own heuristic.
 
-    FP8 is what vLLM does with `--kv-cache-dtype fp8` and scales of 1. cast: whether the call includes the cast of Q.
+    version: 2 is what vLLM takes before Hopper. FP8 is what vLLM does with `--kv-cache-dtype fp8` and scales of 1. cast:
+    whether the call includes the cast of Q.
     """
     from vllm.vllm_flash_attn import flash_attn_interface as fa
 
-    if reason := fa.fa_version_unsupported_reason(3):
+    if reason := fa.fa_version_unsupported_reason(version):
         raise Unfit(reason)
     case, shape = batch.case, batch.shape
     dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
@@ -264,19 +288,7 @@ def flash_attention(batch: Batch, fp8: bool = False, cast: bool = False) -> Prep
     query, out = batch.query.to(dtype), batch.poisoned()
     ones = torch.ones(case.batch, shape.kv_heads, dtype=torch.float32, device=batch.device) if fp8 else None
     one = torch.ones(1, dtype=torch.float32, device=batch.device)
-    schedule = fa.get_scheduler_metadata(
-        batch_size=case.batch,
-        max_seqlen_q=case.queries,
-        max_seqlen_k=case.length,
-        num_heads_q=shape.heads,
-        num_heads_kv=shape.kv_heads,
-        headdim=shape.head_dim,
-        cache_seqlens=batch.seq_lens,
-        qkv_dtype=dtype,
-        cu_seqlens_q=batch.query_start_loc,
-        page_size=paging.page,
-        causal=True,
-    )
+    schedule = fa3_schedule(batch, paging, dtype) if version == 3 else None
 
     def cast_query() -> None:
         from vllm._custom_ops import scaled_fp8_quant
@@ -302,7 +314,7 @@ def flash_attention(batch: Batch, fp8: bool = False, cast: bool = False) -> Prep
             q_descale=ones,
             k_descale=ones,
             v_descale=ones,
-            fa_version=3,
+            fa_version=version,
         )
         return out
 
@@ -477,6 +489,7 @@ CONTENDERS = {
         Contender("fa3-bf16", "FlashAttention-3 BF16", BF16, EXACT, flash_attention),
         Contender("fa3-fp8", "FlashAttention-3 FP8", FP8, EIGHT_BITS, partial(flash_attention, fp8=True)),
         Contender("fa3-fp8-q", "FlashAttention-3 FP8 + Q cast", FP8, EIGHT_BITS, partial(flash_attention, fp8=True, cast=True)),
+        Contender("fa2-bf16", "FlashAttention-2 BF16", BF16, EXACT, partial(flash_attention, version=2)),
         Contender("cudnn-bf16", "cuDNN BF16", BF16, EXACT, cudnn),
         triton_contender("bf16", "auto", EXACT),
         triton_contender("int8", "int8_per_token_head", EIGHT_BITS),
@@ -681,6 +694,28 @@ def measure(case: Case, contenders: Iterable[Contender], shape: Shape, arguments
     return case.description() | {"results": list(results.values())}
 
 
+# --- standing in for other GPUs ---------------------------------------------------------------------------------------------
+
+SHARED_MEMORY = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (12, 0): 99}
+"""KiB that one program may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+
+
+def stand_in(capability: tuple[int, int]) -> None:
+    """Make this process's kernels those of another compute capability, with mma.sync. Before any kernel is compiled."""
+    os.environ["DISABLE_MMA_V3"] = "1"  # Triton then has only mma.sync; part of the key of its cache
+    from sage_kernels import device
+
+    actual = torch.cuda.get_device_capability
+    torch.cuda.get_device_capability = lambda *_: capability
+    try:
+        for ask in (device.fp8_path, device.is_hopper, device.dependent_launch):  # they remember the answer
+            for name in ("cuda", "cuda:0"):
+                ask(torch.device(name))
+    finally:
+        torch.cuda.get_device_capability = actual
+    device.shared_memory = lambda _: SHARED_MEMORY[capability] << 10
+
+
 # --- reporting --------------------------------------------------------------------------------------------------------------
 
 
@@ -761,14 +796,17 @@ def run(arguments: argparse.Namespace) -> None:
         sys.exit("attention.py run: --sustain needs nvidia-smi, which is not in PATH")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     torch.set_float32_matmul_precision("highest")
+    if arguments.as_if:
+        stand_in(arguments.as_if)
     shape = Shape(arguments.heads, arguments.kv_heads, arguments.head_dim)
     report: dict[str, Any] = {
-        "command": " ".join(["benchmarks/attention.py", *(re.sub(r"(^|=)/.*/", r"\1", word) for word in arguments.words)]),
+        "command": command_line("benchmarks/attention.py", arguments.words),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_facts(),
         "versions": versions(),
         "shape": vars(shape),
         "peer_page": arguments.peer_page,
+        **({"as_if": ".".join(map(str, arguments.as_if))} if arguments.as_if else {}),
         "cases": [],
     }
     for case in cases(arguments):
@@ -792,6 +830,7 @@ def run(arguments: argparse.Namespace) -> None:
 COLORS = {
     "sage": "#D55E00",
     "fa3": "#000000",
+    "fa2": "#555555",
     "cudnn": "#999999",
     "triton": "#0072B2",
     "sageattention1": "#009E73",
@@ -949,6 +988,13 @@ def pair(text: str, form: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def stand_in_capability(text: str) -> tuple[int, int]:
+    known = {f"{major}.{minor}": (major, minor) for major, minor in SHARED_MEMORY}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
+    return known[text]
+
+
 def prompts(text: str) -> Case:
     batch, length = pair(text, form="BxS") if "x" in text else (1, positive(text))
     return Case("prefill", batch, length, length)
@@ -976,6 +1022,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     of_run.add_argument("--kv-heads", type=positive, default=8)
     of_run.add_argument("--head-dim", type=positive, default=128)
     of_run.add_argument("--peer-page", type=positive, default=64, help="tokens of the other contenders' pages (default: 64)")
+    of_run.add_argument("--as-if", type=stand_in_capability, metavar="X.Y", help="stand in for another compute capability")
     of_run.add_argument("--rounds", type=positive, default=25)
     of_run.add_argument("--seconds", type=positive, default=60, help="GPU time for the timings of a case (default: 60)")
     of_run.add_argument("--sustain", type=positive, metavar="S", help="also run each contender for S seconds without pauses")

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from common.plugins import fill_in
-from common.report import save
+from common.report import command_line, save
 from common.shapes import SHAPES
 
 
@@ -237,8 +237,8 @@ def main() -> None:
             Run.parse(run)
         except ValueError as error:
             sys.exit(f"engine.py: {error}")
-    command = " ".join(["benchmarks/engine.py", *sys.argv[1:]])
-    report: dict[str, Any] = circumstances(command, arguments.model or arguments.shape) | {"results": []}
+    report: dict[str, Any] = circumstances(command_line("benchmarks/engine.py"), arguments.model or arguments.shape)
+    report["results"] = []
     for run in arguments.runs:
         print(run, flush=True)
         report["results"].append(in_process_of_its_own(run))

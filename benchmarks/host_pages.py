@@ -27,7 +27,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from common.report import save
+from common.report import command_line, save
 
 from sage_backend.demo import HELDOUT, MODEL_DIR
 from sage_backend.tools import engines
@@ -236,8 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     report = compare(*play_both(arguments), arguments.tie)
-    command = " ".join(["benchmarks/host_pages.py", *(sys.argv[1:] if argv is None else argv)])
-    report = engines.circumstances(command, arguments.model) | {"clients": arguments.clients} | report
+    facts = engines.circumstances(command_line("benchmarks/host_pages.py", argv), arguments.model)
+    report = facts | {"clients": arguments.clients} | report
     print(json.dumps(report, indent=1))
     if arguments.out:
         save(report, arguments.out)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from common.report import save
+from common.report import command_line, save
 from common.server import Server, compiled_late, metric_sums, serving
 from common.shapes import SHAPES
 
@@ -121,7 +121,7 @@ def main() -> None:
     errors = [line for line in output.splitlines() if " ERROR " in line]
     report["errors_in_the_log"] = errors[:5]
     report["kernels_compiled_while_serving"] = compiled_late(output)
-    report |= circumstances(" ".join(["benchmarks/mixed_traffic.py", *sys.argv[1:]]), arguments.shape)
+    report |= circumstances(command_line("benchmarks/mixed_traffic.py"), arguments.shape)
     print(json.dumps(report, indent=2))
     if arguments.out:
         save(report, arguments.out)

@@ -17,7 +17,6 @@ needs matplotlib alone.
 
 import argparse
 import json
-import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.report import save
+from common.report import command_line, save
 from common.server import compiled_late, metric_sums, serving
 from common.shapes import SHAPES
 
@@ -108,8 +107,11 @@ def run(arguments: argparse.Namespace) -> int:
     shape = dict(SHAPES.get(arguments.shape) or json.loads((MODEL_DIR / "config.json").read_text()))
     if arguments.layers:
         shape["num_hidden_layers"] = arguments.layers
-    command = shlex.join(["benchmarks/serving.py", *sys.argv[1:]])
-    report = {**circumstances(command, arguments.shape), **{name: getattr(arguments, name) for name in LOAD}, "runs": []}
+    report = {
+        **circumstances(command_line("benchmarks/serving.py"), arguments.shape),
+        **{name: getattr(arguments, name) for name in LOAD},
+        "runs": [],
+    }
     for name in arguments.runs:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(shape))

@@ -16,7 +16,6 @@ import asyncio
 import json
 import os
 import platform
-import shlex
 import sys
 import time
 from collections import Counter
@@ -27,7 +26,7 @@ from random import Random
 from typing import Any
 
 import aiohttp
-from common.report import save
+from common.report import command_line, save
 
 KINDS = {"stream": 20, "hang up": 3, "too long": 2, "no JSON": 2, "wrong key": 2, "no key": 1}
 """What clients do, and how often."""
@@ -192,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(report, indent=1))
     if arguments.out:
         made = {
-            "command": shlex.join(["python3", "benchmarks/soak.py", *(argv or sys.argv[1:])]).replace(arguments.key, "KEY"),
+            "command": command_line("benchmarks/soak.py", argv).replace(arguments.key, "KEY"),
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "clients": arguments.clients,

@@ -68,7 +68,7 @@ def test_a_missing_method(monkeypatch: pytest.MonkeyPatch) -> None:
         EngineArgs.create_engine_config = restored  # which was patched before
     assert message == (
         "sage-backend's patch 'config_check' replaces EngineArgs.create_engine_config, which vLLM 0.99.0 does not have; "
-        "install vLLM 0.31.0 or 0.32.0, or uninstall sage-backend"
+        "install vLLM 0.31.0, 0.32.0 or 0.33.0, or uninstall sage-backend"
     )
 
 

@@ -4,13 +4,19 @@
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+
+def command_line(script: str, words: Sequence[str] | None = None) -> str:
+    """The command as reports keep it, files without their folders. words: those of this process if None."""
+    return shlex.join([script, *(re.sub(r"(^|=)/.*/", r"\1", word) for word in words or sys.argv[1:])])
 
 
 def save(report: Mapping[str, Any], path: Path) -> None:
@@ -29,7 +35,7 @@ def circumstances(script: str) -> dict[str, Any]:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
-        "command": f"{script} {shlex.join(sys.argv[1:])}".rstrip(),
+        "command": command_line(script),
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "versions": versions,

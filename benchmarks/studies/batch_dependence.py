@@ -3,7 +3,7 @@
 """How much an answer depends on the batch: log-probabilities of prompts alone and among 16 others, in engines of the embedded
 model.
 
-    python3 benchmarks/studies/batch_dependence.py --out benchmarks/results/batch-dependence-cpu.json
+    python3 benchmarks/studies/batch_dependence.py --out benchmarks/results/batch-dependence-NAME.json
 
 Products of matrices may sum in another order when a batch has other rows. That changes the last bits of what attention gets. A
 backend that quantizes keys and values rounds some of them to the next code, and later layers see a larger difference.
@@ -11,7 +11,7 @@ backend that quantizes keys and values rounds some of them to the next code, and
 Without prefix caching, and in one chunk. `prompt` compares each prompt's own tokens. `answer` compares the tokens of greedy
 continuations, as long as they are the same; `other_answers` counts the continuations with other tokens.
 
-On a CPU; takes a few minutes.
+On a CPU in float32 and bfloat16, which takes a few minutes; on a GPU in float16 and bfloat16.
 """
 
 import os
@@ -30,7 +30,8 @@ from sage_backend import plugin
 from sage_backend.demo import HELDOUT, MODEL_DIR
 from sage_backend.tools import engines
 
-RUNS = ("CPU_ATTN", "SAGE", "SAGE:k_bits=4")
+GPU = torch.cuda.is_available()
+RUNS = ("FLASH_ATTN" if GPU else "CPU_ATTN", "SAGE", "SAGE:k_bits=4", "SAGE:k_bits=4,v_bits=4")
 OTHERS = 16
 LENGTHS = [100 + 25 * i for i in range(OTHERS + 1)]
 ANSWER = 32
@@ -83,10 +84,10 @@ def measure(dtype: str) -> list[dict[str, object]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = [f"{'':<16}" + "".join(f"{name:>18}" for name in ("prompt: largest", "mean", "answer: largest", "mean", "other"))]
+    lines = [f"{'':<24}" + "".join(f"{name:>18}" for name in ("prompt: largest", "mean", "answer: largest", "mean", "other"))]
     for result in results:
         shown = [result[part][figure] for part in ("prompt", "answer") for figure in ("largest", "mean")]
-        lines.append(f"{result['run']:<16}" + "".join(f"{x:>18.1e}" for x in shown) + f"{result['other_answers']:>18}")
+        lines.append(f"{result['run']:<24}" + "".join(f"{x:>18.1e}" for x in shown) + f"{result['other_answers']:>18}")
     return "\n".join(lines)
 
 
@@ -97,7 +98,7 @@ if __name__ == "__main__":
         "batch_dependence.py",
         "Measure how much log-probabilities depend on the other requests of a batch.",
         f"changes of log-probabilities, in nats, among {OTHERS} others",
-        {dtype: lambda dtype=dtype: measure(dtype) for dtype in ("float32", "bfloat16")},
+        {dtype: lambda dtype=dtype: measure(dtype) for dtype in ("float16" if GPU else "float32", "bfloat16")},
         table,
         threads=torch.get_num_threads(),
         **{key: circumstances[key] for key in ("device", "versions", "model")},

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sage_backend import BACKEND, TESTED_VLLM, plugin
+from sage_backend import BACKEND, DEFAULT_VLLM, TESTED_VLLM, plugin
 
 OK, ABSENT, WARN, FAIL = "ok", "-", "warn", "fail"
 """States of a finding: fine; absent, and not needed for serving; serves with restrictions; cannot serve."""
@@ -32,7 +32,7 @@ CAPABILITY = (8, 0)
 KERNEL_ERROR = 2e-2
 """Bound on the relative L2 distance of a kernel's output to the reference, as in tests/helpers/kernel_cases.py."""
 
-_INSTALL = "run deploy/setup.sh in a clone of this repository, or pip install vllm==" + TESTED_VLLM[-1]
+_INSTALL = "run deploy/setup.sh in a clone of this repository, or pip install vllm==" + DEFAULT_VLLM
 _ENTRY_POINTS = {
     "vllm.general_plugins": "sage_backend.plugin:register",
     "vllm.platform_plugins": "sage_backend.plugin:cpu_platform",
@@ -170,7 +170,7 @@ def _vllm() -> Finding:
 
 def _vllm_version(version: str) -> Finding:
     if version.split("+")[0] not in TESTED_VLLM:
-        remedy = f"pip install vllm=={TESTED_VLLM[-1]}"
+        remedy = f"pip install vllm=={DEFAULT_VLLM}"
         return Finding(WARN, "vLLM", f"{version}, with which this backend was not tested", remedy)
     try:
         importlib.metadata.version("vllm")

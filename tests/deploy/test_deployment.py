@@ -16,7 +16,7 @@ import pytest
 import yaml
 from server import ROOT
 
-from sage_backend import TESTED_VLLM, __version__
+from sage_backend import DEFAULT_VLLM, __version__
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = "1.32"
@@ -116,9 +116,10 @@ def test_ray_service() -> None:
 
 
 def test_dockerfile() -> None:
-    """It is pinned to the tested vLLM, and every image runs as a user without privileges."""
+    """It is pinned to the vLLM that deploy/setup.sh installs, and every image runs as a user without privileges."""
+    assert f"VLLM_CUDA='vllm=={DEFAULT_VLLM}'" in (ROOT / "deploy" / "setup.sh").read_text()
     stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:]
-    assert [stage.splitlines()[0] for stage in stages] == [f"vllm/vllm-openai:v{TESTED_VLLM[-1]} AS server", "server AS ray"]
+    assert [stage.splitlines()[0] for stage in stages] == [f"vllm/vllm-openai:v{DEFAULT_VLLM} AS server", "server AS ray"]
     assert all(re.findall(r"^USER (.+)$", stage, re.MULTILINE)[-1] == f"{USER}:{USER}" for stage in stages)
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {source for line in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE) for source in line.split()}

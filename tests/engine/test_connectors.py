@@ -3,7 +3,7 @@
 of the engine that computed the pages.
 
 OffloadingConnector runs with a store of the tests' own (`host_offloading.py`), because vLLM's needs a GPU. Its copies are the
-only part that is not vLLM's.
+only part that is not vLLM's. On a GPU, vLLM's own runs as well.
 """
 
 from collections.abc import Iterator, Sequence
@@ -132,6 +132,55 @@ def test_the_texts_of_the_calibration_stay_in_the_engine(tmp_path: Path, monkeyp
         torch.testing.assert_close(own.equalizer, other.equalizer, msg=name)
 
 
+# On a GPU: vLLM's own store in host memory, and a sleep that frees the memory of the pages
+
+FEW_BLOCKS = {"num_gpu_blocks_override": 1024 // PAGE + 3, "max_num_seqs": 8}
+"""Room for one context of 1024 tokens."""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM's store copies from a GPU")
+@pytest.mark.parametrize("name", FORMATS)
+def test_offloading_to_vllms_own_store(name: str) -> None:
+    """Evicted pages come back, one request after another and under load. The store copies while the engine goes on, so a page
+    may be missing that was evicted a moment ago."""
+    with engine(run_of(FORMATS[name]), kv_offloading_size=1, **SIZES, **FEW_BLOCKS) as llm:
+        prompts = heldout_prompts(llm, LENGTHS)
+        answers = greedy(llm, prompts, 16, together=False)
+        assert [answer.cached for answer in answers] == [0] * len(LENGTHS)
+        again = greedy(llm, prompts, 16, together=False)
+        assert sum(answer.cached for answer in again) >= 0.8 * sum(CACHED)
+        assert loaded(llm) == sum(answer.cached for answer in again)
+        assert_same(again, answers)
+
+        before = loaded(llm)
+        together = greedy(llm, prompts, 16)
+        assert loaded(llm) > before
+        assert_same(together, answers, 0.1 if "memory" in name else NOISE)  # as in `test_under_load`
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM's CPU workers keep their memory")
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_sleep_that_frees_memory(level: int) -> None:
+    """Pages are lost, weights are not at level 1. The calibration of keys stays."""
+    with engine(run_of("k_bits=4"), enable_sleep_mode=True, **SIZES) as llm:
+        prompts = heldout_prompts(llm, LENGTHS)
+        answers, before = greedy(llm, prompts, 16, together=False), calibrations(llm)
+        copies = {each: own.k_anchor.clone() for each, own in before.items()}
+        free = torch.cuda.mem_get_info()[0]
+        llm.sleep(level=level)
+        assert torch.cuda.mem_get_info()[0] - free >= 64 << 20
+        llm.wake_up()
+        if level == 2:
+            llm.collective_rpc("reload_weights")
+        assert llm.reset_prefix_cache()
+        again = greedy(llm, prompts, 16, together=False)
+        assert [answer.cached for answer in again] == [0] * len(LENGTHS)
+        assert_same(again, answers)
+        assert all(torch.equal(own.k_anchor, copies[each]) for each, own in calibrations(llm).items())
+
+
 # Offloading
 
 
@@ -159,8 +208,7 @@ OFFLOADING = {
 def offloading(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     """An engine whose cache has room for one context of 1024 tokens, and its answers to all prompts, from nothing cached."""
     options = FORMATS.get(request.param) or (request.getfixturevalue("of_layers") if "by" in request.param else "")
-    limits = {"num_gpu_blocks_override": 1024 // PAGE + 3, "max_num_seqs": 8}
-    with engine(run_of(options), kv_transfer_config=OFFLOADING, **SIZES, **limits) as llm:
+    with engine(run_of(options), kv_transfer_config=OFFLOADING, **SIZES, **FEW_BLOCKS) as llm:
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         prompts = heldout_prompts(llm, LENGTHS)
@@ -197,7 +245,7 @@ def test_under_load(offloading: Any) -> None:
 def test_sleep(offloading: Any) -> None:
     """A sleep discards all pages. Those of the store are discarded with them, and the calibration of keys is not.
 
-    vLLM's CPU workers keep their memory, so the test fills it. On a GPU, `--enable-sleep-mode` would be needed."""
+    vLLM's CPU workers keep their memory, so the test fills it. Without `--enable-sleep-mode`, so do those of a GPU."""
     llm, before = offloading.llm, calibrations(offloading.llm)
     copies = {name: own.k_anchor.clone() for name, own in before.items()}
     llm.sleep(level=1)

@@ -10,9 +10,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory that a program may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
-HEAD_DIMS = dict.fromkeys((80, 89, 90, 100), (64, 80, 128, 192, 256, 512))
+HEAD_DIMS = dict.fromkeys((80, 89, 90, 100, 120), (64, 80, 128, 192, 256, 512))
 HEAD_DIMS[86] = (256, 512)  # the code of sm_80 in the shared memory of sm_89: what matters is whether the largest tiles fit
 
 Launch = tuple[str, Callable[[], Any]]

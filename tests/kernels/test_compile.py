@@ -61,11 +61,11 @@ def test_shared_memory_suffices(compiled: tuple[int, list[dict[str, Any]]]) -> N
 def test_tensor_cores_are_used(compiled: tuple[int, list[dict[str, Any]]]) -> None:
     """INT8 instructions for Q K^T everywhere; FP8 ones for P V where there are any, else FP16.
 
-    Portable decoding has fewer rows than the asynchronous instructions of sm_90 and later take, and with those of before
-    Triton widens FP8 to FP16 there.
+    Portable decoding has fewer rows than the asynchronous instructions of sm_90 and sm_100 take, and with those of before
+    Triton widens FP8 to FP16 there. sm_89 and sm_120 have others.
     """
     capability, kernels = compiled
-    pv = {"decode": "fp8" if capability == 89 else "half", "prefill": "fp8" if capability >= 89 else "half"}
+    pv = {"decode": "fp8" if capability in (89, 120) else "half", "prefill": "fp8" if capability >= 89 else "half"}
     pv |= {"hopper decode": "fp8", "hopper prefill": "fp8"}
     attentions = [(kernel, pv[kernel["kernel"]]) for kernel in kernels if kernel["kernel"] in pv]
     assert attentions

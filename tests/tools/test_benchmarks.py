@@ -254,6 +254,7 @@ def test_plot(attention: ModuleType, report: dict[str, Any], tmp_path: Path, cap
         ("run --chunk 0x5", "argument --chunk: '0x5' is not QxH, two positive integers"),
         ("run --prefill 64 --contenders fa4", "unknown contender 'fa4'; there are sage-int8, "),
         ("run --prefill 64 --heads 6 --kv-heads 4", "--heads 6 is not a multiple of --kv-heads 4"),
+        ("run --prefill 64 --as-if 9.0", "argument --as-if: '9.0' is not one of 8.0, 8.6, 8.9, 12.0"),
         ("draw", "argument command: invalid choice: 'draw'"),
     ],
 )
@@ -264,6 +265,28 @@ def test_argument_errors(attention: ModuleType, words: str, message: str, capsys
     assert ended.value.code == 2
     assert message in told
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(("capability", "path", "early"), [((8, 0), "half", False), ((12, 0), "native", True)])
+def test_standing_in(
+    attention: ModuleType, capability: tuple[int, int], path: str, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels choose for the other compute capability, and Triton still compiles for the GPU that is there."""
+    from sage_kernels import device
+
+    monkeypatch.setenv("DISABLE_MMA_V3", "0")
+    monkeypatch.setattr(device, "shared_memory", device.shared_memory)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
+    asked, cuda = (device.fp8_path, device.is_hopper, device.dependent_launch), torch.device("cuda")
+    try:
+        attention.stand_in(capability)
+        assert (device.fp8_path(cuda), device.is_hopper(cuda), device.dependent_launch(cuda)["PDL"]) == (path, False, early)
+        assert device.shared_memory(cuda) == attention.SHARED_MEMORY[capability] * 1024
+        assert os.environ["DISABLE_MMA_V3"] == "1"
+        assert torch.cuda.get_device_capability() == (9, 0)
+    finally:
+        for each in asked:
+            each.cache_clear()
 
 
 def test_command_line_to_cases(attention: ModuleType) -> None:

@@ -77,7 +77,7 @@ def test_entry_points_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) ->
     assert "pip install --no-deps ." in finding.remedy
 
 
-@pytest.mark.parametrize(("version", "state"), [("0.32.0+cpu", OK), ("0.31.0", OK), ("0.33.0", WARN)])
+@pytest.mark.parametrize(("version", "state"), [("0.32.0+cpu", OK), ("0.31.0", OK), ("0.33.0", OK), ("0.34.0", WARN)])
 def test_vllm_that_was_not_tested(version: str, state: str) -> None:
     assert doctor._vllm_version(version).state == state
 

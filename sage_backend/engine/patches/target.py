@@ -18,7 +18,7 @@ class PatchError(RuntimeError):
         name = patch.rpartition(".")[2]
         super().__init__(
             f"sage-backend's patch {name!r} replaces {target}, which vLLM {version} does not have; "
-            f"install vLLM {' or '.join(TESTED_VLLM)}, or uninstall sage-backend"
+            f"install vLLM {', '.join(TESTED_VLLM[:-1])} or {TESTED_VLLM[-1]}, or uninstall sage-backend"
         )
 
 
