@@ -27,8 +27,8 @@ from sage_kernels.reference import (
     prepare_queries,
     qk_product,
     query_terms,
-    rotate_back,
     rotate_values_back,
+    turn_back,
     visible_keys,
 )
 from sage_paged import GROUP_BYTES, PageLayout, v_token
@@ -260,7 +260,7 @@ def _shift_pages(
         shift = of_requests.take_along_dim(place[:, None, None], 2).squeeze(2).T
         if not shift.any():
             continue
-        rotated = rotate_back(q.float(), rope_shift.table[shift][:, :, None, None])
+        rotated = turn_back(q.float(), rope_shift.table[shift][:, :, None, None])
         own = slice(page * piece.page_tokens, (page + 1) * piece.page_tokens)
         logits[..., own] = _qk_product(queries.terms(rotated), stored.of(own)) + (queries.bias(rotated) - bias)
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calibration of a layer, without an engine: whose it is and where it comes from; and whose queries are smoothed."""
+"""Without an engine: the calibration of a layer, whose it is and where it comes from; whose queries are smoothed; and the
+blocks of hybrid models."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from engines import environment
+from engines import PLAIN, environment
 from paged_batch import relative_error
 
 from sage_backend import options, plugin
 from sage_backend.demo import MODEL_DIR
 from sage_backend.features import calibration_file
+from sage_backend.tools.engines import Run
 from sage_kernels import LayerCalibration, Modifiers, PagedBatch, reference
 from sage_kernels.batch import NOT_CALIBRATED
 
@@ -144,3 +147,53 @@ def test_a_worker_takes_its_share_of_a_calibration(
         found = zip((own.k_anchor, own.equalizer, own.v_anchor), kinds, (smooth_k, equalize, smooth_v), strict=True)
         for tensor, kind, wanted in found:
             assert torch.equal(tensor, tensors[f"attention{kind}"][KV_HEADS:]) if wanted else tensor is None
+
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "Qwen3-Next-80B-A3B": {
+        "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "hidden_size": 2048, "num_hidden_layers": 48,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+        "full_attention_interval": 4, "vocab_size": 1000, "max_position_embeddings": 8192, "dtype": "bfloat16",
+    },
+    "Granite 4 hybrid": {
+        "architectures": ["GraniteMoeHybridForCausalLM"], "model_type": "granitemoehybrid", "hidden_size": 1536,
+        "num_hidden_layers": 8, "num_attention_heads": 12, "num_key_value_heads": 4, "num_local_experts": 0,
+        "num_experts_per_tok": 0, "layer_types": ["mamba"] * 5 + ["attention"] + ["mamba"] * 2, "mamba_n_heads": 48,
+        "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_d_conv": 4, "mamba_expand": 2,
+        "vocab_size": 1000, "max_position_embeddings": 8192, "dtype": "bfloat16",
+    },
+}  # fmt: skip
+"""The parts of two models' configurations that decide about the sizes of their caches."""
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("Qwen3-Next-80B-A3B", [1152, 2176, 2560, 3584]), ("Granite 4 hybrid", [896, 1536, 1920, 2560])],
+)
+def test_blocks_of_hybrid_models(name: str, blocks: list[int], tmp_path: Path) -> None:
+    """A block has at least as many bytes in an attention layer as the state of a layer without: the fewer bytes a token has,
+    the more tokens a block, and the prefix cache counts in blocks. docs/user/compatibility.md names these."""
+    (tmp_path / "config.json").write_text(json.dumps(HYBRIDS[name]))
+    found = []
+    with environment():
+        plugin.register()
+        from vllm.config import set_current_vllm_config
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        for run in (PLAIN, "SAGE", "SAGE:k_bits=4", "SAGE:k_bits=4,v_bits=4"):
+            parsed = Run.parse(run)
+            arguments: dict[str, Any] = {
+                "attention_backend": parsed.backend,
+                "enable_prefix_caching": True,
+                "load_format": "dummy",
+            }
+            arguments |= {"skip_tokenizer_init": True, "additional_config": {"sage": parsed.options}}
+            made = EngineArgs(str(tmp_path), **arguments).create_engine_config()
+            with set_current_vllm_config(made):
+                options.current()  # as where an engine's layers are made
+            current_platform._align_hybrid_block_size(made, AttentionBackendEnum[parsed.backend].get_class())
+            found.append(made.cache_config.block_size)
+    assert found == blocks

@@ -107,7 +107,7 @@ def test_keys_are_turned_as_the_model_turned_them(form: str, max_model_len: int)
         apply = getattr(rotary, "forward_native", rotary.forward)  # longrope has only the latter
         _, rotated = apply(torch.tensor([1000, 360]), key.clone(), key.clone())
     table = reference.rope_shift_table(frequencies(AttentionModule(rotary), max_model_len), 11, 64)
-    turned = reference.rotate_back(rotated[0], table[10])
+    turned = reference.turn_back(rotated[0], table[10])
     assert (turned - rotated[1]).abs().max() < 1e-4
     assert (turned - rotated[0]).abs().max() > 1
 

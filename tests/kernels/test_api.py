@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import ON_HOPPER
+from kernel_cases import ON_GPU
 from paged_batch import make_batch, poisoned, relative_error
 
 import sage_kernels
@@ -25,6 +25,7 @@ from sage_kernels import (
     device,
     reference,
 )
+from sage_kernels.portable import widen
 from sage_paged import K_BITS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -67,7 +68,7 @@ def test_a_cpu_takes_torch(k_bits: int, smooth_q: bool) -> None:
 def test_kernels_of_a_gpu(
     hopper: bool, gluon: bool, reads: bool, smooth_q: bool, kernel: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the kernel that widens INT4 pages takes scratch memory."""
+    """All of them widen INT4 pages, which takes scratch memory."""
     from sage_kernels.hopper import decode, prefill
 
     monkeypatch.setattr(api, "is_hopper", lambda _: hopper)
@@ -76,8 +77,9 @@ def test_kernels_of_a_gpu(
     monkeypatch.setattr(prefill, "supports", lambda *_: reads)
     arguments = GPU, PageLayout(128, 4), 4, smooth_q
     assert api.choose_kernels(*arguments) == KernelChoice(kernel, "hopper" if hopper and gluon else "portable", reason)
-    assert api.prefill_scratch_bytes(*arguments) == (prefill.SCRATCH if kernel == "hopper" else 0)
+    assert api.prefill_scratch_bytes(*arguments) == widen.SCRATCH
     assert api.prefill_scratch_bytes(GPU, PageLayout(128, 8), 4, smooth_q) == 0
+    assert api.prefill_scratch_bytes(GPU, PageLayout(80, 4), 4, smooth_q) == 0  # widened where they are read
     monkeypatch.setattr(decode, "supports", lambda _: False)
     assert api.choose_kernels(*arguments) == KernelChoice(kernel, "portable", reason)
 
@@ -91,10 +93,8 @@ def test_missing_gluon_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 
 @pytest.mark.parametrize("k_bits", K_BITS)
 def test_only_widened_pages_take_scratch_memory(kernels, k_bits: int) -> None:
-    from sage_kernels.hopper import prefill
-
     taken = api.prefill_scratch_bytes(torch.device(kernels.device), PageLayout(128, k_bits), 4)
-    assert taken == (prefill.SCRATCH if k_bits == 4 and ON_HOPPER else 0)
+    assert taken == (widen.SCRATCH if k_bits == 4 and ON_GPU else 0)
 
 
 # --- The CPU path -------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill and decode alike: accuracy on long rows, independence of the schedule, extreme logits, padding."""
 
+import sys
+from functools import partial
+
 import pytest
 import torch
 from kernel_cases import DECODE_ERROR, KERNEL_ERROR, ON_GPU, SCHEDULE_ERROR, build
 from paged_batch import Batch, make_batch, poisoned, relative_error
 
 from sage_kernels import Modifiers, PagedBatch, cpu, reference
+from sage_kernels.portable import decode, prefill, query_tile, store
 from sage_paged import K_BITS, PageLayout
 
 
@@ -20,6 +24,30 @@ def test_long_rows(kernels, head_dim: int, k_bits: int) -> None:
     for run, options in ((kernels.prefill, {}), (kernels.decode, {"programs": 7})):
         out = poisoned(batch.query)
         run(*batch.attention_args(), out, modifiers, **options)
+        assert relative_error(out, expected) < 1e-3
+
+
+@pytest.fixture
+def without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The portable kernels and the reference as on a GPU without FP8: P and V in float16."""
+    for module in (store, query_tile, prefill, decode):
+        monkeypatch.setattr(module, "fp8_path", lambda _: "half")
+    specification = sys.modules["sage_kernels.reference.attention"]  # its package has a function of that name
+    monkeypatch.setattr(specification, "quantize_p", partial(reference.quantize_p, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("variant", [{}, {"window": 130, "soft_cap": 15.0}], ids=["plain", "window and cap"])
+@pytest.mark.parametrize(("k_bits", "v_bits"), [(8, 8), (4, 8), (4, 4)])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.usefixtures("without_fp8")
+def test_half_precision(kernels, head_dim: int, k_bits: int, v_bits: int, variant: dict[str, float]) -> None:
+    """A page that is partly filled, and memory behind it that holds NaN, are in it. With P in e4m3 it would be further away."""
+    shape = {"layout": PageLayout(head_dim, k_bits, v_bits=v_bits), "requests": [(500, 8), (90, 5)], "heads": 8, "kv_heads": 2}
+    shape |= {"smooth": True, "value_bias": 4.0, "smooth_v": True, "equalize": True}
+    batch, modifiers, expected = build(shape, {**variant, "sinks": True}, kernels.device)
+    for run in (prefill.prefill, decode.decode):
+        out = poisoned(batch.query)
+        run(*batch.attention_args(), out, modifiers)
         assert relative_error(out, expected) < 1e-3
 
 

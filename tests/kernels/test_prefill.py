@@ -12,6 +12,7 @@ from kernel_cases import KERNEL_ERROR, ON_GPU, batches, build, many, smoothing_t
 from paged_batch import make_batch, poisoned, relative_error
 
 from sage_kernels import LayerCalibration, Modifiers, PagedBatch, cpu, reference
+from sage_kernels.portable import widen
 from sage_paged import PageLayout
 
 
@@ -102,7 +103,7 @@ def test_int4_prompts_in_parts(
 
     monkeypatch.setattr(prefill, "_prefill_kernel", Kernel())
     monkeypatch.setattr(prefill, "descriptors", lambda pages, layout: PageDescriptors(None, None, None, None, pages))
-    monkeypatch.setattr(prefill, "SCRATCH", scratch)
+    monkeypatch.setattr(widen, "SCRATCH", scratch)
     shape = {"requests": [(300, 8), (70, 70), (200, 1)], "heads": 12, "kv_heads": 3}
     batch = make_batch(PageLayout(128, k_bits, 64, v_bits=v_bits), **shape, smooth=True, smooth_v=True, equalize=True)
     requests = replace(batch.requests, max_seq_len=300)
@@ -126,14 +127,10 @@ def test_pages_that_tma_cannot_address_are_refused() -> None:
         descriptors(pages, layout)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="only the kernel for sm_90 widens pages")
 @pytest.mark.parametrize(("k_bits", "v_bits"), [(4, 8), (4, 4), (8, 4)])
 def test_scratch_memory_for_one_context(kernels, k_bits: int, v_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages are widened for one KV head of one request at a time."""
-    from sage_kernels.hopper import prefill
-
-    monkeypatch.setattr(prefill, "SCRATCH", 1)
+    monkeypatch.setattr(widen, "SCRATCH", 1)
     requests = [(500, 8), (70, 70), (300, 1)]
     layout = PageLayout(128, k_bits, v_bits=v_bits)
     shape = {"layout": layout, "requests": requests, "heads": 8, "kv_heads": 2, "smooth": True, "smooth_v": True}

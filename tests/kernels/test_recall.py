@@ -119,7 +119,7 @@ def test_distant_pages_are_read_right_before_the_local_ones() -> None:
     angles = reference.rope_shift_table(FREQUENCIES, 1000, 1)
 
     def rotated(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return reference.rotate_back(x, angles[positions][:, None] * torch.cat([torch.ones(32), -torch.ones(32)]))
+        return reference.turn_back(x, angles[positions][:, None] * torch.cat([torch.ones(32), -torch.ones(32)]))
 
     layout = PageLayout(64, 8, 64, has_summary=True)
     pages, slots, table = layout.empty(16, 2), torch.arange(1000), torch.arange(16, dtype=torch.int32)[None]

@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sage_kernels.portable.primitives import section_offset
+from sage_kernels.portable.codes import section_offset
 from sage_paged import GROUP_BYTES, PageLayout, v_token
 
 _v_token = gluon.jit(v_token)

@@ -40,9 +40,9 @@ from sage_kernels.hopper.copy import (
 )
 from sage_kernels.hopper.int4 import load_k_int4, load_v_int4
 from sage_kernels.hopper.ring import wait_full
+from sage_kernels.portable.codes import GROUP_BYTES, section_offset, v_exponent_in_scale
 from sage_kernels.portable.decode import Workspace, check_rows, merge
 from sage_kernels.portable.primitives import (
-    GROUP_BYTES,
     LOG2E,
     TABLE_STRIDES,
     TABLES,
@@ -50,10 +50,8 @@ from sage_kernels.portable.primitives import (
     inverse_or_zero,
     rotation_signs,
     rotation_span,
-    section_offset,
     softmax_reference,
     to_int,
-    v_exponent_in_scale,
 )
 from sage_kernels.portable.query_tile import calibration_constants, calibration_tensors, tensor_or
 from sage_kernels.portable.scheduler import LANES, WorkItem, count_parts, find_span, next_segment, partial_slot

@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from sage_kernels.hopper.copy import plain
-from sage_kernels.portable.primitives import GROUP_BYTES
+from sage_kernels.portable.codes import GROUP_BYTES
 
 
 @gluon.jit

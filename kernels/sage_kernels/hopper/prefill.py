@@ -20,8 +20,7 @@ What limits the speed, and what was tried: docs/developer/kernel-tuning.md.
 Length: the four partitions of one kernel share its barriers and buffers, and are read together.
 """
 
-import functools
-from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -61,8 +60,7 @@ from sage_kernels.hopper.scheduler import (
 )
 from sage_kernels.portable.primitives import LOG2E, TABLE_STRIDES, TABLES, inverse_or_zero, softmax_reference
 from sage_kernels.portable.query_tile import calibration_constants, calibration_tensors, tensor_or
-from sage_kernels.portable.widen import rotate_output_back, widen
-from sage_kernels.reference import rotate_values
+from sage_kernels.portable.widen import attend_wide_pages
 from sage_paged import PageLayout
 
 ROWS = gl.constexpr(64)
@@ -705,21 +703,6 @@ def supports(layout: PageLayout, group: int) -> bool:
     return layout.head_dim in (64, 128, 256) and group <= BLOCK_M
 
 
-SCRATCH = 512 << 20
-"""Bytes of wide pages that pages of 4-bit codes are widened to at a time. One KV head of one request may take more."""
-
-
-@functools.cache
-def _rotation(head_dim: int, device: torch.device) -> torch.Tensor:
-    """`reference.rotate_values` as a matrix, float32 [head_dim, head_dim], from the right."""
-    return rotate_values(torch.eye(head_dim)).to(device)
-
-
-def _even_part(count: int, most: int) -> int:
-    """The largest of the parts, each at most max(1, most), into which `count` is divided as evenly as possible."""
-    return -(-count // -(-count // max(1, most)))
-
-
 def prefill(
     query: torch.Tensor,
     pages: torch.Tensor,
@@ -731,34 +714,10 @@ def prefill(
 ) -> None:
     """`reference.attention` with the same arguments, where `supports` holds; writes `out`, which has query's shape.
 
-    There is no kernel for batch.rope_shift and modifiers.q_block. Pages of 4-bit keys or values are widened to 8 bits first
-    (`widen`), SCRATCH bytes at a time.
+    There is no kernel for batch.rope_shift and modifiers.q_block. Pages of 4-bit keys or values are widened first.
     """
-    modifiers = modifiers or Modifiers()
-    if layout.k_bits == layout.v_bits == 8:
-        _launch(query, pages, layout, batch, scale, out, modifiers, modifiers.calibration_for(batch, 8), 8)
-        return
-    requests, kv_heads, group = batch.num_requests, pages.shape[1], query.shape[1] // pages.shape[1]
-    longest = min(batch.max_seq_len or 1 << 31, batch.block_table.shape[-1] * layout.tokens)
-    context_bytes = -(-longest // layout.tokens) * PageLayout(layout.head_dim, 8, layout.tokens).page_bytes
-    contexts = max(1, SCRATCH // context_bytes)  # of one KV head, that fit into the scratch memory
-    # Even parts: a small last one would leave most multiprocessors idle for as long as a large one takes.
-    heads_at_once = _even_part(kv_heads, contexts // requests)
-    requests_at_once = _even_part(requests, contexts // heads_at_once)
-    for head in range(0, kv_heads, heads_at_once):
-        kv, own = slice(head, head + heads_at_once), slice(head * group, (head + heads_at_once) * group)
-        for request in range(0, requests, requests_at_once):
-            part = batch.requests(request, min(request + requests_at_once, requests))
-            if part.block_table.dim() == 3:
-                part = replace(part, block_table=part.block_table[:, kv])
-            wide, wide_layout, part = widen(pages[:, kv], layout, part, longest, modifiers.window)
-            of_heads = modifiers.heads(kv, group)
-            calibration = of_heads.calibration_for(part, layout.k_bits)
-            if layout.v_bits == 4 and calibration.v_anchor is not None:  # it joins an output that is still rotated
-                calibration = replace(calibration, v_anchor=calibration.v_anchor @ _rotation(layout.head_dim, query.device))
-            _launch(query[:, own], wide, wide_layout, part, scale, out[:, own], of_heads, calibration, layout.v_bits)
-            if layout.v_bits == 4:
-                rotate_output_back(out[:, own], part)
+    launch = partial(_launch, v_bits=layout.v_bits)
+    attend_wide_pages(launch, query, pages, layout, batch, scale, out, modifiers or Modifiers())
 
 
 def _launch(
@@ -770,6 +729,7 @@ def _launch(
     out: torch.Tensor,
     modifiers: Modifiers,
     calibration: LayerCalibration,
+    *,
     v_bits: int,
 ) -> None:
     """`prefill` for pages of INT8 keys and e4m3 values. calibration: in place of modifiers.calibration. v_bits: of values

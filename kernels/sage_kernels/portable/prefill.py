@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.batch import Modifiers, PagedBatch
+from sage_kernels.batch import LayerCalibration, Modifiers, PagedBatch
 from sage_kernels.device import fp8_path, pipeline_stages, shared_memory
 from sage_kernels.portable.primitives import LOG2E, TABLE_STRIDES, TABLES, add_v_anchor, find_request
 from sage_kernels.portable.query_tile import (
@@ -20,6 +20,7 @@ from sage_kernels.portable.query_tile import (
     shift_tensors,
     tensor_or,
 )
+from sage_kernels.portable.widen import attend_wide_pages
 from sage_kernels.reference import tile_rows
 from sage_paged import PageLayout
 
@@ -106,9 +107,25 @@ def prefill(
     Raises ValueError for a modifiers.q_block that is neither 0 nor the tokens of a tile.
     """
     modifiers = modifiers or Modifiers()
+    if batch.rope_shift is None:
+        attend_wide_pages(_launch, query, pages, layout, batch, scale, out, modifiers)
+    else:  # has shifts of the pages as they are
+        _launch(query, pages, layout, batch, scale, out, modifiers, modifiers.calibration_for(batch, layout.k_bits))
+
+
+def _launch(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    batch: PagedBatch,
+    scale: float,
+    out: torch.Tensor,
+    modifiers: Modifiers,
+    calibration: LayerCalibration,
+) -> None:
+    """`prefill` with pages as they are. calibration: in place of modifiers.calibration."""
     tokens, heads, head_dim = query.shape
     kv_heads, group, smooth_q = pages.shape[1], heads // pages.shape[1], modifiers.q_block > 0
-    calibration = modifiers.calibration_for(batch, layout.k_bits)
     block_m, warps = tile(query.device, layout, group, smooth_q)
     if smooth_q and modifiers.q_block != block_m // group:
         raise ValueError(f"q_block is {modifiers.q_block}; on this device it must be {block_m // group} tokens, or 0")

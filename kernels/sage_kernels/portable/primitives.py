@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building blocks of the Triton kernels: rounding and quantization, reading a page, and one step of the online softmax.
+"""Building blocks of the Triton kernels: rounding and quantization, and one step of the online softmax.
 
 The arithmetic is that of `reference`, bit by bit where that is possible. Where a line looks odd, the comment next to it says
 why.
@@ -13,6 +13,17 @@ from triton import knobs
 
 import sage_paged
 from sage_kernels import reference
+from sage_kernels.portable.codes import (
+    bytes_of,
+    half_order,
+    halves_of,
+    load_int4_k,
+    load_k,
+    load_v,
+    load_v_words,
+    section_offset,
+    v_exponent_in_scale,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 P_BITS = tl.constexpr(float(reference.P_BITS))
@@ -29,11 +40,8 @@ TABLES = ["block_table", "seq_lens", "query_start_loc"]
 TABLE_STRIDES = ["table_stride", "table_head_stride"]
 """Arguments that differ between block tables and page lists. A server with memory alternates between the two."""
 
-GROUP_BYTES = tl.constexpr(sage_paged.GROUP_BYTES)
-
 # The interpreter calls plain functions, and jit needs `tl` among a function's globals.
 v_position, v_token = (f if INTERPRETED else triton.jit(f) for f in (sage_paged.v_position, sage_paged.v_token))
-section_offset = triton.constexpr_function(sage_paged.section_offset)
 fine_exponent = triton.constexpr_function(reference.fine_exponent)
 v_int4_level = triton.constexpr_function(reference.v_int4_level)
 rotation_span = triton.constexpr_function(reference.rotation_span)
@@ -156,20 +164,20 @@ def first_block(query_start_loc, first_query, request, BLOCK_Q: tl.constexpr, SP
 def find_request(query_start_loc, q_block, num_reqs, BLOCK_Q: tl.constexpr, SPARE: tl.constexpr = 1):
     """Returns the request of query block `q_block`, and the index of the block within the request (see `first_block`)."""
     first_query = tl.load(query_start_loc)
-    low = 0
-    high = num_reqs
-    while high - low > 1:
-        middle = (low + high) // 2
+    lower = 0
+    upper = num_reqs
+    while upper - lower > 1:
+        middle = (lower + upper) // 2
         if first_block(query_start_loc, first_query, middle, BLOCK_Q, SPARE) <= q_block:
-            low = middle
+            lower = middle
         else:
-            high = middle
-    return low, q_block - first_block(query_start_loc, first_query, low, BLOCK_Q, SPARE)
+            upper = middle
+    return lower, q_block - first_block(query_start_loc, first_query, lower, BLOCK_Q, SPARE)
 
 
 @triton.jit
-def rotate_back(low, high, shift, mask, HALF: tl.constexpr):
-    """`reference.rotate_back` of the halves of a head. shift: pointers to the cosines in rows of a `rope_shift_table`; mask:
+def turn_back(low, high, shift, mask, HALF: tl.constexpr):
+    """`reference.turn_back` of the halves of a head. shift: pointers to the cosines in rows of a `rope_shift_table`; mask:
     which are valid. Both broadcast with low and high."""
     cos = tl.load(shift, mask=mask, other=1.0)
     sin = tl.load(shift + HALF, mask=mask, other=0.0)
@@ -177,35 +185,46 @@ def rotate_back(low, high, shift, mask, HALF: tl.constexpr):
 
 
 @triton.jit
-def quantize_q(q, scale):
-    """q: float32 [rows, channels] -> int8 codes, and float32 [rows], the factor from code products to base-2 logits."""
-    amax = tl.max(tl.abs(q), 1)
-    codes = to_int(q * inverse_or_zero(amax, 127.0)[:, None]).to(tl.int8)
-    return codes, amax * (scale * LOG2E / 127.0)
+def quantize_q(low, high, scale):
+    """Two halves of query rows, float32 [rows, channels] each, which share a scale -> int8 codes of both, and float32 [rows],
+    the factor from code products to base-2 logits."""
+    amax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+    factor = inverse_or_zero(amax, 127.0)[:, None]
+    return to_int(low * factor).to(tl.int8), to_int(high * factor).to(tl.int8), amax * (scale * LOG2E / 127.0)
 
 
 @triton.jit
-def quantize_terms(q, valid, scale, SMOOTH_Q: tl.constexpr):
+def mean_of_heads(q, valid, SMOOTH_Q: tl.constexpr):
+    """Each row's mean over the rows of its head, of SMOOTH_Q heads in turn. q: float32 [rows, channels], 0 in rows that are not
+    valid."""
+    head = (tl.arange(0, q.shape[0]) % SMOOTH_Q)[:, None]
+    tokens = tl.sum(valid.to(tl.float32), 0) / SMOOTH_Q
+    mean = tl.zeros_like(q)
+    for each in tl.static_range(SMOOTH_Q):
+        mean = tl.where(head == each, tl.sum(tl.where(head == each, q, 0.0), 0)[None, :] / tokens, mean)
+    return mean
+
+
+@triton.jit
+def quantize_terms(low, high, valid, scale, SMOOTH_Q: tl.constexpr):
     """`reference.query_terms` of a tile that is one block of queries, of SMOOTH_Q heads in turn; SMOOTH_Q 0 for one term.
 
-    q: float32 [rows, channels], 0 in rows that are not valid. Returns int8 codes and scales like `quantize_q` for the queries
-    less the mean of their head, and for that mean. Each row of a head holds the mean: so both terms are multiplied by a page in
-    the same way, and no product has to move from a row of means to the rows of its head. Without smoothing, the second pair is
-    unused.
+    low, high: the tile's two halves as in `quantize_q`, 0 in rows that are not valid. Returns what `quantize_q` does, for the
+    queries less the mean of their head and for that mean. Each row of a head holds the mean: so both terms are multiplied by a
+    page in the same way, and no product has to move from a row of means to the rows of its head. Without smoothing, the second
+    three are unused.
     """
     if SMOOTH_Q:
-        head = (tl.arange(0, q.shape[0]) % SMOOTH_Q)[:, None]
-        tokens = tl.sum(valid.to(tl.float32), 0) / SMOOTH_Q
-        mean = tl.zeros_like(q)
-        for each in tl.static_range(SMOOTH_Q):
-            mean = tl.where(head == each, tl.sum(tl.where(head == each, q, 0.0), 0)[None, :] / tokens, mean)
-        mean_codes, mean_scale = quantize_q(mean, 1.0 / LOG2E)  # the scale that gives back the mean itself
-        codes, q_scale = quantize_q(q - mean_codes.to(tl.float32) * mean_scale[:, None], scale)
+        mean_low, mean_high = mean_of_heads(low, valid, SMOOTH_Q), mean_of_heads(high, valid, SMOOTH_Q)
+        mean_low, mean_high, mean_scale = quantize_q(mean_low, mean_high, 1.0 / LOG2E)  # which gives back the mean itself
+        low -= mean_low.to(tl.float32) * mean_scale[:, None]
+        high -= mean_high.to(tl.float32) * mean_scale[:, None]
+        low, high, q_scale = quantize_q(low, high, scale)
         mean_scale *= scale * LOG2E
     else:
-        codes, q_scale = quantize_q(q, scale)
-        mean_codes, mean_scale = codes, q_scale
-    return codes, q_scale, mean_codes, mean_scale
+        low, high, q_scale = quantize_q(low, high, scale)
+        mean_low, mean_high, mean_scale = low, high, q_scale
+    return low, high, q_scale, mean_low, mean_high, mean_scale
 
 
 @triton.jit
@@ -216,67 +235,6 @@ def rope_pairs(order, BLOCK_D: tl.constexpr, HALF: tl.constexpr, ORDER: tl.const
     if ORDER:
         pair = tl.load(order + pair, mask=pair < HALF, other=HALF)
     return pair
-
-
-@triton.jit
-def load_k(page, tokens, channels, K_ROW: tl.constexpr, CHANNELS: tl.constexpr):
-    """The K bytes of a page, transposed: int8 [channels, tokens]. page: int8 pointer to the page."""
-    pointers = page + tokens[None, :] * K_ROW + channels[:, None]
-    if channels.shape[0] == CHANNELS:
-        k = tl.load(pointers)
-    else:
-        k = tl.load(pointers, mask=(channels < CHANNELS)[:, None], other=0)
-    return k
-
-
-@triton.jit
-def load_int4_k(page, tokens, channels, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, V_BITS: tl.constexpr):
-    """The INT8 codes of a page of INT4 keys, for the low and the high half of the head: int8 [channels, tokens] each."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    GROUPS: tl.constexpr = HALF // GROUP_BYTES
-    k = load_k(page, tokens, channels, HALF, HALF)
-    section = page + section_offset("k_groups", HEAD_DIM, 4, PAGE, V_BITS)
-    groups = section + tokens[None, :] * (2 * GROUPS) + (channels // GROUP_BYTES)[:, None]
-    if channels.shape[0] == HALF:
-        step = tl.load(groups)
-        zero = tl.load(groups + GROUPS)
-    else:
-        inside = (channels < HALF)[:, None]
-        step = tl.load(groups, mask=inside, other=0)
-        zero = tl.load(groups + GROUPS, mask=inside, other=0)
-    # The low nibbles of the first group, 0 in others.
-    first = page + section_offset("k_low", HEAD_DIM, 4, PAGE, V_BITS) + tokens[None, :] * GROUP_BYTES + channels[:, None]
-    first = tl.load(first, mask=(channels < GROUP_BYTES)[:, None], other=0)
-    # int8 arithmetic wraps around on the way, and the result is in range again.
-    low = (k & 0xF) * step + zero + (first & 0xF)
-    high = ((k >> 4) & 0xF) * step + zero + ((first >> 4) & 0xF)
-    return low.to(tl.int8), high.to(tl.int8)
-
-
-@triton.jit
-def v_exponent_in_scale(k_scale):
-    """V's exponent, float32, from the scale of an INT4 key: its last 8 bits, biased as a float32 exponent is."""
-    return ((k_scale.to(tl.int32, bitcast=True) & 0xFF) - 127).to(tl.float32)
-
-
-@triton.jit
-def widen_v_int4(nibbles):
-    """4-bit values, uint8 of 0 to 15, as e4m3 codes (`sage_paged.layout`)."""
-    magnitude = nibbles & 7
-    return (((nibbles & 8) << 4) | (magnitude * 3 + (magnitude >> 2) + 1)).to(tl.uint8)
-
-
-@triton.jit
-def load_v_int4(section, channels, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The 4-bit values of a page as e4m3 codes, uint8 [tokens, channels], tokens in the order of V. section: uint8 pointer to
-    them. What unfilled tokens have left is finite, so P of 0 needs no help."""
-    pair = tl.arange(0, channels.shape[0] // 2)
-    pointers = section + pair[None, :] * PAGE + tl.arange(0, PAGE)[:, None]
-    if channels.shape[0] == HEAD_DIM:
-        packed = tl.load(pointers)
-    else:
-        packed = tl.load(pointers, mask=(pair < HEAD_DIM // 2)[None, :], other=0)
-    return tl.interleave(widen_v_int4(packed & 0xF), widen_v_int4(packed >> 4))
 
 
 @triton.jit
@@ -301,31 +259,13 @@ def rotate_values_back(acc, HEAD_DIM: tl.constexpr, V_BITS: tl.constexpr):
     if V_BITS == 4:
         SPAN: tl.constexpr = rotation_span(HEAD_DIM)
         row, column = tl.arange(0, SPAN)[:, None], tl.arange(0, SPAN)[None, :]
-        hadamard = (1.0 - 2.0 * odd_bits(row & column).to(tl.float32)) * SPAN**-0.5
+        matrix = (1.0 - 2.0 * odd_bits(row & column).to(tl.float32)) * SPAN**-0.5
         spans = acc.reshape([acc.shape[0] * (acc.shape[1] // SPAN), SPAN])
         high = (spans.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
-        product = tl.dot(high, hadamard, input_precision="tf32")
-        product = tl.dot(spans - high, hadamard, product, input_precision="tf32")
+        product = tl.dot(high, matrix, input_precision="tf32")
+        product = tl.dot(spans - high, matrix, product, input_precision="tf32")
         acc = product.reshape(acc.shape) * rotation_signs(tl.arange(0, acc.shape[1]))[None, :]
     return acc
-
-
-@triton.jit
-def load_v(section, tokens, channels, length, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """The V codes of a page, [tokens, channels]. section: pointer to them; tokens: 0 to PAGE - 1 in the order of V.
-
-    MASKED: codes from token `length` of the page on become 0. An earlier owner of the memory may have left a NaN there, and
-    0 * NaN would reach every row.
-    """
-    pointers = section + channels[None, :] * PAGE + tl.arange(0, PAGE)[:, None]
-    if channels.shape[0] == HEAD_DIM:
-        v = tl.load(pointers)
-    else:
-        v = tl.load(pointers, mask=(channels < HEAD_DIM)[None, :], other=0.0)
-    if MASKED:  # a select: a mask on the load would split it into single bytes
-        filled = (tokens < length)[:, None]
-        v = tl.where(filled, v.to(tl.uint8, bitcast=True), 0).to(tl.uint8).to(v.dtype, bitcast=True)
-    return v
 
 
 @triton.jit
@@ -370,17 +310,19 @@ def attend_page(
     page_offset: int64, bytes from the start of the cache. length: tokens of the page that are filled. first_visible,
     last_visible: int [rows], tokens of the page that a row sees. FP8: see `device.fp8_path`.
     """
-    tokens = v_token(tl.arange(0, PAGE))  # every column of this tile is in the order of V
+    place = tl.arange(0, PAGE)
+    if FP8 == "half":
+        place = half_order(place)
+    tokens = v_token(place)  # every column of this tile is in the order of V
     SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE, V_BITS) // 4
-    k_channels = tl.arange(0, q.low.shape[1])
     k_scale = tl.load(cache_f32 + page_offset // 4 + SCALES + tokens)
     if K_BITS == 8:
-        k = load_k(cache_i8 + page_offset, tokens, k_channels, HEAD_DIM, HEAD_DIM)
+        k = load_k(cache_i8 + page_offset, tokens, tl.arange(0, q.low.shape[1]), HEAD_DIM, HEAD_DIM)
         codes = tl.dot(q.low, k, out_dtype=tl.int32)
         if SMOOTH_Q:
             mean_codes = tl.dot(q.mean_low, k, out_dtype=tl.int32)
     else:
-        k_low, k_high = load_int4_k(cache_i8 + page_offset, tokens, k_channels, PAGE, HEAD_DIM, V_BITS)
+        k_low, k_high = load_int4_k(cache_i8 + page_offset, tokens, q.low.shape[1], PAGE, HEAD_DIM, V_BITS)
         codes = tl.dot(q.high, k_high, tl.dot(q.low, k_low, out_dtype=tl.int32), out_dtype=tl.int32)
         if SMOOTH_Q:
             mean_codes = tl.dot(q.mean_high, k_high, tl.dot(q.mean_low, k_low, out_dtype=tl.int32), out_dtype=tl.int32)
@@ -412,28 +354,27 @@ def attend_page(
 
     channels = tl.arange(0, state.acc.shape[1])
     V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE, V_BITS)
-    if V_BITS == 8:
-        v = load_v(cache_v + page_offset + V_OFFSET, tokens, channels, length, PAGE, HEAD_DIM, MASKED)
-    else:
-        v_section = (cache_i8 + page_offset + V_OFFSET).to(tl.pointer_type(tl.uint8))
-        v = load_v_int4(v_section, channels, PAGE, HEAD_DIM)
-        if FP8 != "half":
-            v = v.to(tl.float8e4nv, bitcast=True)
+    decay = tl.exp2(state.m_ref - finite)
     if FP8 == "half":
+        words = (cache_i8 + page_offset + V_OFFSET).to(tl.pointer_type(tl.int32))
+        v = halves_of(load_v_words(words, channels, PAGE, HEAD_DIM, V_BITS))
         p_codes = p.to(tl.float16)
-        pv = tl.dot(p_codes, e4m3_bits_to_half(v)) * 256.0
+        acc = tl.dot(p_codes, v, state.acc * decay[:, None])
     else:
+        if V_BITS == 8:
+            v = load_v(cache_v + page_offset + V_OFFSET, tokens, channels, length, PAGE, HEAD_DIM, MASKED)
+        else:
+            words = (cache_i8 + page_offset + V_OFFSET).to(tl.pointer_type(tl.int32))
+            v = bytes_of(load_v_words(words, channels, PAGE, HEAD_DIM, V_BITS)).to(tl.float8e4nv, bitcast=True)
         if FP8 == "native":
             p_codes = p.to(tl.float8e4nv)
         else:
             p_codes = to_e4m3_bits(p).to(tl.float8e4nv, bitcast=True)
-        pv = tl.dot(p_codes, v)
+        # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator, and pages add up in float32
+        # (SageAttention2, section 3.4).
+        acc = state.acc * decay[:, None] + tl.dot(p_codes, v)
     row_sum = tl.sum(p_codes.to(tl.float32) * v_inverse[None, :], 1)
-
-    # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator, and pages add up in float32
-    # (SageAttention2, section 3.4). Rescaling acc to the new reference is the same FMA, at no extra cost.
-    decay = tl.exp2(state.m_ref - finite)
-    return SoftmaxState(state.acc * decay[:, None] + pv, state.l_i * decay + row_sum, m_ref, m_i)
+    return SoftmaxState(acc, state.l_i * decay + row_sum, m_ref, m_i)
 
 
 @triton.jit

@@ -20,8 +20,8 @@ from sage_kernels.portable.primitives import (
     attend_page,
     quantize_terms,
     rope_pairs,
-    rotate_back,
     rotate_values_back,
+    turn_back,
 )
 
 
@@ -50,6 +50,13 @@ def load_query(query, rows, token_stride, head_stride, channels, limit):
     """A query tile as float32 [rows, channels]. Channels from `limit` on and invalid rows are 0. rows: QueryRows."""
     pointers = query + (rows.token.to(tl.int64) * token_stride + rows.head * head_stride)[:, None] + channels[None, :]
     return tl.load(pointers, mask=rows.valid[:, None] & (channels < limit)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def take_channels(q, channels):
+    """Query rows [rows, n] with these of their channels, int32 [n]. Loading them so would scatter rows, and leave them in an
+    order in which the tensor cores' operands cannot be read in whole words."""
+    return tl.gather(q, tl.broadcast_to(channels[None, :], q.shape), 1)
 
 
 @triton.jit
@@ -86,6 +93,9 @@ def quantize_query(
     if K_BITS == 8:
         channels = tl.arange(0, BLOCK_D)
         q = load_query(query, rows, token_stride, head_stride, channels, HEAD_DIM)
+        if ORDER:  # of wide pages (`widen`), whose heads have a power of two of channels
+            channels = tl.load(order + channels % HALF) + channels // HALF * HALF
+            q = take_channels(q, channels)
         if SHIFT:
             low_half = channels < HALF
             angle = tl.where(low_half, channels, channels - HALF)
@@ -96,24 +106,23 @@ def quantize_query(
             q = q * cos[None, :] + other * tl.where(low_half, sin, -sin)[None, :]
         product = _times_anchor(q, k_anchor, channels, HEAD_DIM, K_ANCHOR)
         q = equalize(q, equalizer, channels, HEAD_DIM, EQUALIZE)
-        low_codes, q_scale, mean_low, mean_scale = quantize_terms(q, rows.valid, scale, SMOOTH_Q)
-        high_codes, mean_high = low_codes, mean_low
+        low = q
+        high = q
     else:
         pair = rope_pairs(order, BLOCK_D, HALF, ORDER)
-        low = load_query(query, rows, token_stride, head_stride, pair, HALF)
-        high = load_query(query + HALF, rows, token_stride, head_stride, pair, HALF)
+        half = tl.arange(0, BLOCK_D // 2)
+        low = load_query(query, rows, token_stride, head_stride, half, HALF)
+        high = load_query(query + HALF, rows, token_stride, head_stride, half, HALF)
+        if ORDER:
+            low, high = take_channels(low, pair), take_channels(high, pair)
         if SHIFT:
-            low, high = rotate_back(low, high, (shift + pair)[None, :], (pair < HALF)[None, :], HALF)
+            low, high = turn_back(low, high, (shift + pair)[None, :], (pair < HALF)[None, :], HALF)
         product = _times_anchor(low, k_anchor, pair, HALF, K_ANCHOR)
         product += _times_anchor(high, k_anchor + HALF, pair, HALF, K_ANCHOR)
         low = equalize(low, equalizer, pair, HALF, EQUALIZE)
         high = equalize(high, equalizer + HALF, pair, HALF, EQUALIZE)
-        # Both halves have one scale, so they are quantized as one row.
-        both = tl.reshape(tl.join(low, high), [low.shape[0], BLOCK_D])
-        codes, q_scale, mean_codes, mean_scale = quantize_terms(both, rows.valid, scale, SMOOTH_Q)
-        low_codes, high_codes = tl.split(tl.reshape(codes, [low.shape[0], BLOCK_D // 2, 2]))
-        mean_low, mean_high = tl.split(tl.reshape(mean_codes, [low.shape[0], BLOCK_D // 2, 2]))
-    return QuantizedQuery(low_codes, high_codes, q_scale, mean_low, mean_high, mean_scale, product * (scale * LOG2E))
+    low, high, q_scale, mean_low, mean_high, mean_scale = quantize_terms(low, high, rows.valid, scale, SMOOTH_Q)
+    return QuantizedQuery(low, high, q_scale, mean_low, mean_high, mean_scale, product * (scale * LOG2E))
 
 
 @triton.jit
@@ -160,7 +169,10 @@ def attend_pages(
                 first_visible, last_visible, soft_cap,
                 HEAD_DIM, K_BITS, V_BITS, PAGE, masked == 1, SOFT_CAP, FP8, SHIFT, SMOOTH_Q,
             )  # fmt: skip
-    acc = rotate_values_back(state.acc, HEAD_DIM, V_BITS)
+    acc = state.acc
+    if FP8 == "half":
+        acc *= 256.0  # see `halves_of`
+    acc = rotate_values_back(acc, HEAD_DIM, V_BITS)
     return SoftmaxState(acc, state.l_i, state.m_ref, state.m_i), q_bias
 
 
@@ -193,6 +205,7 @@ def shift_tensors(shift: RopeShift | None, unused: torch.Tensor) -> tuple[torch.
 
 
 def cache_views(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The cache as int8 keys, as values in the type that the device multiplies (`device.fp8_path`), and as float32 scales."""
+    """The cache as int8 keys, as e4m3 values, and as float32 scales. Devices without e4m3 (`device.fp8_path`) read values as
+    32-bit words, and get uint8 for them."""
     v_type = torch.uint8 if fp8_path(pages.device) == "half" else torch.float8_e4m3fn
     return pages.view(torch.int8), pages.view(v_type), pages.view(torch.float32)

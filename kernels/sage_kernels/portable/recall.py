@@ -15,16 +15,8 @@ import triton.language as tl
 from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration, PagedBatch, RopeShift
 from sage_kernels.device import dependent_launch
 from sage_kernels.page_cache import PageCache, summaries_of
-from sage_kernels.portable.primitives import (
-    TABLES,
-    await_previous_kernel,
-    find_request,
-    load_int4_k,
-    load_k,
-    rope_pairs,
-    rotate_back,
-    section_offset,
-)
+from sage_kernels.portable.codes import load_int4_k, load_k, section_offset
+from sage_kernels.portable.primitives import TABLES, await_previous_kernel, find_request, rope_pairs, turn_back
 from sage_kernels.portable.query_tile import calibration_tensors, tensor_or
 from sage_kernels.reference import REACH as _REACH
 from sage_kernels.reference import SCORE_BITS as _SCORE_BITS
@@ -72,7 +64,7 @@ def _summary_kernel(
         low = load_k(cache_i8 + offset, tokens, half, HEAD_DIM, HALF).to(tl.float32) * scale
         high = load_k(cache_i8 + offset + HALF, tokens, half, HEAD_DIM, HALF).to(tl.float32) * scale
     else:
-        low, high = load_int4_k(cache_i8 + offset, tokens, half, PAGE, HEAD_DIM, V_BITS)
+        low, high = load_int4_k(cache_i8 + offset, tokens, BLOCK_D // 2, PAGE, HEAD_DIM, V_BITS)
         low = low.to(tl.float32) * scale
         high = high.to(tl.float32) * scale
     if EQUALIZE:
@@ -82,7 +74,7 @@ def _summary_kernel(
         if K_ANCHOR:
             low += tl.load(k_anchor + head * HEAD_DIM + pair, mask=inside, other=0.0)[:, None]
             high += tl.load(k_anchor + head * HEAD_DIM + HALF + pair, mask=inside, other=0.0)[:, None]
-        low, high = rotate_back(low, high, (shift_table + page * HEAD_DIM + pair)[:, None], inside[:, None], HALF)
+        low, high = turn_back(low, high, (shift_table + page * HEAD_DIM + pair)[:, None], inside[:, None], HALF)
     center = summaries + block * summary_stride + head.to(tl.int64) * summary_head_stride + pair
     tl.store(center, (tl.sum(low, 1) / PAGE).to(tl.float16), mask=inside)
     tl.store(center + HALF, (tl.sum(high, 1) / PAGE).to(tl.float16), mask=inside)
@@ -126,65 +118,65 @@ def _locate(
         request, index = row, 0
     start = tl.load(query_start_loc + request)
     length = tl.load(seq_lens + request)
-    begin = length - (tl.load(query_start_loc + request + 1) - start)
-    low, high = begin, length
+    first_query = length - (tl.load(query_start_loc + request + 1) - start)
+    begin, end = first_query, length
     if QUERY_BLOCK > 0:
-        block = begin // QUERY_BLOCK + index
-        low = tl.minimum(tl.maximum(block * QUERY_BLOCK, begin), length)
-        high = tl.maximum(tl.minimum((block + 1) * QUERY_BLOCK, length), low)
-    return request, low, high, tl.maximum(low - LOCAL + 1, 0) // PAGE, start + low - begin
+        block = first_query // QUERY_BLOCK + index
+        begin = tl.minimum(tl.maximum(block * QUERY_BLOCK, first_query), length)
+        end = tl.maximum(tl.minimum((block + 1) * QUERY_BLOCK, length), begin)
+    return request, begin, end, tl.maximum(begin - LOCAL + 1, 0) // PAGE, start + begin - first_query
 
 
 @triton.jit
 def _fold(
-    query, shift_table, low, high, start, head, q_token_stride, q_head_stride,
+    query, shift_table, begin, end, start, head, q_token_stride, q_head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr, LOCAL: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Means over the queries of a block, at positions low to high and from token `start` on: of the two halves of the head, and
-    of their squares. Four float32 [channels of a half]."""
+    """Means over the queries of a block, at positions from begin to before end and from token `start` on: of the two halves of
+    the head, and of their squares. Four float32 [channels of a half]."""
     HALF: tl.constexpr = HEAD_DIM // 2
     half = tl.arange(0, BLOCK_D // 2)
     inside = (half < HALF)[None, :]
     zeros = tl.zeros([BLOCK_T * BLOCK_G, BLOCK_D // 2], tl.float32)
     low_sum, high_sum, low_squares, high_squares = zeros, zeros, zeros, zeros
     rows = tl.arange(0, BLOCK_T * BLOCK_G)
-    for first in range(low, high, BLOCK_T):
+    for first in range(begin, end, BLOCK_T):
         token = first + rows // BLOCK_G
         member = rows % BLOCK_G
-        valid = (token < high) & (member < GROUP)
-        source = (start + token - low).to(tl.int64) * q_token_stride + (head * GROUP + member) * q_head_stride
+        valid = (token < end) & (member < GROUP)
+        source = (start + token - begin).to(tl.int64) * q_token_stride + (head * GROUP + member) * q_head_stride
         pointers = query + source[:, None] + half[None, :]
         mask = valid[:, None] & inside
         q_low = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         q_high = tl.load(pointers + HALF, mask=mask, other=0.0).to(tl.float32)
         if SHIFT:
             nearer = tl.maximum(token // PAGE - LOCAL // PAGE - 1, 0)
-            q_low, q_high = rotate_back(q_low, q_high, shift_table + nearer[:, None] * HEAD_DIM + half[None, :], mask, HALF)
+            q_low, q_high = turn_back(q_low, q_high, shift_table + nearer[:, None] * HEAD_DIM + half[None, :], mask, HALF)
         low_sum += q_low
         low_squares += q_low * q_low
         high_sum += q_high
         high_squares += q_high * q_high
-    share = 1.0 / (tl.maximum(high - low, 1) * GROUP)  # query blocks of no request get here too
+    share = 1.0 / (tl.maximum(end - begin, 1) * GROUP)  # query blocks of no request get here too
     return (
         tl.sum(low_sum, 0) * share, tl.sum(high_sum, 0) * share, tl.sum(low_squares, 0) * share, tl.sum(high_squares, 0) * share
     )  # fmt: skip
 
 
 @triton.jit
-def _store_row(row_starts, row_lens, row, rows, low, high, local, start, PAGE: tl.constexpr, FAR: tl.constexpr):
+def _store_row(row_starts, row_lens, row, rows, begin, end, local, start, PAGE: tl.constexpr, FAR: tl.constexpr):
     """Write the query_start_loc and the seq_len of a query block."""
     tl.store(row_starts + row, start)
-    tl.store(row_lens + row, tl.where(high > low, tl.minimum(local, FAR) * PAGE + high - local * PAGE, 0))
+    tl.store(row_lens + row, tl.where(end > begin, tl.minimum(local, FAR) * PAGE + end - local * PAGE, 0))
     if row == rows - 1:
-        tl.store(row_starts + row + 1, start + high - low)
+        tl.store(row_starts + row + 1, start + end - begin)
 
 
 @triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
 def _fold_kernel(
     query, folded, row_starts, row_lens, seq_lens, query_start_loc, shift_table, num_reqs, q_token_stride, q_head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     SHIFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, KV heads). folded: float32 [blocks, kv_heads, 2, HEAD_DIM], the means of a block's queries and of
@@ -193,13 +185,13 @@ def _fold_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0)
     head = tl.program_id(1)
-    _, low, high, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    _, begin, end, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
     if head == 0:
-        _store_row(row_starts, row_lens, row, tl.num_programs(0), low, high, local, start, PAGE, SINKS + TOPK)
-    if local <= SINKS + TOPK:
+        _store_row(row_starts, row_lens, row, tl.num_programs(0), begin, end, local, start, PAGE, SINK_PAGES + TOPK)
+    if local <= SINK_PAGES + TOPK:
         return
     low_mean, high_mean, low_squares, high_squares = _fold(
-        query, shift_table, low, high, start, head, q_token_stride, q_head_stride,
+        query, shift_table, begin, end, start, head, q_token_stride, q_head_stride,
         GROUP, BLOCK_G, HEAD_DIM, PAGE, BLOCK_D, BLOCK_T, LOCAL, SHIFT,
     )  # fmt: skip
     half = tl.arange(0, BLOCK_D // 2)
@@ -225,7 +217,7 @@ def _score_kernel(
     query, folded, scores, row_starts, row_lens, summaries, block_table, seq_lens, query_start_loc, shift_table, num_reqs,
     width, q_token_stride, q_head_stride, table_stride, summary_stride, summary_head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr,
+    BLOCK_T: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Grid: (parts of a context, KV heads, query blocks). scores: float32 [blocks, kv_heads, width], of the pages behind the
@@ -239,11 +231,11 @@ def _score_kernel(
     part = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2)
-    request, low, high, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    request, begin, end, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
     if QUERY_BLOCK == 0 and part + head == 0:
-        _store_row(row_starts, row_lens, row, tl.num_programs(2), low, high, local, start, PAGE, SINKS + TOPK)
-    page = SINKS + part * PART + tl.arange(0, PART)
-    if local <= SINKS + TOPK or SINKS + part * PART >= local:
+        _store_row(row_starts, row_lens, row, tl.num_programs(2), begin, end, local, start, PAGE, SINK_PAGES + TOPK)
+    page = SINK_PAGES + part * PART + tl.arange(0, PART)
+    if local <= SINK_PAGES + TOPK or SINK_PAGES + part * PART >= local:
         return
     valid = page < local
     blocks = tl.load(block_table + request.to(tl.int64) * table_stride + page, mask=valid, other=0).to(tl.int64)
@@ -251,7 +243,7 @@ def _score_kernel(
     half = tl.arange(0, BLOCK_D // 2)
     if QUERY_BLOCK == 0:
         low_mean, high_mean, low_squares, high_squares = _fold(
-            query, shift_table, low, high, start, head, q_token_stride, q_head_stride,
+            query, shift_table, begin, end, start, head, q_token_stride, q_head_stride,
             GROUP, BLOCK_G, HEAD_DIM, PAGE, BLOCK_D, BLOCK_T, LOCAL, SHIFT,
         )  # fmt: skip
     else:
@@ -263,7 +255,7 @@ def _score_kernel(
     low_product, low_extent = _score_half(summary, valid, low_mean, low_squares, half, HALF, HEAD_DIM)
     high_product, high_extent = _score_half(summary + HALF, valid, high_mean, high_squares, half, HALF, HEAD_DIM)
     score = low_product + high_product + REACH * tl.sqrt(low_extent + high_extent)
-    tl.store(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page - SINKS, score, mask=valid)
+    tl.store(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page - SINK_PAGES, score, mask=valid)
 
 
 @triton.jit
@@ -298,7 +290,7 @@ def _top_k(score, valid, TOPK: tl.constexpr):
 @triton.jit(do_not_specialize=["num_reqs", "width", "finalists"], do_not_specialize_on_alignment=TABLES)
 def _finalists_kernel(
     scores, best, best_pages, seq_lens, query_start_loc, num_reqs, width, finalists,
-    PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (chunks of a context, KV heads, query blocks). best, best_pages: float32 and int32 [blocks, kv_heads, finalists],
@@ -308,9 +300,9 @@ def _finalists_kernel(
     row = tl.program_id(2)
     _, _, _, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
     page = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    if local <= SINKS + TOPK or SINKS + tl.program_id(0) * CHUNK >= local:
+    if local <= SINK_PAGES + TOPK or SINK_PAGES + tl.program_id(0) * CHUNK >= local:
         return
-    valid = page < local - SINKS
+    valid = page < local - SINK_PAGES
     score = tl.load(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page, mask=valid, other=0.0)
     chosen, place = _top_k(score, valid, TOPK)
     target = (row * tl.num_programs(1) + head).to(tl.int64) * finalists + tl.program_id(0) * TOPK + place
@@ -321,7 +313,7 @@ def _finalists_kernel(
 @triton.jit(do_not_specialize=["num_reqs", "width", "list_width"], do_not_specialize_on_alignment=TABLES)
 def _list_kernel(
     scores, scored_pages, lists, shifts, block_table, seq_lens, query_start_loc, num_reqs, width, list_width, table_stride,
-    PAGE: tl.constexpr, SINKS: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     TRAINED: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, KV heads). scores: float32 [blocks, kv_heads, width], of all pages behind the sinks, or, with a
@@ -330,17 +322,17 @@ def _list_kernel(
     await_previous_kernel(PDL)
     row = tl.program_id(0)
     head = tl.program_id(1)
-    request, low, high, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    request, begin, end, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
     target = (row * tl.num_programs(1) + head).to(tl.int64) * list_width
     table = block_table + request.to(tl.int64) * table_stride
-    far = tl.minimum(local, SINKS + TOPK)
-    pages = tl.where(high > low, far + tl.cdiv(high, PAGE) - local, 0)
-    choosing = local > SINKS + TOPK
-    shifting = (TRAINED > 0) & (high > TRAINED)
+    far = tl.minimum(local, SINK_PAGES + TOPK)
+    pages = tl.where(end > begin, far + tl.cdiv(end, PAGE) - local, 0)
+    choosing = local > SINK_PAGES + TOPK
+    shifting = (TRAINED > 0) & (end > TRAINED)
     for first in range(0, list_width, BLOCK):
         entry = first + tl.arange(0, BLOCK)
         page = tl.where(entry < far, entry, local + entry - far)
-        write = (entry < list_width) & ~(choosing & (entry >= SINKS) & (entry < far))
+        write = (entry < list_width) & ~(choosing & (entry >= SINK_PAGES) & (entry < far))
         tl.store(lists + target + entry, tl.load(table + page, mask=entry < pages, other=0), mask=write)
         if TRAINED > 0:
             tl.store(shifts + target + entry, tl.where(shifting & (entry < far), local - 1 - page, 0), mask=write)
@@ -348,14 +340,14 @@ def _list_kernel(
         candidate = tl.arange(0, CANDIDATES)
         source = (row * tl.num_programs(1) + head).to(tl.int64) * width + candidate
         if CHUNK > 0:
-            valid = candidate % TOPK < local - SINKS - candidate // TOPK * CHUNK
+            valid = candidate % TOPK < local - SINK_PAGES - candidate // TOPK * CHUNK
         else:
-            valid = candidate < local - SINKS
+            valid = candidate < local - SINK_PAGES
         chosen, place = _top_k(tl.load(scores + source, mask=valid, other=0.0), valid, TOPK)
-        page = SINKS + candidate
+        page = SINK_PAGES + candidate
         if CHUNK > 0:
-            page = SINKS + tl.load(scored_pages + source, mask=chosen, other=0)
-        entry = target + SINKS + place
+            page = SINK_PAGES + tl.load(scored_pages + source, mask=chosen, other=0)
+        entry = target + SINK_PAGES + place
         tl.store(lists + entry, tl.load(table + page, mask=chosen, other=0), mask=chosen)
         if TRAINED > 0:
             tl.store(shifts + entry, tl.where(shifting, local - 1 - page, 0), mask=chosen)
@@ -380,12 +372,12 @@ def select_pages(
     lists = torch.empty(blocks, kv_heads, list_width, dtype=torch.int32, device=device)
     shift = None if shift_table is None else RopeShift(torch.empty_like(lists), shift_table)
     row_lens, row_starts = (torch.empty(n, dtype=torch.int32, device=device) for n in (blocks, blocks + 1))
-    policy = {
-        "PAGE": layout.tokens, "SINKS": memory.sink_pages(layout.tokens), "LOCAL": memory.local_tokens,
+    constants = {
+        "PAGE": layout.tokens, "SINK_PAGES": memory.sink_pages(layout.tokens), "LOCAL": memory.local_tokens,
         "TOPK": memory.topk_pages, "QUERY_BLOCK": query_block, **dependent_launch(device),
     }  # fmt: skip
     summaries = summaries_of(pages, layout, cache)
-    scores = _scores(query, summaries, layout, batch, row_starts, row_lens, candidates, shift_table, query_block, policy)
+    scores = _scores(query, summaries, layout, batch, row_starts, row_lens, candidates, shift_table, query_block, constants)
     scored_pages, chunk = lists, 0
     if candidates > _CHUNK_PAGES:
         every, chunk = scores, _CHUNK_PAGES
@@ -395,14 +387,14 @@ def select_pages(
         scored_pages = lists.new_empty(blocks, kv_heads, finalists)
         _finalists_kernel[(chunks, kv_heads, blocks)](
             every, scores, scored_pages, batch.seq_lens, batch.query_start_loc, requests, candidates, finalists,
-            CHUNK=chunk, num_warps=4, **policy,
+            CHUNK=chunk, num_warps=4, **constants,
         )  # fmt: skip
         candidates = finalists
     _list_kernel[(blocks, kv_heads)](
         scores, scored_pages, lists, lists if shift is None else shift.pages, batch.block_table, batch.seq_lens,
         batch.query_start_loc, requests, candidates, list_width, batch.block_table.stride(0),
         TRAINED=0 if shift is None else memory.trained_tokens, CANDIDATES=triton.next_power_of_2(candidates), CHUNK=chunk,
-        BLOCK=64, num_warps=4, **policy,
+        BLOCK=64, num_warps=4, **constants,
     )  # fmt: skip
     return replace(batch, block_table=lists, seq_lens=row_lens, query_start_loc=row_starts, rope_shift=shift)
 
@@ -417,7 +409,7 @@ def _scores(
     candidates: int,
     shift_table: torch.Tensor | None,
     query_block: int,
-    policy: dict[str, int | bool],
+    constants: dict[str, int | bool],
 ) -> torch.Tensor:
     """Score the pages behind the sinks, float32 [blocks, kv_heads, candidates], and write row_starts and row_lens on the
     way."""
@@ -436,12 +428,12 @@ def _scores(
         folded = scores.new_empty(blocks, kv_heads, 2, layout.head_dim)
         _fold_kernel[(blocks, kv_heads)](
             query, folded, row_starts, row_lens, batch.seq_lens, batch.query_start_loc, table_or_any, batch.num_requests,
-            query.stride(0), query.stride(1), num_warps=4, **of_queries, **policy,
+            query.stride(0), query.stride(1), num_warps=4, **of_queries, **constants,
         )  # fmt: skip
     _score_kernel[(triton.cdiv(candidates, _PART_PAGES), kv_heads, blocks)](
         query, folded, scores, row_starts, row_lens, summaries, batch.block_table, batch.seq_lens,
         batch.query_start_loc, table_or_any, batch.num_requests, candidates, query.stride(0), query.stride(1),
         batch.block_table.stride(0), summaries.stride(0), summaries.stride(1),
-        PART=_PART_PAGES, num_warps=8, **of_queries, **policy,
+        PART=_PART_PAGES, num_warps=8, **of_queries, **constants,
     )  # fmt: skip
     return scores

@@ -8,8 +8,8 @@ import triton.language as tl
 from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration
 from sage_kernels.device import dependent_launch, fp8_path
 from sage_kernels.page_cache import PageCache
+from sage_kernels.portable.codes import GROUP_BYTES, section_offset
 from sage_kernels.portable.primitives import (
-    GROUP_BYTES,
     NO_FRACTION,
     V_INT4_INVERSE,
     V_INT4_LEAST,
@@ -25,7 +25,6 @@ from sage_kernels.portable.primitives import (
     rope_pairs,
     rotation_signs,
     rotation_span,
-    section_offset,
     to_e4m3_bits,
     to_int,
     to_whole,

@@ -3,27 +3,25 @@
 
 INT4 keys stand for INT8 codes (`reference.unpack_int4`) and 4-bit values for e4m3 codes (`reference.v_levels`), so attention to
 either page gives the same result, bit for bit. Values stay rotated, and so is the output: `rotate_output_back` ends that.
-Prefill reads each page of the history once for every 128 query rows; widening it once before costs a fraction of that.
+Prefill reads each page of the history once for every 64 or 128 query rows; widening it once before costs a fraction of that.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.batch import PagedBatch
-from sage_kernels.portable.primitives import (
-    GROUP_BYTES,
-    TABLE_STRIDES,
-    TABLES,
-    hadamard,
-    rotation_signs,
-    rotation_span,
-    section_offset,
-    v_exponent_in_scale,
-)
+from sage_kernels.batch import Modifiers, PagedBatch
+from sage_kernels.portable.codes import GROUP_BYTES, section_offset, v_exponent_in_scale, widen_k_int4, widen_v_int4
+from sage_kernels.portable.primitives import TABLE_STRIDES, TABLES, hadamard, rotation_signs, rotation_span
+from sage_kernels.reference import rotate_values
 from sage_paged import PageLayout
+
+SCRATCH = 512 << 20
+"""Bytes of wide pages that pages of 4-bit codes are widened to at a time. One KV head of one request may take more."""
 
 
 @triton.jit
@@ -38,24 +36,22 @@ def _widen_keys(
     else:
         K_ROW: tl.constexpr = HEAD_DIM // 2
         GROUPS: tl.constexpr = K_ROW // GROUP_BYTES
-        # Four bytes at a time: with 128 added to zero points, no byte of zero + step * nibble carries into the next.
         tokens = tl.arange(0, PAGE)
         groups = tl.arange(0, GROUPS)
         in_group = groups[None, :, None] * (GROUP_BYTES // 4) + tl.arange(0, GROUP_BYTES // 4)[None, None, :]
         packed = tl.load(narrow_i32 + source // 4 + tokens[:, None, None] * (K_ROW // 4) + in_group)
         section = narrow_i8 + source + section_offset("k_groups", HEAD_DIM, 4, PAGE, V_BITS)
         steps = section + tokens[:, None] * 2 * GROUPS + groups[None, :]
-        step = tl.load(steps).to(tl.int32)[:, :, None]
-        zero = ((tl.load(steps + GROUPS).to(tl.int32) + 128) * 0x01010101)[:, :, None]
+        step = tl.load(steps)[:, :, None]
+        zero = tl.load(steps + GROUPS)[:, :, None]
         # The low nibbles of the first group, 0 in others.
         section = narrow_i32 + (source + section_offset("k_low", HEAD_DIM, 4, PAGE, V_BITS)) // 4
         in_first = groups[None, :, None] == 0
         first = tl.load(section + tokens[:, None, None] * (GROUP_BYTES // 4) + in_group, mask=in_first, other=0)
         k = wide_i32 + target // 4 + tokens[:, None, None] * (HEAD_DIM // 4) + in_group
-        low = (packed & 0x0F0F0F0F) * step + (first & 0x0F0F0F0F)
-        high = ((packed >> 4) & 0x0F0F0F0F) * step + ((first >> 4) & 0x0F0F0F0F)
-        tl.store(k, (low + zero) ^ -0x7F7F7F80)
-        tl.store(k + K_ROW // 4, (high + zero) ^ -0x7F7F7F80)
+        low, high = widen_k_int4(packed, first, step, zero)
+        tl.store(k, low)
+        tl.store(k + K_ROW // 4, high)
 
 
 @triton.jit
@@ -73,15 +69,8 @@ def _widen_values(
         row, tokens = tl.arange(0, HEAD_DIM // 2)[:, None], tl.arange(0, PAGE // 4)[None, :]
         packed = tl.load(v + row * (PAGE // 4) + tokens)
         wide_v += row * (2 * PAGE // 4) + tokens
-        tl.store(wide_v, _four_values(packed))
-        tl.store(wide_v + PAGE // 4, _four_values(packed >> 4))
-
-
-@triton.jit
-def _four_values(packed):
-    """The low nibbles of four bytes as e4m3 codes (`primitives.widen_v_int4`)."""
-    magnitude = packed & 0x07070707
-    return ((packed & 0x08080808) << 4) | (magnitude * 3 + ((magnitude >> 2) & 0x01010101) + 0x01010101)
+        tl.store(wide_v, widen_v_int4(packed))
+        tl.store(wide_v + PAGE // 4, widen_v_int4(packed >> 4))
 
 
 @triton.jit(do_not_specialize=["pages", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
@@ -163,3 +152,61 @@ def rotate_output_back(out: torch.Tensor, batch: PagedBatch) -> None:
         out, batch.query_start_loc, batch.num_requests, out.stride(0), out.stride(1), HEAD_DIM=head_dim, BLOCK_T=16,
         num_warps=4,
     )  # fmt: skip
+
+
+@functools.cache
+def _rotation(head_dim: int, device: torch.device) -> torch.Tensor:
+    """`reference.rotate_values` as a matrix, float32 [head_dim, head_dim], from the right."""
+    return rotate_values(torch.eye(head_dim)).to(device)
+
+
+def _even_part(count: int, most: int) -> int:
+    """The largest of the parts, each at most max(1, most), into which `count` is divided as evenly as possible."""
+    return -(-count // -(-count // max(1, most)))
+
+
+def widens(layout: PageLayout) -> bool:
+    """Whether `attend_wide_pages` widens pages of this layout."""
+    return min(layout.k_bits, layout.v_bits) == 4 and layout.head_dim & (layout.head_dim - 1) == 0
+
+
+def attend_wide_pages(
+    launch: Callable[..., None],
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    batch: PagedBatch,
+    scale: float,
+    out: torch.Tensor,
+    modifiers: Modifiers,
+) -> None:
+    """Attention of a batch without a rope_shift by `launch`, to pages that are widened first if `widens(layout)` holds, SCRATCH
+    bytes at a time.
+
+    launch: a function with these arguments and, at the end, the calibration to use in place of modifiers.calibration. It
+    finds wide keys in the order of the calibration.
+    """
+    if not widens(layout):
+        launch(query, pages, layout, batch, scale, out, modifiers, modifiers.calibration_for(batch, layout.k_bits))
+        return
+    requests, kv_heads, group = batch.num_requests, pages.shape[1], query.shape[1] // pages.shape[1]
+    longest = min(batch.max_seq_len or 1 << 31, batch.block_table.shape[-1] * layout.tokens)
+    context_bytes = -(-longest // layout.tokens) * PageLayout(layout.head_dim, 8, layout.tokens).page_bytes
+    contexts = max(1, SCRATCH // context_bytes)  # of one KV head, that fit into the scratch memory
+    # Even parts: a small last one would leave most multiprocessors idle for as long as a large one takes.
+    heads_at_once = _even_part(kv_heads, contexts // requests)
+    requests_at_once = _even_part(requests, contexts // heads_at_once)
+    for head in range(0, kv_heads, heads_at_once):
+        kv, own = slice(head, head + heads_at_once), slice(head * group, (head + heads_at_once) * group)
+        for request in range(0, requests, requests_at_once):
+            part = batch.requests(request, min(request + requests_at_once, requests))
+            if part.block_table.dim() == 3:
+                part = replace(part, block_table=part.block_table[:, kv])
+            wide, wide_layout, part = widen(pages[:, kv], layout, part, longest, modifiers.window)
+            of_heads = modifiers.heads(kv, group)
+            calibration = of_heads.calibration_for(part, layout.k_bits)
+            if layout.v_bits == 4 and calibration.v_anchor is not None:  # it joins an output that is still rotated
+                calibration = replace(calibration, v_anchor=calibration.v_anchor @ _rotation(layout.head_dim, query.device))
+            launch(query[:, own], wide, wide_layout, part, scale, out[:, own], of_heads, calibration)
+            if layout.v_bits == 4:
+                rotate_output_back(out[:, own], part)

@@ -4,7 +4,7 @@
 Kernels are tested against it. It runs on the CPU; speed does not matter here.
 """
 
-from sage_kernels.reference.attention import attention, exact_attention, rope_shift_table, rotate_back, visible_keys
+from sage_kernels.reference.attention import attention, exact_attention, rope_shift_table, turn_back, visible_keys
 from sage_kernels.reference.page_cache import EVICTION_WINDOW, MAX_AGE, fetch_pages
 from sage_kernels.reference.pages import key_codes, load, prepare_keys, prepare_queries, restore_keys, store
 from sage_kernels.reference.quantize import (
@@ -46,7 +46,7 @@ __all__ = [
     "V_EIGHTHS", "V_INT4_INVERSE", "V_INT4_LEAST", "V_SCALES", "V_SCALE_FINE", "QueryTerms", "attention",
     "code_product", "exact_attention", "fetch_pages", "fine_exponent", "key_codes", "load", "max_query_blocks",
     "pack_int4", "prepare_keys", "prepare_queries", "qk_product", "quantize_k", "quantize_p", "quantize_q",
-    "quantize_v", "quantize_v_int4", "query_terms", "restore_keys", "rope_shift_table", "rotate_back", "rotate_values",
+    "quantize_v", "quantize_v_int4", "query_terms", "restore_keys", "rope_shift_table", "rotate_values",
     "rotate_values_back", "rotation_signs", "rotation_span", "select_pages", "store", "store_summaries", "tile_rows",
-    "tile_tokens", "unpack_int4", "v_int4_level", "v_levels", "visible_keys",
+    "tile_tokens", "turn_back", "unpack_int4", "v_int4_level", "v_levels", "visible_keys",
 ]  # fmt: skip

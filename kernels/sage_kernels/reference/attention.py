@@ -51,7 +51,7 @@ def rope_shift_table(frequencies: torch.Tensor, max_pages: int, page_tokens: int
     return torch.cat([angles.cos(), angles.sin()], -1).float()
 
 
-def rotate_back(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def turn_back(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Rotate x, float32 [..., head_dim], toward the start of the context. shift: rows of a `rope_shift_table` [...,
     head_dim]."""
     (low, high), (cos, sin) = x.chunk(2, -1), shift.chunk(2, -1)
@@ -122,7 +122,7 @@ def _attend(
     logits, bias = qk_product(terms(q), k, k_scale), of_anchor(q)
     if shift is not None:
         for page, pages_back in enumerate(shift.pages[kv_head].tolist()):
-            rotated = rotate_back(q, shift.table[pages_back])
+            rotated = turn_back(q, shift.table[pages_back])
             own = slice(page * layout.tokens, (page + 1) * layout.tokens)
             logits[:, own] = qk_product(terms(rotated), k[own], k_scale[own]) + of_anchor(rotated) - bias
     if modifiers.soft_cap:

@@ -274,8 +274,11 @@ def quantize_v_int4(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (codes | (value < 0).long() << 3).int(), torch.where(amax.isfinite(), exponent, torch.nan)
 
 
-def quantize_p(logits: torch.Tensor, page_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round P to e4m3. logits: base-2, float32 [..., queries, tokens]; the first token is the first of a page.
+def quantize_p(
+    logits: torch.Tensor, page_tokens: int, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round P to e4m3, or to `dtype`: float16 on GPUs without FP8 (`device.fp8_path`). logits: base-2, float32 [..., queries,
+    tokens]; the first token is the first of a page.
 
     Returns the weights 2**(logits - m_ref) after rounding, float32 of the same shape, and m_ref, float32 [..., queries, 1],
     which is P_BITS below the row's largest logit m_i.
@@ -290,6 +293,6 @@ def quantize_p(logits: torch.Tensor, page_tokens: int) -> tuple[torch.Tensor, to
     page_max = paged.amax(-1, keepdim=True)
     m_i = page_max.amax(-2, keepdim=True)
     page_max = torch.maximum(page_max, m_i - FALL_BITS)
-    weights = (paged - (page_max - P_BITS)).exp2_().to(torch.float8_e4m3fn).float()
+    weights = (paged - (page_max - P_BITS)).exp2_().to(dtype).float()
     weights *= (page_max - m_i).exp2_()
     return weights.flatten(-2)[..., :tokens], m_i.squeeze(-1) - P_BITS

@@ -8,7 +8,7 @@ import torch
 
 from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration, PagedBatch, RopeShift
 from sage_kernels.page_cache import PageCache, summaries_of
-from sage_kernels.reference.attention import rotate_back
+from sage_kernels.reference.attention import turn_back
 from sage_kernels.reference.pages import key_codes, restore_keys
 from sage_paged import Memory, PageLayout
 
@@ -43,7 +43,7 @@ def store_summaries(
             if shift_table is None:
                 key = restore_keys(key, replace(calibration, k_anchor=None), layout)
             else:
-                key = rotate_back(restore_keys(key, calibration, layout), shift_table[page])
+                key = turn_back(restore_keys(key, calibration, layout), shift_table[page])
             summaries[block] = torch.stack([key.mean(1), (key.amax(1) - key.amin(1)) / 2], 1).half()
 
 
@@ -123,7 +123,7 @@ def _listed(
     if len(candidates) > memory.topk_pages:
         if shift_table is not None:
             nearer = (torch.arange(low, high) // tokens - memory.local_tokens // tokens - 1).clamp(min=0)
-            q = rotate_back(q, shift_table[nearer][:, None])
+            q = turn_back(q, shift_table[nearer][:, None])
         q = q.unflatten(1, (kv_heads, -1))
         center, radius = summaries[blocks[candidates]].float().unbind(2)  # [pages, kv_heads, head_dim]
         extent = (q.square().mean((0, 2)) * radius.square()).sum(-1).sqrt()
