@@ -16,7 +16,8 @@ from typing import Any
 
 def command_line(script: str, words: Sequence[str] | None = None) -> str:
     """The command as reports keep it, files without their folders. words: those of this process if None."""
-    return shlex.join([script, *(re.sub(r"(^|=)/.*/", r"\1", word) for word in words or sys.argv[1:])])
+    words = sys.argv[1:] if words is None else words
+    return shlex.join([script, *(re.sub(r"(^|=)/.*/", r"\1", word) for word in words)])
 
 
 def save(report: Mapping[str, Any], path: Path) -> None:

@@ -106,11 +106,7 @@ def prefill(
     Only rows query_start_loc[0] to query_start_loc[-1] are read and written. query and out need unit stride in head_dim only.
     Raises ValueError for a modifiers.q_block that is neither 0 nor the tokens of a tile.
     """
-    modifiers = modifiers or Modifiers()
-    if batch.rope_shift is None:
-        attend_wide_pages(_launch, query, pages, layout, batch, scale, out, modifiers)
-    else:  # has shifts of the pages as they are
-        _launch(query, pages, layout, batch, scale, out, modifiers, modifiers.calibration_for(batch, layout.k_bits))
+    attend_wide_pages(_launch, query, pages, layout, batch, scale, out, modifiers or Modifiers())
 
 
 def _launch(

@@ -180,13 +180,13 @@ def attend_wide_pages(
     out: torch.Tensor,
     modifiers: Modifiers,
 ) -> None:
-    """Attention of a batch without a rope_shift by `launch`, to pages that are widened first if `widens(layout)` holds, SCRATCH
-    bytes at a time.
+    """Attention by `launch`, to pages that are widened first if `widens(layout)` holds, SCRATCH bytes at a time. A batch with a
+    rope_shift, which is of the pages as they are, gets these.
 
     launch: a function with these arguments and, at the end, the calibration to use in place of modifiers.calibration. It
     finds wide keys in the order of the calibration.
     """
-    if not widens(layout):
+    if batch.rope_shift is not None or not widens(layout):
         launch(query, pages, layout, batch, scale, out, modifiers, modifiers.calibration_for(batch, layout.k_bits))
         return
     requests, kv_heads, group = batch.num_requests, pages.shape[1], query.shape[1] // pages.shape[1]
