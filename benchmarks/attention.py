@@ -708,7 +708,8 @@ def stand_in(capability: tuple[int, int]) -> None:
     actual = torch.cuda.get_device_capability
     torch.cuda.get_device_capability = lambda *_: capability
     try:
-        for ask in (device.fp8_path, device.is_hopper, device.dependent_launch):  # they remember the answer
+        # They remember the answer.
+        for ask in (device.fp8_path, device.is_hopper, device.multiplies_by_warp, device.dependent_launch):
             for name in ("cuda", "cuda:0"):
                 ask(torch.device(name))
     finally:

@@ -84,13 +84,13 @@ def smoothing_block(device: torch.device, layout: PageLayout, group: int) -> int
 
 
 def prefill_scratch_bytes(device: torch.device, layout: PageLayout, group: int, smooth_q: bool = False) -> int:
-    """Memory that `attend_prefill` allocates while it runs, in bytes, unless one KV head of one request needs more. Only 4-bit
-    codes need any, on a GPU (`portable.widen`)."""
+    """Memory that `attend_prefill` allocates while it runs, in bytes, unless one KV head of one request needs more. Only pages
+    that are widened need any, on a GPU (`portable.widen`)."""
     if choose_kernels(device, layout, group, smooth_q).prefill == "torch":
         return 0
     from sage_kernels.portable.widen import SCRATCH, widens
 
-    return SCRATCH if widens(layout) else 0
+    return SCRATCH if widens(layout, device) else 0
 
 
 def max_decode_rows() -> int:

@@ -28,6 +28,13 @@ def is_hopper(device: torch.device) -> bool:
 
 
 @functools.cache
+def multiplies_by_warp(device: torch.device) -> bool:
+    """Whether the compiler multiplies matrices by instructions of single warps (mma.sync). On sm_90 and sm_100 there are
+    others, of four warps and more."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (8, 12)
+
+
+@functools.cache
 def gluon_available() -> bool:
     """Whether Triton's Gluon can be imported. Logs a warning, once, where it cannot."""
     try:
@@ -60,9 +67,3 @@ def shared_memory(device: torch.device) -> int:
     import triton
 
     return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
-
-
-def pipeline_stages(device: torch.device, rows: int, channels: int, page_tokens: int) -> int:
-    """Pages that a program can have in flight, at most 3, next to `rows` query rows of `channels` (a power of two) in shared
-    memory."""
-    return max(1, min((shared_memory(device) - 2 * rows * channels) // (2 * page_tokens * channels), 3))

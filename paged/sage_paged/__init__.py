@@ -7,6 +7,7 @@ from sage_paged.layout import (
     K_BITS,
     MAX_V_INT4_DIM,
     PAGE_TOKENS,
+    SCRATCH_V_BITS,
     V_BITS,
     PageLayout,
     PageViews,
@@ -17,6 +18,6 @@ from sage_paged.layout import (
 from sage_paged.memory import Memory
 
 __all__ = [
-    "GROUP_BYTES", "HEAD_DIMS", "K_BITS", "MAX_V_INT4_DIM", "PAGE_TOKENS", "V_BITS", "Memory", "PageLayout",
+    "GROUP_BYTES", "HEAD_DIMS", "K_BITS", "MAX_V_INT4_DIM", "PAGE_TOKENS", "SCRATCH_V_BITS", "V_BITS", "Memory", "PageLayout",
     "PageViews", "section_offset", "v_position", "v_token",
 ]  # fmt: skip

@@ -46,6 +46,9 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256, 512)
 PAGE_TOKENS = (64, 128)
 K_BITS = (4, 8)
 V_BITS = (4, 8)
+SCRATCH_V_BITS = 16
+"""Bits of values in pages that kernels for GPUs without FP8 make for themselves (`sage_kernels.portable.widen`): float16, 2**-8
+times the code, tokens in their own order."""
 MAX_V_INT4_DIM = 256
 """The largest head size with 4-bit values. A larger query tile that is rotated back does not fit the registers of sm_100."""
 
@@ -121,7 +124,7 @@ class PageLayout:
             ("head_dim", self.head_dim, HEAD_DIMS),
             ("k_bits", self.k_bits, K_BITS),
             ("tokens", self.tokens, PAGE_TOKENS),
-            ("v_bits", self.v_bits, V_BITS),
+            ("v_bits", self.v_bits, (*V_BITS, SCRATCH_V_BITS)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value} is not supported; choose one of {', '.join(map(str, allowed))}")
@@ -198,7 +201,8 @@ class PageLayout:
 
         scale, narrow = ((self.tokens,), torch.float32), self.k_bits == 4
         groups = (self.tokens, 2, self.k_groups)
-        v_rows, v_type = (self.head_dim, torch.float8_e4m3fn) if self.v_bits == 8 else (self.head_dim // 2, torch.int8)
+        v_rows = self.head_dim if self.v_bits >= 8 else self.head_dim // 2
+        v_type = {4: torch.int8, 8: torch.float8_e4m3fn, SCRATCH_V_BITS: torch.float16}[self.v_bits]
         return PageViews(
             k=section(self.offset("k"), (self.tokens, self.k_row_bytes), torch.int8),
             v=section(self.offset("v"), (v_rows, self.tokens), v_type),

@@ -25,6 +25,7 @@ def imitate_device(capability: int) -> None:
 
     early = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
     device.fp8_path = lambda _: "native" if capability >= 89 else "half"  # type: ignore[assignment]
+    device.multiplies_by_warp = lambda _: capability < 90 or capability >= 120  # type: ignore[assignment]
     device.dependent_launch = lambda _: early  # type: ignore[assignment]
     device.shared_memory = lambda _: SHARED_KIB[capability] * 1024  # type: ignore[assignment]
 

@@ -68,18 +68,22 @@ def test_a_cpu_takes_torch(k_bits: int, smooth_q: bool) -> None:
 def test_kernels_of_a_gpu(
     hopper: bool, gluon: bool, reads: bool, smooth_q: bool, kernel: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of them widen INT4 pages, which takes scratch memory."""
+    """All of them widen INT4 pages, which takes scratch memory. Without FP8, the portable ones widen all pages."""
     from sage_kernels.hopper import decode, prefill
 
     monkeypatch.setattr(api, "is_hopper", lambda _: hopper)
     monkeypatch.setattr(api, "gluon_available", lambda: gluon)
     monkeypatch.setattr(api, "choose_kernels", api.choose_kernels.__wrapped__)
     monkeypatch.setattr(prefill, "supports", lambda *_: reads)
+    monkeypatch.setattr(widen, "fp8_path", lambda _: "native")
     arguments = GPU, PageLayout(128, 4), 4, smooth_q
     assert api.choose_kernels(*arguments) == KernelChoice(kernel, "hopper" if hopper and gluon else "portable", reason)
     assert api.prefill_scratch_bytes(*arguments) == widen.SCRATCH
     assert api.prefill_scratch_bytes(GPU, PageLayout(128, 8), 4, smooth_q) == 0
     assert api.prefill_scratch_bytes(GPU, PageLayout(80, 4), 4, smooth_q) == 0  # widened where they are read
+    monkeypatch.setattr(widen, "fp8_path", lambda _: "half")
+    assert api.prefill_scratch_bytes(GPU, PageLayout(128, 8), 4, smooth_q) == widen.SCRATCH
+    assert api.prefill_scratch_bytes(GPU, PageLayout(256, 8), 4, smooth_q) == 0
     monkeypatch.setattr(decode, "supports", lambda _: False)
     assert api.choose_kernels(*arguments) == KernelChoice(kernel, "portable", reason)
 

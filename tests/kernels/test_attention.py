@@ -10,7 +10,7 @@ from kernel_cases import DECODE_ERROR, KERNEL_ERROR, ON_GPU, SCHEDULE_ERROR, bui
 from paged_batch import Batch, make_batch, poisoned, relative_error
 
 from sage_kernels import Modifiers, PagedBatch, cpu, reference
-from sage_kernels.portable import decode, prefill, query_tile, store
+from sage_kernels.portable import decode, prefill, query_tile, store, widen
 from sage_paged import K_BITS, PageLayout
 
 
@@ -30,7 +30,7 @@ def test_long_rows(kernels, head_dim: int, k_bits: int) -> None:
 @pytest.fixture
 def without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """The portable kernels and the reference as on a GPU without FP8: P and V in float16."""
-    for module in (store, query_tile, prefill, decode):
+    for module in (store, query_tile, prefill, decode, widen):
         monkeypatch.setattr(module, "fp8_path", lambda _: "half")
     specification = sys.modules["sage_kernels.reference.attention"]  # its package has a function of that name
     monkeypatch.setattr(specification, "quantize_p", partial(reference.quantize_p, dtype=torch.float16))
@@ -38,7 +38,7 @@ def without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("variant", [{}, {"window": 130, "soft_cap": 15.0}], ids=["plain", "window and cap"])
 @pytest.mark.parametrize(("k_bits", "v_bits"), [(8, 8), (4, 8), (4, 4)])
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.usefixtures("without_fp8")
 def test_half_precision(kernels, head_dim: int, k_bits: int, v_bits: int, variant: dict[str, float]) -> None:
     """A page that is partly filled, and memory behind it that holds NaN, are in it. With P in e4m3 it would be further away."""

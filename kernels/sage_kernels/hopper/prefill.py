@@ -58,7 +58,7 @@ from sage_kernels.hopper.scheduler import (
     put_tile,
     release_tile,
 )
-from sage_kernels.portable.primitives import LOG2E, TABLE_STRIDES, TABLES, inverse_or_zero, softmax_reference
+from sage_kernels.portable.primitives import LOG2E, TABLE_STRIDES, TABLES, inverse_or_zero, softmax_reference, v_inverse_bits
 from sage_kernels.portable.query_tile import calibration_constants, calibration_tensors, tensor_or
 from sage_kernels.portable.widen import attend_wide_pages
 from sage_paged import PageLayout
@@ -94,12 +94,6 @@ LOGIT_BIAS = gl.constexpr(1024.0)
 """Added to all base-2 logits, to make a row's largest positive. The weights of a row are wrong in a page where all its logits
 are below -LOGIT_BIAS (-710 in the exponent of e). It leaves 13 bits behind the binary point of logits and V's exponents; more
 would leave fewer."""
-
-
-@triton.constexpr_function
-def _inverse_bits(v_bits):
-    """The inverses of V's scales times 2 to this power are e4m3 numbers: `reference.V_SCALES`, `reference.V_INT4_INVERSE`."""
-    return -8.0 if v_bits == 8 else 5.0
 
 
 class PageSource(NamedTuple):
@@ -227,7 +221,7 @@ def _prepare_scales(tile, n, buffers, barriers, V_BITS: gl.constexpr, PAGE: gl.c
     """Prepare a tile's scales for the softmax, once for both warpgroups. n: pages of this program's tiles before.
 
     buffers.scales: for each pair of tokens, both scales of K, then both exponents of V plus LOGIT_BIAS. buffers.inverses:
-    2**-exponent as an e4m3 number (`_inverse_bits`), in the order of V and in eight equal columns. It is the B operand of a
+    2**-exponent as an e4m3 number (`v_inverse_bits`), in the order of V and in eight equal columns. It is the B operand of a
     matrix product with P, which leaves a row's sum in every thread that holds a part of the row. Tokens behind the last count
     nothing, whatever their scales are.
     """
@@ -244,7 +238,7 @@ def _prepare_scales(tile, n, buffers, barriers, V_BITS: gl.constexpr, PAGE: gl.c
         in_pairs = gl.join(k_scale, exponent + LOGIT_BIAS).reshape([PAGE // 2, 2, 2]).permute([0, 2, 1]).reshape([2 * PAGE])
         buffers.scales.index(slot).store(gl.convert_layout(in_pairs, PAIRS))
         filled = tokens < tile.seq_len - (tile.first_page + i) * PAGE
-        inverse = gl.where(filled, gl.exp2(_inverse_bits(V_BITS) - exponent), 0.0)
+        inverse = gl.where(filled, gl.exp2(v_inverse_bits(V_BITS) - exponent), 0.0)
         inverse = gl.convert_layout(_in_v_order(inverse[None, :], 1, PAGE), LAYOUT)
         inverses = gl.zeros([8, PAGE], gl.float32, LAYOUT) + inverse
         buffers.inverses.index(slot).store(inverses.to(gl.float8e4nv))
@@ -569,7 +563,7 @@ def _attend_tile(
     acc, l_i = _add_page(p, state.acc, state.l_i, state.decay, buffers, barriers, n, HEAD_DIM, PAGE, O_LAYOUT, T_LAYOUT)
     if _is_wide(HEAD_DIM):
         mbarrier.arrive(barriers.empty.index(n % STAGES))
-    return acc, gl.convert_layout(gl.max(l_i, 1), S_ROWS) * 2 ** -_inverse_bits(V_BITS), state.m_ref, q_bias
+    return acc, gl.convert_layout(gl.max(l_i, 1), S_ROWS) * 2 ** -v_inverse_bits(V_BITS), state.m_ref, q_bias
 
 
 @gluon.jit

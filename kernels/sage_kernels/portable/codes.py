@@ -102,12 +102,19 @@ def load_v_words(section, channels, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, 
 
 
 @triton.jit
-def halves_of(words):
-    """Words of four e4m3 codes, int32 [words, n] -> float16 [4 * words, n], 2**-8 times the values, in the order of
-    `half_order`: so two codes at a time become two halves of a word. Whatever unfilled tokens have left is finite: P of 0 needs
-    no help."""
+def half_words(words):
+    """Words of four e4m3 codes -> words of two float16 numbers, 2**-8 times the values: those of the first and third code, and
+    those of the second and fourth. All codes give finite numbers, so P of 0 needs no help against what unfilled tokens have
+    left."""
     even = ((words & 0x00800080) << 8) | ((words & 0x007F007F) << 7)
     odd = (words & -0x7FFF8000) | ((words >> 1) & 0x3F803F80)
+    return even, odd
+
+
+@triton.jit
+def halves_of(words):
+    """`half_words` of int32 [words, n] as float16 [4 * words, n], in the order of `half_order`."""
+    even, odd = half_words(words)
     pairs = tl.join(even, odd)
     each = tl.join(pairs, pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     return each.permute([0, 2, 3, 1]).reshape([4 * words.shape[0], words.shape[1]])

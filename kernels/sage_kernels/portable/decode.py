@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from sage_kernels.batch import Modifiers, PagedBatch
-from sage_kernels.device import dependent_launch, fp8_path, multiprocessors, pipeline_stages
-from sage_kernels.portable.primitives import LOG2E, TABLE_STRIDES, TABLES, add_v_anchor, await_previous_kernel
+from sage_kernels.device import dependent_launch, fp8_path, multiprocessors
+from sage_kernels.portable.primitives import LOG2E, TABLE_STRIDES, TABLES, add_v_anchor, await_previous_kernel, v_inverse_bits
 from sage_kernels.portable.query_tile import (
     PageRange,
     QueryRows,
@@ -22,15 +22,16 @@ from sage_kernels.portable.query_tile import (
     cache_views,
     calibration_constants,
     calibration_tensors,
+    pipeline_stages,
     shift_tensors,
     tensor_or,
 )
 from sage_kernels.portable.scheduler import LANES, count_parts, find_span, next_segment, partial_slot
 from sage_paged import PageLayout
 
-# Tuned on an H200 at 64 x 8K, 8 x 128K and 1 x 128K tokens: two warps read faster than four, which wait for each other. Eight
-# programs are more than a multiprocessor holds, so that the next one is there when one ends.
-_WARPS = 2
+# Tuned on an H200 that stood in for other GPUs, at 128 x 1K, 64 x 8K and 8 x 128K tokens. Eight programs are more than a
+# multiprocessor holds, so that the next one is there when one ends.
+_WARPS = 4
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _PARTS_AT_ONCE = 32
 """Partial results that a program of the merge kernel holds at a time."""
@@ -85,6 +86,7 @@ def _decode_kernel(
             block_table + table_offset, shifts + table_offset, PageRange(first_page, full_pages, end_page, seq_len), rows,
             kv_head.to(tl.int64) * head_stride, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
             WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, SHIFT, 0,
+            v_inverse_bits(V_BITS), 1,
         )  # fmt: skip
         l_i, m_ref = state.l_i, state.m_ref
         # Every part adds the anchor of V itself: the merge takes a weighted mean of parts, where a sink has a share too.
@@ -252,7 +254,7 @@ def decode(
         K_BITS=layout.k_bits, V_BITS=layout.v_bits, PAGE=layout.tokens, BLOCK_D=block_d, BLOCK_M=block_m,
         FP8=fp8_path(query.device),
         SHIFT=batch.rope_shift is not None, num_warps=_WARPS,
-        num_stages=pipeline_stages(query.device, block_m, block_d, layout.tokens), **dependent_launch(query.device),
+        num_stages=pipeline_stages(query.device, layout, 2 if block_d <= 128 else 1, block_m), **dependent_launch(query.device),
     )  # fmt: skip
     merge(query, out, batch, kv_heads, rows, programs, modifiers, workspace)
 

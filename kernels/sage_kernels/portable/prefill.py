@@ -2,13 +2,14 @@
 """Prefill: many query tokens per request, whole prompts or chunks, behind any history. Triton, for every GPU from sm_80 on."""
 
 import functools
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
 from sage_kernels.batch import LayerCalibration, Modifiers, PagedBatch
-from sage_kernels.device import fp8_path, pipeline_stages, shared_memory
+from sage_kernels.device import fp8_path, multiplies_by_warp, shared_memory
 from sage_kernels.portable.primitives import LOG2E, TABLE_STRIDES, TABLES, add_v_anchor, find_request
 from sage_kernels.portable.query_tile import (
     PageRange,
@@ -17,12 +18,13 @@ from sage_kernels.portable.query_tile import (
     cache_views,
     calibration_constants,
     calibration_tensors,
+    pipeline_stages,
     shift_tensors,
     tensor_or,
 )
 from sage_kernels.portable.widen import attend_wide_pages
-from sage_kernels.reference import tile_rows
-from sage_paged import PageLayout
+from sage_kernels.reference import TILE_ROWS, tile_rows, v_inverse_bits
+from sage_paged import SCRATCH_V_BITS, PageLayout
 
 
 @triton.jit(do_not_specialize=["num_reqs", "q_blocks", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
@@ -35,8 +37,10 @@ def _prefill_kernel(
     EQUALIZE: tl.constexpr, ORDER: tl.constexpr, V_ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr,
     V_BITS: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr,
+    INVERSE_BITS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (query blocks, KV heads). The last blocks have the most keys, so they start first."""
+    """Grid: (query blocks, KV heads). The last blocks have the most keys, so they start first. INVERSE_BITS, SUMS: see
+    `query_tile.attend_pages`."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(1)
     request, q_block = find_request(query_start_loc, q_blocks - 1 - tl.program_id(0), num_reqs, BLOCK_Q)
@@ -66,6 +70,7 @@ def _prefill_kernel(
         block_table + table_offset, shifts + table_offset, page_range, rows, kv_head.to(tl.int64) * head_stride, block_stride,
         q_token_stride, q_head_stride, scale, soft_cap,
         WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, SHIFT, SMOOTH_Q,
+        INVERSE_BITS, SUMS,
     )  # fmt: skip
     acc = add_v_anchor(state.acc, state.l_i, v_anchor + kv_head * HEAD_DIM, HEAD_DIM, V_ANCHOR)
     l_i, m_ref = state.l_i, state.m_ref
@@ -80,16 +85,27 @@ def _prefill_kernel(
 
 
 @functools.cache
-def tile(device: torch.device, layout: PageLayout, group: int, smooth_q: bool = False) -> tuple[int, int]:
-    """Rows of a query tile, and warps. A tile has half of `reference.tile_rows`, or a quarter, where the query would not fit
-    into shared memory next to P and V of a page: with heads of 512 channels, and on sm_86 with heads of 256 if Q is smoothed,
-    which takes two terms."""
-    block_m, block_d = tile_rows(group), triton.next_power_of_2(layout.head_dim)
-    element, terms = 2 if fp8_path(device) == "half" else 1, 2 if smooth_q else 1
+def tile(device: torch.device, layout: PageLayout, group: int, smooth_q: bool = False) -> tuple[int, int, bool]:
+    """Rows of a query tile, warps, and whether each warp has whole rows, so that warps need not wait for each other.
+
+    Warps have 16 whole rows each where they multiply matrices by themselves, if no codes need widening, which all of them would
+    do, and up to 128 channels, for which they have registers. Tiles then have twice `reference.tile_rows`, which halves the
+    loads of pages; not with smoothed queries, whose blocks are tiles. A tile has half of tile_rows, or a quarter, where the
+    query would not fit into shared memory next to P and V of a page: with heads of 512 channels, and on sm_86 with heads of 256
+    if Q is smoothed, which takes two terms.
+    """
+    block_m, block_d, half = tile_rows(group), triton.next_power_of_2(layout.head_dim), fp8_path(device) == "half"
+    if block_d <= 128:
+        wide = (layout.k_bits, layout.v_bits) == (8, SCRATCH_V_BITS if half else 8)
+        whole_rows = wide and multiplies_by_warp(device)
+        if whole_rows and not smooth_q:
+            block_m = max(block_m, 2 * TILE_ROWS)
+        return block_m, 4 if block_m <= 64 else 8, whole_rows
+    element, terms = 2 if half else 1, 2 if smooth_q else 1
     room = shared_memory(device)
     while block_m >= max(2 * group, 32) and terms * block_m * block_d + element * layout.tokens * (block_m + block_d) > room:
         block_m //= 2
-    return block_m, 4 if block_m <= 64 and layout.head_dim <= 128 else 8
+    return block_m, 8, False
 
 
 def prefill(
@@ -106,7 +122,8 @@ def prefill(
     Only rows query_start_loc[0] to query_start_loc[-1] are read and written. query and out need unit stride in head_dim only.
     Raises ValueError for a modifiers.q_block that is neither 0 nor the tokens of a tile.
     """
-    attend_wide_pages(_launch, query, pages, layout, batch, scale, out, modifiers or Modifiers())
+    launch = partial(_launch, v_bits=layout.v_bits)
+    attend_wide_pages(launch, query, pages, layout, batch, scale, out, modifiers or Modifiers())
 
 
 def _launch(
@@ -118,16 +135,19 @@ def _launch(
     out: torch.Tensor,
     modifiers: Modifiers,
     calibration: LayerCalibration,
+    *,
+    v_bits: int,
 ) -> None:
-    """`prefill` with pages as they are. calibration: in place of modifiers.calibration."""
+    """`prefill` with pages as they are. calibration: in place of modifiers.calibration. v_bits: of values before pages were
+    widened."""
     tokens, heads, head_dim = query.shape
     kv_heads, group, smooth_q = pages.shape[1], heads // pages.shape[1], modifiers.q_block > 0
-    block_m, warps = tile(query.device, layout, group, smooth_q)
+    block_m, warps, whole_rows = tile(query.device, layout, group, smooth_q)
     if smooth_q and modifiers.q_block != block_m // group:
         raise ValueError(f"q_block is {modifiers.q_block}; on this device it must be {block_m // group} tokens, or 0")
     block_d = triton.next_power_of_2(head_dim)
+    buffers = 2 if block_d <= 128 <= block_m else 1  # or two programs of a multiprocessor
     q_blocks = tokens // (block_m // group) + batch.num_requests
-    terms = 2 if smooth_q else 1
     _prefill_kernel[(q_blocks, kv_heads)](
         query, out, *cache_views(pages), batch.block_table, batch.seq_lens, batch.query_start_loc,
         tensor_or(modifiers.sinks, query), *calibration_tensors(calibration, query), *shift_tensors(batch.rope_shift, query),
@@ -139,5 +159,7 @@ def _launch(
         K_BITS=layout.k_bits, V_BITS=layout.v_bits, PAGE=layout.tokens, BLOCK_D=block_d, BLOCK_M=block_m,
         FP8=fp8_path(query.device),
         SHIFT=batch.rope_shift is not None, SMOOTH_Q=group if smooth_q else 0,
-        num_warps=warps, num_stages=pipeline_stages(query.device, terms * block_m, block_d, layout.tokens),
+        INVERSE_BITS=v_inverse_bits(v_bits), SUMS=16 if whole_rows else 1,
+        num_warps=warps,
+        num_stages=pipeline_stages(query.device, layout, buffers, block_m, terms=2 if smooth_q else 1, whole_rows=whole_rows),
     )  # fmt: skip

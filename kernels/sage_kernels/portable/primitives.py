@@ -34,6 +34,7 @@ V_INT4_INVERSE = tl.constexpr(reference.V_INT4_INVERSE)
 V_INT4_LEAST = tl.constexpr(reference.V_INT4_LEAST)
 NO_FRACTION = tl.constexpr(12582912.0)
 """1.5 * 2**23. A float32 plus this is rounded to a whole number, which its last bits then hold."""
+NO_FRACTION_BITS = tl.constexpr(0x4B400000)
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 TABLES = ["block_table", "seq_lens", "query_start_loc"]
 """Arguments that are sliced where the decodes of a batch end. The alignment of a slice must not cause a compilation."""
@@ -45,6 +46,7 @@ v_position, v_token = (f if INTERPRETED else triton.jit(f) for f in (sage_paged.
 fine_exponent = triton.constexpr_function(reference.fine_exponent)
 v_int4_level = triton.constexpr_function(reference.v_int4_level)
 rotation_span = triton.constexpr_function(reference.rotation_span)
+v_inverse_bits = triton.constexpr_function(reference.v_inverse_bits)
 
 
 class QuantizedQuery(NamedTuple):
@@ -67,7 +69,8 @@ class QuantizedQuery(NamedTuple):
 class SoftmaxState(NamedTuple):
     """Running sums of the online softmax, all relative to 2**m_ref.
 
-    acc: float32 [rows, channels], sum of P V. l_i: float32 [rows], sum of P. m_ref: float32 [rows], the reference of the
+    acc: float32 [rows, channels], sum of P V. l_i: float32 [rows, n], sum of P, in n equal columns and times 2 to
+    `v_inverse_bits`; as `attend_pages` returns it, float32 [rows], the sum itself. m_ref: float32 [rows], the reference of the
     exponentials (`softmax_reference`). m_i: float32 [rows], the largest base-2 logit so far. Both are -inf where a row has seen
     nothing.
     """
@@ -294,6 +297,25 @@ def softmax_reference(page_max, m_i, m_ref, MASKED: tl.constexpr):
 
 
 @triton.jit
+def code_product(q_low, q_high, k_low, k_high, K_BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Q K^T of codes, float32 [rows, tokens]. For INT4 keys, k_low and k_high are halves of the head.
+
+    Integer sums that start at the bits of NO_FRACTION end as floating-point numbers. Conversions run at a quarter of the speed
+    of additions (sm_80).
+    """
+    IS_SMALL: tl.constexpr = HEAD_DIM <= 256  # |sum| <= 127 * 128 * HEAD_DIM < 2**22
+    codes = tl.full([q_low.shape[0], k_low.shape[1]], NO_FRACTION_BITS if IS_SMALL else 0, tl.int32)
+    codes = tl.dot(q_low, k_low, codes, out_dtype=tl.int32)
+    if K_BITS == 4:
+        codes = tl.dot(q_high, k_high, codes, out_dtype=tl.int32)
+    if IS_SMALL:
+        product = codes.to(tl.float32, bitcast=True) - NO_FRACTION
+    else:
+        product = codes.to(tl.float32)
+    return product
+
+
+@triton.jit
 def tanh(x):
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
 
@@ -302,39 +324,38 @@ def tanh(x):
 def attend_page(
     q, page_bias, state, cache_i8, cache_v, cache_f32, page_offset, length, first_visible, last_visible, soft_cap,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
-    SOFT_CAP: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr,
+    SOFT_CAP: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr, INVERSE_BITS: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: a query tile against one page. Returns the new SoftmaxState.
 
     q: QuantizedQuery. page_bias: float32 [rows], added to base-2 logits if SOFT_CAP or SHIFT. state: SoftmaxState.
     page_offset: int64, bytes from the start of the cache. length: tokens of the page that are filled. first_visible,
-    last_visible: int [rows], tokens of the page that a row sees. FP8: see `device.fp8_path`.
+    last_visible: int [rows], tokens of the page that a row sees. FP8: see `device.fp8_path`. INVERSE_BITS: `v_inverse_bits` of
+    values as they were stored.
     """
-    place = tl.arange(0, PAGE)
-    if FP8 == "half":
-        place = half_order(place)
-    tokens = v_token(place)  # every column of this tile is in the order of V
+    tokens = tl.arange(0, PAGE)  # of the columns of this tile, which are in the order of V
+    if V_BITS != 16:
+        if FP8 == "half":
+            tokens = half_order(tokens)
+        tokens = v_token(tokens)
     SCALES: tl.constexpr = section_offset("k_scale", HEAD_DIM, K_BITS, PAGE, V_BITS) // 4
-    k_scale = tl.load(cache_f32 + page_offset // 4 + SCALES + tokens)
+    scales = cache_f32 + page_offset // 4 + SCALES
+    if K_BITS == 4 and V_BITS == 8:
+        k_scale = tl.load(scales + tokens)
+        v_exponent = v_exponent_in_scale(k_scale)
+    else:  # together: with fewer elements than threads, each warp would load all that its threads need
+        k_scale, v_exponent = tl.split(tl.load(scales + tokens[:, None] + PAGE * tl.arange(0, 2)[None, :]))
     if K_BITS == 8:
-        k = load_k(cache_i8 + page_offset, tokens, tl.arange(0, q.low.shape[1]), HEAD_DIM, HEAD_DIM)
-        codes = tl.dot(q.low, k, out_dtype=tl.int32)
-        if SMOOTH_Q:
-            mean_codes = tl.dot(q.mean_low, k, out_dtype=tl.int32)
+        k_low = load_k(cache_i8 + page_offset, tokens, tl.arange(0, q.low.shape[1]), HEAD_DIM, HEAD_DIM)
+        k_high = k_low
     else:
         k_low, k_high = load_int4_k(cache_i8 + page_offset, tokens, q.low.shape[1], PAGE, HEAD_DIM, V_BITS)
-        codes = tl.dot(q.high, k_high, tl.dot(q.low, k_low, out_dtype=tl.int32), out_dtype=tl.int32)
-        if SMOOTH_Q:
-            mean_codes = tl.dot(q.mean_high, k_high, tl.dot(q.mean_low, k_low, out_dtype=tl.int32), out_dtype=tl.int32)
-    if K_BITS == 4 and V_BITS == 8:
-        v_exponent = v_exponent_in_scale(k_scale)
-    else:
-        v_exponent = tl.load(cache_f32 + page_offset // 4 + SCALES + PAGE + tokens)
-    v_inverse = tl.exp2(-v_exponent)
+    v_inverse = tl.exp2(INVERSE_BITS - v_exponent)
 
-    logits = codes.to(tl.float32) * k_scale[None, :] * q.scale[:, None]
+    logits = code_product(q.low, q.high, k_low, k_high, K_BITS, HEAD_DIM) * k_scale[None, :] * q.scale[:, None]
     if SMOOTH_Q:
-        logits += mean_codes.to(tl.float32) * k_scale[None, :] * q.mean_scale[:, None]
+        means = code_product(q.mean_low, q.mean_high, k_low, k_high, K_BITS, HEAD_DIM)
+        logits += means * k_scale[None, :] * q.mean_scale[:, None]
     if SOFT_CAP or SHIFT:
         logits += page_bias[:, None]
     if SOFT_CAP:
@@ -355,17 +376,20 @@ def attend_page(
     channels = tl.arange(0, state.acc.shape[1])
     V_OFFSET: tl.constexpr = section_offset("v", HEAD_DIM, K_BITS, PAGE, V_BITS)
     decay = tl.exp2(state.m_ref - finite)
+    v_section = cache_i8 + page_offset + V_OFFSET
+    v_words = v_section.to(tl.pointer_type(tl.int32))
     if FP8 == "half":
-        words = (cache_i8 + page_offset + V_OFFSET).to(tl.pointer_type(tl.int32))
-        v = halves_of(load_v_words(words, channels, PAGE, HEAD_DIM, V_BITS))
+        if V_BITS == 16:
+            v = load_v(v_section.to(tl.pointer_type(tl.float16)), tokens, channels, length, PAGE, HEAD_DIM, False)
+        else:
+            v = halves_of(load_v_words(v_words, channels, PAGE, HEAD_DIM, V_BITS))
         p_codes = p.to(tl.float16)
         acc = tl.dot(p_codes, v, state.acc * decay[:, None])
     else:
         if V_BITS == 8:
             v = load_v(cache_v + page_offset + V_OFFSET, tokens, channels, length, PAGE, HEAD_DIM, MASKED)
         else:
-            words = (cache_i8 + page_offset + V_OFFSET).to(tl.pointer_type(tl.int32))
-            v = bytes_of(load_v_words(words, channels, PAGE, HEAD_DIM, V_BITS)).to(tl.float8e4nv, bitcast=True)
+            v = bytes_of(load_v_words(v_words, channels, PAGE, HEAD_DIM, V_BITS)).to(tl.float8e4nv, bitcast=True)
         if FP8 == "native":
             p_codes = p.to(tl.float8e4nv)
         else:
@@ -373,8 +397,16 @@ def attend_page(
         # FP8 tensor cores accumulate in 22 bits: every page gets a fresh accumulator, and pages add up in float32
         # (SageAttention2, section 3.4).
         acc = state.acc * decay[:, None] + tl.dot(p_codes, v)
-    row_sum = tl.sum(p_codes.to(tl.float32) * v_inverse[None, :], 1)
-    return SoftmaxState(acc, state.l_i * decay + row_sum, m_ref, m_i)
+    l_i = state.l_i * decay[:, None]
+    if l_i.shape[1] == 1:
+        l_i += tl.sum(p_codes.to(tl.float32) * v_inverse[None, :], 1, keep_dims=True)
+    else:
+        inverses = tl.broadcast_to(v_inverse[:, None], [PAGE, l_i.shape[1]]).to(p_codes.dtype)
+        if FP8 == "half":
+            l_i = tl.dot(p_codes, inverses, l_i)
+        else:
+            l_i += tl.dot(p_codes, inverses)
+    return SoftmaxState(acc, l_i, m_ref, m_i)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from sage_kernels.batch import LayerCalibration, RopeShift
-from sage_kernels.device import fp8_path
+from sage_kernels.device import fp8_path, multiplies_by_warp, shared_memory
 from sage_kernels.portable.primitives import (
     LOG2E,
     QuantizedQuery,
@@ -23,6 +23,7 @@ from sage_kernels.portable.primitives import (
     rotate_values_back,
     turn_back,
 )
+from sage_paged import PageLayout
 
 
 class QueryRows(NamedTuple):
@@ -131,14 +132,16 @@ def attend_pages(
     head_offset, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, ORDER: tl.constexpr,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr, INVERSE_BITS: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     """A query tile against a range of its request's pages. Returns SoftmaxState, whose acc is of the model's channels, and the
     bias of `QuantizedQuery`.
 
     page_range: PageRange; rows: QueryRows. k_anchor, equalizer, order: pointers to those of the KV head. table, shifts:
     pointers to the request's list of blocks and, if SHIFT, to its list of shifts in pages. head_offset: int64, bytes from the
-    start of a block to the page of the KV head.
+    start of a block to the page of the KV head. INVERSE_BITS: `v_inverse_bits` of values as they were stored. SUMS: 16 for row
+    sums by tensor cores, which serves tiles whose warps have whole rows; 1 for sums of numbers.
     """
     q = quantize_query(
         query, k_anchor, equalizer, order, shift_table, rows, q_token_stride, q_head_stride, scale,
@@ -147,7 +150,7 @@ def attend_pages(
     q_bias = q.bias
     page_bias = q_bias
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
+    l_i = tl.zeros([BLOCK_M, SUMS], tl.float32)
     m_ref = tl.full([BLOCK_M], float("-inf"), tl.float32)
     state = SoftmaxState(acc, l_i, m_ref, m_ref)
     for masked in tl.static_range(2):
@@ -167,13 +170,37 @@ def attend_pages(
             state = attend_page(
                 q, page_bias, state, cache_i8, cache_v, cache_f32, offset, page_range.seq_len - page * PAGE,
                 first_visible, last_visible, soft_cap,
-                HEAD_DIM, K_BITS, V_BITS, PAGE, masked == 1, SOFT_CAP, FP8, SHIFT, SMOOTH_Q,
+                HEAD_DIM, K_BITS, V_BITS, PAGE, masked == 1, SOFT_CAP, FP8, SHIFT, SMOOTH_Q, INVERSE_BITS,
             )  # fmt: skip
     acc = state.acc
     if FP8 == "half":
         acc *= 256.0  # see `halves_of`
     acc = rotate_values_back(acc, HEAD_DIM, V_BITS)
-    return SoftmaxState(acc, state.l_i, state.m_ref, state.m_i), q_bias
+    l_i = tl.max(state.l_i, 1) * 2**-INVERSE_BITS
+    return SoftmaxState(acc, l_i, state.m_ref, state.m_i), q_bias
+
+
+def pipeline_stages(
+    device: torch.device, layout: PageLayout, buffers: int, block_m: int, terms: int = 1, whole_rows: bool = False
+) -> int:
+    """The num_stages of `attend_pages` for that many buffers of a page in shared memory, or for as many as there is room for.
+    The load of a page waits for its number in the block table, so each takes two stages. With two buffers, a page is loaded
+    while another is computed; with one, other programs of the multiprocessor compute in the meantime.
+
+    block_m: rows of a query tile, in `terms` terms; whole_rows: see `prefill.tile`.
+    """
+    block_d, half = triton.next_power_of_2(layout.head_dim), fp8_path(device) == "half"
+    page = layout.offset("end") * block_d // layout.head_dim
+    other = 512 + terms * block_m * block_d
+    if not whole_rows:
+        other += block_m * layout.tokens * (2 if half else 1)
+    if layout.k_bits == 4:
+        other += layout.tokens * block_d
+    if half:
+        other += 2 * layout.tokens * block_d * (layout.v_bits == 4)
+    else:  # V without what is behind the last token, or in float16 for tiles that are too small for FP8 instructions
+        other += layout.tokens * block_d * (1 if multiplies_by_warp(device) or block_m >= 64 else 2)
+    return 1 + 2 * max(0, min(buffers, (shared_memory(device) - other) // page))
 
 
 # Arguments of launches. A kernel is passed any tensor for an argument that it does not read.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Widening: pages of 4-bit keys or values as pages of INT8 keys and e4m3 values, for kernels that read only these.
+"""Widening: pages of 4-bit keys or values as pages of INT8 keys and e4m3 values, for kernels that read only these, and on GPUs
+without FP8 any page as one of INT8 keys and float16 values.
 
 INT4 keys stand for INT8 codes (`reference.unpack_int4`) and 4-bit values for e4m3 codes (`reference.v_levels`), so attention to
 either page gives the same result, bit for bit. Values stay rotated, and so is the output: `rotate_output_back` ends that.
@@ -15,10 +16,11 @@ import triton
 import triton.language as tl
 
 from sage_kernels.batch import Modifiers, PagedBatch
-from sage_kernels.portable.codes import GROUP_BYTES, section_offset, v_exponent_in_scale, widen_k_int4, widen_v_int4
+from sage_kernels.device import fp8_path
+from sage_kernels.portable.codes import GROUP_BYTES, half_words, section_offset, v_exponent_in_scale, widen_k_int4, widen_v_int4
 from sage_kernels.portable.primitives import TABLE_STRIDES, TABLES, hadamard, rotation_signs, rotation_span
 from sage_kernels.reference import rotate_values
-from sage_paged import PageLayout
+from sage_paged import SCRATCH_V_BITS, PageLayout
 
 SCRATCH = 512 << 20
 """Bytes of wide pages that pages of 4-bit codes are widened to at a time. One KV head of one request may take more."""
@@ -55,22 +57,32 @@ def _widen_keys(
 
 
 @triton.jit
+def _store_values(v, channel, word, codes, PAGE: tl.constexpr, WIDE_V_BITS: tl.constexpr):
+    """Words of four e4m3 codes to word `word` of `channel` of V, or what they are in float16, tokens in their own order."""
+    if WIDE_V_BITS == 8:
+        tl.store(v + channel * (PAGE // 4) + word, codes)
+    else:  # a word has tokens 2j, 2j + 1, 2j + 8 and 2j + 9 of 16 (`sage_paged.v_position`)
+        even, odd = half_words(codes)
+        v += channel * (PAGE // 2) + word // 4 * 8 + word % 4
+        tl.store(v, (even & 0xFFFF) | (odd << 16))
+        tl.store(v + 4, ((even >> 16) & 0xFFFF) | (odd & -0x10000))
+
+
+@triton.jit
 def _widen_values(
-    narrow_i32, wide_i32, source, target,
-    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr,
+    narrow_i32, wide_i32, source, target, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    PAGE: tl.constexpr, WIDE_V_BITS: tl.constexpr,
 ):  # fmt: skip
     """The codes of V, likewise."""
     v = narrow_i32 + (source + section_offset("v", HEAD_DIM, K_BITS, PAGE, V_BITS)) // 4
-    wide_v = wide_i32 + (target + section_offset("v", HEAD_DIM, 8, PAGE)) // 4
+    wide_v = wide_i32 + (target + section_offset("v", HEAD_DIM, 8, PAGE, WIDE_V_BITS)) // 4
+    row, word = tl.arange(0, HEAD_DIM * V_BITS // 8)[:, None], tl.arange(0, PAGE // 4)[None, :]
+    codes = tl.load(v + row * (PAGE // 4) + word)
     if V_BITS == 8:
-        words = tl.arange(0, PAGE * HEAD_DIM // 4)
-        tl.store(wide_v + words, tl.load(v + words))
+        _store_values(wide_v, row, word, codes, PAGE, WIDE_V_BITS)
     else:  # a row has two adjacent channels
-        row, tokens = tl.arange(0, HEAD_DIM // 2)[:, None], tl.arange(0, PAGE // 4)[None, :]
-        packed = tl.load(v + row * (PAGE // 4) + tokens)
-        wide_v += row * (2 * PAGE // 4) + tokens
-        tl.store(wide_v, widen_v_int4(packed))
-        tl.store(wide_v + PAGE // 4, widen_v_int4(packed >> 4))
+        _store_values(wide_v, 2 * row, word, widen_v_int4(codes), PAGE, WIDE_V_BITS)
+        _store_values(wide_v, 2 * row + 1, word, widen_v_int4(codes >> 4), PAGE, WIDE_V_BITS)
 
 
 @triton.jit(do_not_specialize=["pages", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
@@ -78,7 +90,7 @@ def _widen_kernel(
     narrow_i8, narrow_i32, wide_i32, block_table, seq_lens, query_start_loc, pages,
     table_stride, table_head_stride, block_stride, head_stride,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr, WIDE_BYTES: tl.constexpr,
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr, WIDE_V_BITS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (pages, KV heads, requests)."""
     page = tl.program_id(0)
@@ -95,7 +107,7 @@ def _widen_kernel(
     source = block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride
     target = ((request.to(tl.int64) * pages + page) * tl.num_programs(1) + head) * WIDE_BYTES
     _widen_keys(narrow_i8, narrow_i32, wide_i32, source, target, HEAD_DIM, K_BITS, V_BITS, PAGE)
-    _widen_values(narrow_i32, wide_i32, source, target, HEAD_DIM, K_BITS, V_BITS, PAGE)
+    _widen_values(narrow_i32, wide_i32, source, target, HEAD_DIM, K_BITS, V_BITS, PAGE, WIDE_V_BITS)
     tokens = tl.arange(0, PAGE)
     scales = narrow_i32 + (source + section_offset("k_scale", HEAD_DIM, K_BITS, PAGE, V_BITS)) // 4 + tokens
     k_scale = tl.load(scales)
@@ -103,29 +115,42 @@ def _widen_kernel(
         v_exponent = v_exponent_in_scale(k_scale).to(tl.int32, bitcast=True)
     else:
         v_exponent = tl.load(scales + PAGE)
-    wide_scales = wide_i32 + (target + section_offset("k_scale", HEAD_DIM, 8, PAGE)) // 4 + tokens
+    wide_scales = wide_i32 + (target + section_offset("k_scale", HEAD_DIM, 8, PAGE, WIDE_V_BITS)) // 4 + tokens
     tl.store(wide_scales, k_scale)
     tl.store(wide_scales + PAGE, v_exponent)
+
+
+def _wide_layout(layout: PageLayout, device: torch.device) -> PageLayout:
+    """The layout of widened pages: float16 values where there are no FP8 instructions, if two of these pages fit into shared
+    memory on sm_80."""
+    v_bits = SCRATCH_V_BITS if fp8_path(device) == "half" and layout.head_dim <= 128 else 8
+    return PageLayout(layout.head_dim, 8, layout.tokens, v_bits=v_bits)
+
+
+def widens(layout: PageLayout, device: torch.device) -> bool:
+    """Whether `attend_wide_pages` widens pages of this layout."""
+    wide = _wide_layout(layout, device)
+    return (layout.k_bits, layout.v_bits) != (wide.k_bits, wide.v_bits) and layout.head_dim & (layout.head_dim - 1) == 0
 
 
 def widen(
     pages: torch.Tensor, layout: PageLayout, batch: PagedBatch, max_seq_len: int, window: int = 0
 ) -> tuple[torch.Tensor, PageLayout, PagedBatch]:
-    """Copies of the batch's pages with INT8 keys and e4m3 values: the cache that holds them, its layout, and the batch with its
-    block table.
+    """Copies of the batch's pages with INT8 keys and e4m3 or float16 values: the cache that holds them, its layout, and the
+    batch with its block table.
 
     max_seq_len: upper bound on the tokens of a request. Pages that no query of a request sees through the window are skipped;
     their copies hold anything. head_dim must be a power of two.
     """
     requests, kv_heads = batch.num_requests, pages.shape[1]
     used = min(-(-max_seq_len // layout.tokens), batch.block_table.shape[-1])
-    wide_layout = PageLayout(layout.head_dim, 8, layout.tokens)
+    wide_layout = _wide_layout(layout, pages.device)
     wide = torch.empty(requests * used, kv_heads, wide_layout.page_bytes, dtype=torch.uint8, device=pages.device)
     _widen_kernel[(used, kv_heads, requests)](
         pages.view(torch.int8), pages.view(torch.int32), wide.view(torch.int32), batch.block_table, batch.seq_lens,
         batch.query_start_loc, used, *batch.table_strides, pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, V_BITS=layout.v_bits, PAGE=layout.tokens,
-        WIDE_BYTES=wide_layout.page_bytes, WINDOW=window, num_warps=4,
+        WIDE_BYTES=wide_layout.page_bytes, WINDOW=window, WIDE_V_BITS=wide_layout.v_bits, num_warps=4,
     )  # fmt: skip
     table = torch.arange(requests * used, dtype=torch.int32, device=pages.device).view(requests, used)
     return wide, wide_layout, replace(batch, block_table=table)
@@ -165,11 +190,6 @@ def _even_part(count: int, most: int) -> int:
     return -(-count // -(-count // max(1, most)))
 
 
-def widens(layout: PageLayout) -> bool:
-    """Whether `attend_wide_pages` widens pages of this layout."""
-    return min(layout.k_bits, layout.v_bits) == 4 and layout.head_dim & (layout.head_dim - 1) == 0
-
-
 def attend_wide_pages(
     launch: Callable[..., None],
     query: torch.Tensor,
@@ -180,18 +200,18 @@ def attend_wide_pages(
     out: torch.Tensor,
     modifiers: Modifiers,
 ) -> None:
-    """Attention by `launch`, to pages that are widened first if `widens(layout)` holds, SCRATCH bytes at a time. A batch with a
+    """Attention by `launch`, to pages that are widened first if `widens` says so, SCRATCH bytes at a time. A batch with a
     rope_shift, which is of the pages as they are, gets these.
 
     launch: a function with these arguments and, at the end, the calibration to use in place of modifiers.calibration. It
     finds wide keys in the order of the calibration.
     """
-    if batch.rope_shift is not None or not widens(layout):
+    if batch.rope_shift is not None or not widens(layout, query.device):
         launch(query, pages, layout, batch, scale, out, modifiers, modifiers.calibration_for(batch, layout.k_bits))
         return
     requests, kv_heads, group = batch.num_requests, pages.shape[1], query.shape[1] // pages.shape[1]
     longest = min(batch.max_seq_len or 1 << 31, batch.block_table.shape[-1] * layout.tokens)
-    context_bytes = -(-longest // layout.tokens) * PageLayout(layout.head_dim, 8, layout.tokens).page_bytes
+    context_bytes = -(-longest // layout.tokens) * _wide_layout(layout, query.device).page_bytes
     contexts = max(1, SCRATCH // context_bytes)  # of one KV head, that fit into the scratch memory
     # Even parts: a small last one would leave most multiprocessors idle for as long as a large one takes.
     heads_at_once = _even_part(kv_heads, contexts // requests)

@@ -37,6 +37,7 @@ from sage_kernels.reference.quantize import (
     tile_tokens,
     unpack_int4,
     v_int4_level,
+    v_inverse_bits,
     v_levels,
 )
 from sage_kernels.reference.recall import REACH, SCORE_BITS, max_query_blocks, select_pages, store_summaries
@@ -48,5 +49,5 @@ __all__ = [
     "pack_int4", "prepare_keys", "prepare_queries", "qk_product", "quantize_k", "quantize_p", "quantize_q",
     "quantize_v", "quantize_v_int4", "query_terms", "restore_keys", "rope_shift_table", "rotate_values",
     "rotate_values_back", "rotation_signs", "rotation_span", "select_pages", "store", "store_summaries", "tile_rows",
-    "tile_tokens", "turn_back", "unpack_int4", "v_int4_level", "v_levels", "visible_keys",
+    "tile_tokens", "turn_back", "unpack_int4", "v_int4_level", "v_inverse_bits", "v_levels", "visible_keys",
 ]  # fmt: skip

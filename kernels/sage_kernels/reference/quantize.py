@@ -210,6 +210,11 @@ def quantize_v(value: torch.Tensor, fine: bool = True) -> tuple[torch.Tensor, to
     return codes(inverse), exponent
 
 
+def v_inverse_bits(v_bits):  # without annotations, which Triton would look up
+    """The inverses of V's scales times 2 to this power are e4m3 numbers: V_SCALES, V_INT4_INVERSE."""
+    return 5.0 if v_bits == 4 else -8.0
+
+
 def rotation_span(head_dim):  # without annotations, which Triton would look up
     """Channels that `rotate_values` mixes: a power of 4, whose square root floating-point numbers hold exactly."""
     return 64 if head_dim % 64 == 0 else 16
