@@ -57,6 +57,14 @@ step_attention() {
             --head-dim "$d" --heads "$heads" --kv-heads "$kv_heads" --out "$results/attention-d$d-${heads}x$kv_heads-$name.json"
     done
 }
+step_stand_in() {  # a Hopper GPU only
+    local capability
+    for capability in 8.0 8.6 8.9; do
+        benchmark 150 attention run --prefill 4096 32768 --chunk 2048x30720 --decode 128x1024 64x8192 --seconds 1 \
+            --as-if "$capability" --contenders sage-int{8,4,4-v4} fa2-bf16 triton-bf16 \
+            --out "$results/attention-as-if-$capability-$name.json"
+    done
+}
 step_recall() { benchmark 60 recall --lengths 65536 262144 1000000 --out "$results/recall-$name.json"; }
 step_engine() {
     engines 900 engine SAGE SAGE:k_bits=4 FLASH_ATTN FLASH_ATTN/fp8 --prefill 8192 32768 131072 \
@@ -115,7 +123,7 @@ step_servers() {
     fi
 }
 
-steps=(doctor tests sanitizer attention recall engine variator serving memory needle quality heldout servers)
+steps=(doctor tests sanitizer attention stand_in recall engine variator serving memory needle quality heldout servers)
 [ $# -gt 0 ] || set -- "${steps[@]}"
 for step; do
     [[ " ${steps[*]} " == *" $step "* ]] || { echo "there is no step $step; there are: ${steps[*]}"; exit 64; }
