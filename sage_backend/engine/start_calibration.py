@@ -69,6 +69,7 @@ def cache_path(config: Any) -> Path:
     parts += [SageOptions.parse(config.additional_config).variator]
     for model in models:
         parts += [identity(model.model, model.hf_config), model.hf_config.to_json_string(), model.dtype, model.quantization]
+        parts.append(positions.takes_long_factors(model, config.model_config.max_model_len))
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
     return Path(envs.VLLM_CACHE_ROOT) / "sage" / "calibrations" / f"{digest}.safetensors"
 

@@ -58,6 +58,13 @@ def check(model_config: Any) -> None:
         raise ValueError(_refusal(model_config.model, f"of the form {form!r}"))
 
 
+def takes_long_factors(model_config: Any, max_model_len: int) -> bool:
+    """Whether rotary positions of the form `longrope` take their long factors: vLLM does so for all contexts of an engine, if
+    its max_model_len is past the length that the model (ModelConfig) was trained with."""
+    rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
+    return rope.get("rope_type") == "longrope" and max_model_len > rope["original_max_position_embeddings"]
+
+
 def _refusal(model: str, positions: str) -> str:
     return (
         f'"extrapolate" in option "memory" cannot serve {model}: its rotary positions are {positions}, and only those of the '

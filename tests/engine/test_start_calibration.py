@@ -101,6 +101,21 @@ def test_engines_of_all_kinds(run: str, arguments: dict[str, Any], cache: Path, 
     assert all(own.k_anchor.any() and (own.equalizer != 1).any() for own in found.values())
 
 
+def test_long_factors_have_a_calibration_of_their_own() -> None:
+    """vLLM rotates keys by others if --max-model-len is past the original length, and only then does that length matter."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def path(length: int, **rope: Any) -> Path:
+        overrides = {"rope_parameters": {"rope_theta": 10000.0, **rope}}
+        arguments = EngineArgs(str(MODEL_DIR), max_model_len=length, hf_overrides=overrides, attention_backend="SAGE")
+        return start_calibration.cache_path(arguments.create_engine_config())
+
+    factors = {"short_factor": [1.0] * 32, "long_factor": [2.0] * 32, "original_max_position_embeddings": 1024}
+    assert path(700, rope_type="default") == path(2000, rope_type="default")
+    assert path(700, rope_type="longrope", **factors) == path(1024, rope_type="longrope", **factors)
+    assert path(700, rope_type="longrope", **factors) != path(1025, rope_type="longrope", **factors)
+
+
 def test_sizes_of_a_step_do_not_matter(cache: Path) -> None:
     """Options that keys do not depend on share a file."""
     step = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "enable_prefix_caching": True, "max_model_len": 1024}
