@@ -25,11 +25,12 @@ test:  ## lint, type-check and run every test (ARGS="-k name" narrows it)
 	if ! wait $$linter; then cat $$log; echo "[sage] error: make lint failed, see above"; status=1; fi; \
 	rm -f $$log; exit $$status
 
-test-previous:  ## a few tests (tests/previous.txt) with the vLLM before the newest, and sm_90 kernels with the newest Triton
+test-previous:  ## a few tests (tests/previous.txt) with the vLLM before the newest, and some kernels with the newest Triton
 	@deploy/setup.sh --dev
 	@deploy/previous.sh
 	@.venv-0.31/bin/python -m pytest -n 2 @tests/previous.txt
 	@.venv-0.31/bin/python tests/kernels/machine_code.py 90 --head-dim 64
+	@.venv-0.31/bin/python tests/kernels/machine_code.py 89 --head-dim 128
 
 lint:  ## ruff and mypy only
 	@deploy/setup.sh --dev

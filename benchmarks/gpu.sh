@@ -57,8 +57,9 @@ step_attention() {
             --head-dim "$d" --heads "$heads" --kv-heads "$kv_heads" --out "$results/attention-d$d-${heads}x$kv_heads-$name.json"
     done
 }
-step_stand_in() {  # a Hopper GPU only
+step_stand_in() {
     local capability
+    [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)" = 9.0 ] || { echo "[$step] needs a Hopper GPU"; return; }
     for capability in 8.0 8.6 8.9; do
         benchmark 150 attention run --prefill 4096 32768 --chunk 2048x30720 --decode 128x1024 64x8192 --seconds 1 \
             --as-if "$capability" --contenders sage-int{8,4,4-v4} fa2-bf16 triton-bf16 \

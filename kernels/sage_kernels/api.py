@@ -35,7 +35,7 @@ from sage_kernels import cpu, reference
 from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration, Modifiers, PagedBatch
 from sage_kernels.device import gluon_available, is_hopper
 from sage_kernels.page_cache import PageCache
-from sage_paged import Memory, PageLayout
+from sage_paged import SCRATCH_V_BITS, Memory, PageLayout
 
 # The Triton modules are imported where a GPU needs them: importing Triton takes a second, and a CPU build of torch has none.
 
@@ -353,6 +353,8 @@ def fetch_pages(cache: PageCache, pages: torch.Tensor, layout: PageLayout, batch
 def _check_pages(pages: torch.Tensor, layout: PageLayout) -> int:
     """Returns the number of KV heads."""
     shape = pages.shape
+    if layout.v_bits == SCRATCH_V_BITS:
+        raise ValueError(f"v_bits={SCRATCH_V_BITS} is for pages that kernels make for themselves")
     if len(shape) != 3 or shape[2] != layout.page_bytes or pages.dtype is not torch.uint8:
         raise ValueError(
             f"pages are {pages.dtype} {list(shape)}; this layout takes uint8 [blocks, kv_heads, {layout.page_bytes}] "

@@ -92,9 +92,9 @@ class PageViews:
     """Typed views of a cache; leading dimensions are [blocks, kv_heads].
 
     k: int8 [..., tokens, k_row_bytes]; v: float8_e4m3fn [..., head_dim, tokens], or int8 [..., head_dim // 2, tokens] of 4-bit
-    values, tokens in `v_position` order; k_groups: int8 [..., tokens, step or zero point, k_groups]; k_low: int8 [..., tokens,
-    GROUP_BYTES]; k_scale, v_exponent: float32 [..., tokens]; summary: float16 [..., 2, head_dim]. None where the layout has
-    none.
+    values, tokens in `v_position` order, or float16 [..., head_dim, tokens] of SCRATCH_V_BITS; k_groups: int8 [..., tokens,
+    step or zero point, k_groups]; k_low: int8 [..., tokens, GROUP_BYTES]; k_scale, v_exponent: float32 [..., tokens]; summary:
+    float16 [..., 2, head_dim]. None where the layout has none.
     """
 
     k: torch.Tensor
@@ -124,9 +124,9 @@ class PageLayout:
             ("head_dim", self.head_dim, HEAD_DIMS),
             ("k_bits", self.k_bits, K_BITS),
             ("tokens", self.tokens, PAGE_TOKENS),
-            ("v_bits", self.v_bits, (*V_BITS, SCRATCH_V_BITS)),
+            ("v_bits", self.v_bits, V_BITS),
         ):
-            if value not in allowed:
+            if value not in allowed and (name, value) != ("v_bits", SCRATCH_V_BITS):
                 raise ValueError(f"{name}={value} is not supported; choose one of {', '.join(map(str, allowed))}")
         if self.v_bits == 4 and self.head_dim > MAX_V_INT4_DIM:
             raise ValueError(f"v_bits=4 is not supported at head_dim={self.head_dim}, only up to {MAX_V_INT4_DIM}")

@@ -69,7 +69,9 @@ def cache_path(config: Any) -> Path:
     parts += [SageOptions.parse(config.additional_config).variator]
     for model in models:
         parts += [identity(model.model, model.hf_config), model.hf_config.to_json_string(), model.dtype, model.quantization]
-        parts.append(positions.takes_long_factors(model, config.model_config.max_model_len))
+        # Of a drafter, vLLM takes the length of the drafter or of the engine, by its kind.
+        lengths = config.model_config.max_model_len, model.max_model_len
+        parts += [positions.takes_long_factors(model, length) for length in lengths]
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
     return Path(envs.VLLM_CACHE_ROOT) / "sage" / "calibrations" / f"{digest}.safetensors"
 

@@ -40,13 +40,16 @@ def _only(factors: Any) -> float:
     return float(factor)
 
 
-def check(model_config: Any) -> None:
-    """Raises ValueError, in one line, for a model (ModelConfig) whose configuration names another form of RoPE.
-
-    Where layers have rotary embeddings by their type, only those of full attention count: the others read no recalled pages.
-    """
+def _rope_parameters(model_config: Any) -> dict[str, Any]:
+    """Those of full attention, where layers have rotary embeddings by their type: the others read no recalled pages."""
     rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
+    return dict(rope.get("full_attention", rope))
+
+
+def check(model_config: Any) -> None:
+    """Raises ValueError, in one line, for a model (ModelConfig) whose configuration names another form of RoPE for full
+    attention."""
+    rope = _rope_parameters(model_config)
     form = rope.get("rope_type", "default")
     if "mrope_section" in rope:
         form = "mrope"
@@ -61,7 +64,7 @@ def check(model_config: Any) -> None:
 def takes_long_factors(model_config: Any, max_model_len: int) -> bool:
     """Whether rotary positions of the form `longrope` take their long factors: vLLM does so for all contexts of an engine, if
     its max_model_len is past the length that the model (ModelConfig) was trained with."""
-    rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
+    rope = _rope_parameters(model_config)
     return rope.get("rope_type") == "longrope" and max_model_len > rope["original_max_position_embeddings"]
 
 
@@ -76,8 +79,8 @@ def context(model_config: Any) -> int:
     """Tokens of the contexts that keys are calibrated for: those that the model (ModelConfig) was trained with, at most
     `_FARTHEST`. 0 if its configuration has no such number.
 
-    Not --max-model-len, so that servers with different lengths quantize alike. And without the factor of linear scaling: in
-    some configurations, the number has it already.
+    Not --max-model-len, so that servers with different lengths quantize alike, if not for `takes_long_factors`. And without the
+    factor of linear scaling: in some configurations, the number has it already.
     """
     longest, _ = model_config.model_arch_config.derived_max_model_len_and_key
     return int(min(longest, _FARTHEST)) if longest < math.inf else 0

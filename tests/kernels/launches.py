@@ -12,8 +12,7 @@ from typing import Any
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory that a program may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
-HEAD_DIMS = dict.fromkeys((80, 89, 90, 100, 120), (64, 80, 128, 192, 256, 512))
-HEAD_DIMS[86] = (256, 512)  # the code of sm_80 in the shared memory of sm_89: what matters is whether the largest tiles fit
+HEAD_DIMS = (64, 80, 128, 192, 256, 512)
 
 Launch = tuple[str, Callable[[], Any]]
 """The name of a case, unique for its kernel, head size and key precision, and the call that launches the kernels."""
@@ -43,8 +42,7 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     layout = PageLayout(head_dim, k_bits, 64 if (capability, head_dim) == (86, 512) else 128)
     pages = layout.empty(2, 2)
     key, query = torch.zeros(1, 2, head_dim, dtype=torch.bfloat16), torch.zeros(1, 8, head_dim, dtype=torch.bfloat16)
-    anchor, equalizer = torch.zeros(2, head_dim), torch.ones(2, head_dim)
-    order = torch.zeros(2, head_dim // 2, dtype=torch.int32)
+    anchor, equalizer, order = torch.zeros(2, head_dim), torch.ones(2, head_dim), torch.zeros(2, head_dim // 2).int()
     keys, values = (LayerCalibration(anchor, equalizer, order, of_values) for of_values in (None, anchor))
 
     slots = torch.zeros(1, dtype=torch.int64)
@@ -65,7 +63,8 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     if head_dim >= 256:  # whose tiles leave the least shared memory
         cases["means"] = batch, Modifiers(calibration=keys, q_block=block)
     if head_dim == 128:
-        sinks = torch.zeros(8)
+        most_rows, sinks = replace(batch, max_query_len=16), torch.zeros(8)
+        yield "drafts", partial(attentions[1], query, pages, layout, most_rows, 0.1, torch.empty_like(query), Modifiers())
         cases["sinks"] = batch, Modifiers(sinks=sinks, calibration=keys)
         cases["values"] = batch, Modifiers(calibration=values)
         cases["all"] = batch, Modifiers(100, 30.0, sinks, values)
@@ -83,8 +82,8 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
         for query_block in (0, 512):
             trained = Memory(trained_tokens=8192)
             yield f"long {query_block}", partial(recall.select_pages, query, *cache, long, Memory(), query_block)
-            table_of = torch.zeros(2, 128)
-            yield f"trained {query_block}", partial(recall.select_pages, query, *cache, batch, trained, query_block, table_of)
+            selection = partial(recall.select_pages, query, *cache, batch, trained, query_block, torch.zeros(2, 128))
+            yield f"trained {query_block}", selection
 
     for name, (where, modifiers) in cases.items():
         # Only the portable kernels rotate queries, and of these only that for prefill smooths them.

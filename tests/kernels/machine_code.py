@@ -67,7 +67,7 @@ class Unit:
 
 def units(capabilities: list[int]) -> list[Unit]:
     """All units of these compute capabilities, those that take longest first."""
-    found = [Unit(each, head_dim, k_bits) for each in capabilities for head_dim in HEAD_DIMS[each] for k_bits in (8, 4)]
+    found = [Unit(each, head_dim, k_bits) for each in capabilities for head_dim in HEAD_DIMS for k_bits in (8, 4)]
     return sorted(found, key=lambda unit: (unit.head_dim != 128, unit.capability != 90, -unit.head_dim))
 
 
@@ -393,7 +393,7 @@ def main() -> None:
         arguments.sass.mkdir(parents=True, exist_ok=True)
     wanted, digest = [unit for unit in units(capabilities) if arguments.head_dim in (None, unit.head_dim)], sources_hash()
     if not wanted:
-        parser.error(f"--head-dim is none of {', '.join(str(size) for size in HEAD_DIMS[capabilities[0]])}")
+        parser.error(f"--head-dim is none of {', '.join(str(size) for size in HEAD_DIMS)}")
     record = {} if arguments.record or arguments.head_dim else read_record(digest)
     known = {unit: kernels for unit in wanted if (kernels := load(unit, digest) or record.get(str(unit))) is not None}
     small = [unit for unit in units(list(SHARED_KIB)) if unit.head_dim < 128]

@@ -32,6 +32,7 @@ def without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """The portable kernels and the reference as on a GPU without FP8: P and V in float16."""
     for module in (store, query_tile, prefill, decode, widen):
         monkeypatch.setattr(module, "fp8_path", lambda _: "half")
+    monkeypatch.setattr(prefill, "tile", prefill.tile.__wrapped__)
     specification = sys.modules["sage_kernels.reference.attention"]  # its package has a function of that name
     monkeypatch.setattr(specification, "quantize_p", partial(reference.quantize_p, dtype=torch.float16))
 

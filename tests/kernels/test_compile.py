@@ -37,11 +37,11 @@ def compiled(request: pytest.FixtureRequest, compiled_for: dict[str, list[dict[s
 
 
 def test_all_kernels_compile(compiled: tuple[int, list[dict[str, Any]]]) -> None:
-    capability, kernels = compiled
+    _, kernels = compiled
     for name in ("prefill", "decode", "merge", "store"):
         cases = {(kernel["head_dim"], kernel["k_bits"]) for kernel in kernels if kernel["kernel"] == name}
-        assert len(cases) == 2 * len(HEAD_DIMS[capability]), name
-    assert MEMORY & {kernel["kernel"] for kernel in kernels} == (MEMORY if 128 in HEAD_DIMS[capability] else set())
+        assert len(cases) == 2 * len(HEAD_DIMS), name
+    assert {kernel["kernel"] for kernel in kernels} >= MEMORY
 
 
 def test_a_kernel_that_starts_early_first_waits(compiled: tuple[int, list[dict[str, Any]]]) -> None:
@@ -49,8 +49,7 @@ def test_a_kernel_that_starts_early_first_waits(compiled: tuple[int, list[dict[s
     assert [kernel for kernel in kernels if kernel["starts"] == "runs"] == []
     early = {kernel["kernel"] for kernel in kernels if kernel["starts"] == "waits"}
     own = {"hopper decode"} if capability == 90 else set()
-    recalling = MEMORY if 128 in HEAD_DIMS[capability] else set()
-    assert early == ({"store", "decode", "merge"} | recalling | own if capability >= 90 else set())
+    assert early == ({"store", "decode", "merge"} | MEMORY | own if capability >= 90 else set())
 
 
 def test_shared_memory_suffices(compiled: tuple[int, list[dict[str, Any]]]) -> None:
@@ -61,12 +60,17 @@ def test_shared_memory_suffices(compiled: tuple[int, list[dict[str, Any]]]) -> N
 def test_tensor_cores_are_used(compiled: tuple[int, list[dict[str, Any]]]) -> None:
     """INT8 instructions for Q K^T everywhere; FP8 ones for P V where there are any, else FP16.
 
-    Portable decoding has fewer rows than the asynchronous instructions of sm_90 and sm_100 take, and with those of before
-    Triton widens FP8 to FP16 there. sm_89 and sm_120 have others.
+    Portable decoding, if not of many drafts, has fewer rows than the asynchronous instructions of sm_90 and sm_100 take, and
+    with those of before Triton widens FP8 to FP16 there. sm_89 and sm_120 have others.
     """
     capability, kernels = compiled
     pv = {"decode": "fp8" if capability in (89, 120) else "half", "prefill": "fp8" if capability >= 89 else "half"}
     pv |= {"hopper decode": "fp8", "hopper prefill": "fp8"}
-    attentions = [(kernel, pv[kernel["kernel"]]) for kernel in kernels if kernel["kernel"] in pv]
+    pv["drafts"] = pv["prefill"]
+    attentions = [
+        (kernel, pv["drafts" if kernel["mask"] == "drafts" else kernel["kernel"]])
+        for kernel in kernels
+        if kernel["kernel"] in pv
+    ]
     assert attentions
     assert [kernel for kernel, instruction in attentions if kernel["uses"] != ["int8", instruction]] == []

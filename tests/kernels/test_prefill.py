@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prefill kernels against the reference: portable, and for sm_90."""
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -77,8 +78,8 @@ def test_tiles_of_smoothed_queries_in_99_kib(fp8: str, head_dim: int, rows: int,
 def test_int4_prompts_in_parts(
     scratch: int, parts: int, per_head: bool, window: int, k_bits: int, v_bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parts that the kernel for sm_90 is given make up the whole. The CPU path, which reads as few pages, replaces the
-    kernel."""
+    """The parts that the kernel for sm_90 is given make up the whole, and the memory of one is given back before the next is
+    widened. The CPU path, which reads as few pages, replaces the kernel."""
     from sage_kernels.hopper import prefill
     from sage_kernels.hopper.copy import PageDescriptors
 
@@ -101,6 +102,15 @@ def test_int4_prompts_in_parts(
             cpu.attention(query, pages, layout, PagedBatch(table, lengths, starts), scale, out, modifiers)
             launched.append(lengths)
 
+    make, made = widen.widen, []
+
+    def widen_after_the_last(*args: Any) -> Any:
+        assert not any(each() is not None for each in made)
+        wide, *rest = make(*args)
+        made.append(weakref.ref(wide))
+        return wide, *rest
+
+    monkeypatch.setattr(widen, "widen", widen_after_the_last)
     monkeypatch.setattr(prefill, "_prefill_kernel", Kernel())
     monkeypatch.setattr(prefill, "descriptors", lambda pages, layout: PageDescriptors(None, None, None, None, pages))
     monkeypatch.setattr(widen, "SCRATCH", scratch)

@@ -277,10 +277,12 @@ def test_standing_in(
     monkeypatch.setenv("DISABLE_MMA_V3", "0")
     monkeypatch.setattr(device, "shared_memory", device.shared_memory)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
-    asked, cuda = (device.fp8_path, device.is_hopper, device.dependent_launch), torch.device("cuda")
+    asked = device.fp8_path, device.is_hopper, device.multiplies_by_warp, device.dependent_launch
+    cuda = torch.device("cuda")
     try:
         attention.stand_in(capability)
         assert (device.fp8_path(cuda), device.is_hopper(cuda), device.dependent_launch(cuda)["PDL"]) == (path, False, early)
+        assert device.multiplies_by_warp(cuda)
         assert device.shared_memory(cuda) == attention.SHARED_MEMORY[capability] * 1024
         assert os.environ["DISABLE_MMA_V3"] == "1"
         assert torch.cuda.get_device_capability() == (9, 0)

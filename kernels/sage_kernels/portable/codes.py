@@ -129,7 +129,8 @@ def half_order(place):
 
 @triton.jit
 def load_v(section, tokens, channels, length, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """The V codes of a page, [tokens, channels]. section: pointer to them; tokens: 0 to PAGE - 1 in the order of V.
+    """The V codes of a page, [tokens, channels]. section: pointer to them; tokens: 0 to PAGE - 1 in the order of V, or in their
+    own for float16.
 
     MASKED: codes from token `length` of the page on become 0. An earlier owner of the memory may have left a NaN there, and
     0 * NaN would reach every row.

@@ -86,13 +86,13 @@ def _prefill_kernel(
 
 @functools.cache
 def tile(device: torch.device, layout: PageLayout, group: int, smooth_q: bool = False) -> tuple[int, int, bool]:
-    """Rows of a query tile, warps, and whether each warp has whole rows, so that warps need not wait for each other.
+    """Rows of a query tile, warps, and whether each warp has rows of its own, so that warps need not wait for each other.
 
-    Warps have 16 whole rows each where they multiply matrices by themselves, if no codes need widening, which all of them would
-    do, and up to 128 channels, for which they have registers. Tiles then have twice `reference.tile_rows`, which halves the
-    loads of pages; not with smoothed queries, whose blocks are tiles. A tile has half of tile_rows, or a quarter, where the
-    query would not fit into shared memory next to P and V of a page: with heads of 512 channels, and on sm_86 with heads of 256
-    if Q is smoothed, which takes two terms.
+    They have where warps multiply matrices by themselves, for heads of up to 128 channels, which fit into registers, and pages
+    whose codes need no widening, which each warp would have to do. Tiles then have at least 128 rows instead of 64, for half
+    the loads of pages; not with smoothed queries, whose blocks are tiles. A tile has half of `reference.tile_rows`, or a
+    quarter, where the query would not fit into shared memory next to P and V of a page: with heads of 512 channels, and on
+    sm_86 with heads of 256 if Q is smoothed, which takes two terms.
     """
     block_m, block_d, half = tile_rows(group), triton.next_power_of_2(layout.head_dim), fp8_path(device) == "half"
     if block_d <= 128:
@@ -146,7 +146,7 @@ def _launch(
     if smooth_q and modifiers.q_block != block_m // group:
         raise ValueError(f"q_block is {modifiers.q_block}; on this device it must be {block_m // group} tokens, or 0")
     block_d = triton.next_power_of_2(head_dim)
-    buffers = 2 if block_d <= 128 <= block_m else 1  # or two programs of a multiprocessor
+    buffers = 2 if block_d <= 128 <= block_m else 1  # smaller tiles leave room for a second program instead
     q_blocks = tokens // (block_m // group) + batch.num_requests
     _prefill_kernel[(q_blocks, kv_heads)](
         query, out, *cache_views(pages), batch.block_table, batch.seq_lens, batch.query_start_loc,

@@ -35,6 +35,7 @@ V_INT4_LEAST = tl.constexpr(reference.V_INT4_LEAST)
 NO_FRACTION = tl.constexpr(12582912.0)
 """1.5 * 2**23. A float32 plus this is rounded to a whole number, which its last bits then hold."""
 NO_FRACTION_BITS = tl.constexpr(0x4B400000)
+SCRATCH_V_BITS = tl.constexpr(sage_paged.SCRATCH_V_BITS)
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 TABLES = ["block_table", "seq_lens", "query_start_loc"]
 """Arguments that are sliced where the decodes of a batch end. The alignment of a slice must not cause a compilation."""
@@ -297,11 +298,11 @@ def softmax_reference(page_max, m_i, m_ref, MASKED: tl.constexpr):
 
 
 @triton.jit
-def code_product(q_low, q_high, k_low, k_high, K_BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def integer_product(q_low, q_high, k_low, k_high, K_BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Q K^T of codes, float32 [rows, tokens]. For INT4 keys, k_low and k_high are halves of the head.
 
-    Integer sums that start at the bits of NO_FRACTION end as floating-point numbers. Conversions run at a quarter of the speed
-    of additions (sm_80).
+    Integer sums that start at the bits of NO_FRACTION end as floating-point numbers, NO_FRACTION larger. Conversions run at a
+    quarter of the speed of additions (sm_80).
     """
     IS_SMALL: tl.constexpr = HEAD_DIM <= 256  # |sum| <= 127 * 128 * HEAD_DIM < 2**22
     codes = tl.full([q_low.shape[0], k_low.shape[1]], NO_FRACTION_BITS if IS_SMALL else 0, tl.int32)
@@ -334,7 +335,7 @@ def attend_page(
     values as they were stored.
     """
     tokens = tl.arange(0, PAGE)  # of the columns of this tile, which are in the order of V
-    if V_BITS != 16:
+    if V_BITS != SCRATCH_V_BITS:
         if FP8 == "half":
             tokens = half_order(tokens)
         tokens = v_token(tokens)
@@ -352,9 +353,9 @@ def attend_page(
         k_low, k_high = load_int4_k(cache_i8 + page_offset, tokens, q.low.shape[1], PAGE, HEAD_DIM, V_BITS)
     v_inverse = tl.exp2(INVERSE_BITS - v_exponent)
 
-    logits = code_product(q.low, q.high, k_low, k_high, K_BITS, HEAD_DIM) * k_scale[None, :] * q.scale[:, None]
+    logits = integer_product(q.low, q.high, k_low, k_high, K_BITS, HEAD_DIM) * k_scale[None, :] * q.scale[:, None]
     if SMOOTH_Q:
-        means = code_product(q.mean_low, q.mean_high, k_low, k_high, K_BITS, HEAD_DIM)
+        means = integer_product(q.mean_low, q.mean_high, k_low, k_high, K_BITS, HEAD_DIM)
         logits += means * k_scale[None, :] * q.mean_scale[:, None]
     if SOFT_CAP or SHIFT:
         logits += page_bias[:, None]
@@ -379,7 +380,7 @@ def attend_page(
     v_section = cache_i8 + page_offset + V_OFFSET
     v_words = v_section.to(tl.pointer_type(tl.int32))
     if FP8 == "half":
-        if V_BITS == 16:
+        if V_BITS == SCRATCH_V_BITS:
             v = load_v(v_section.to(tl.pointer_type(tl.float16)), tokens, channels, length, PAGE, HEAD_DIM, False)
         else:
             v = halves_of(load_v_words(v_words, channels, PAGE, HEAD_DIM, V_BITS))

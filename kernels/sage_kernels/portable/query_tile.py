@@ -141,7 +141,7 @@ def attend_pages(
     page_range: PageRange; rows: QueryRows. k_anchor, equalizer, order: pointers to those of the KV head. table, shifts:
     pointers to the request's list of blocks and, if SHIFT, to its list of shifts in pages. head_offset: int64, bytes from the
     start of a block to the page of the KV head. INVERSE_BITS: `v_inverse_bits` of values as they were stored. SUMS: 16 for row
-    sums by tensor cores, which serves tiles whose warps have whole rows; 1 for sums of numbers.
+    sums by tensor cores, which serves tiles whose warps have whole rows; 1 for sums in registers.
     """
     q = quantize_query(
         query, k_anchor, equalizer, order, shift_table, rows, q_token_stride, q_head_stride, scale,
@@ -196,8 +196,8 @@ def pipeline_stages(
         other += block_m * layout.tokens * (2 if half else 1)
     if layout.k_bits == 4:
         other += layout.tokens * block_d
-    if half:
-        other += 2 * layout.tokens * block_d * (layout.v_bits == 4)
+    if half:  # the inverses of scales, if they are a matrix, and values that are widened from 4 bits
+        other += 32 * layout.tokens * whole_rows + 2 * layout.tokens * block_d * (layout.v_bits == 4)
     else:  # V without what is behind the last token, or in float16 for tiles that are too small for FP8 instructions
         other += layout.tokens * block_d * (1 if multiplies_by_warp(device) or block_m >= 64 else 2)
     return 1 + 2 * max(0, min(buffers, (shared_memory(device) - other) // page))
@@ -233,6 +233,6 @@ def shift_tensors(shift: RopeShift | None, unused: torch.Tensor) -> tuple[torch.
 
 def cache_views(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The cache as int8 keys, as e4m3 values, and as float32 scales. Devices without e4m3 (`device.fp8_path`) read values as
-    32-bit words, and get uint8 for them."""
+    32-bit words or as float16, and get uint8 for them."""
     v_type = torch.uint8 if fp8_path(pages.device) == "half" else torch.float8_e4m3fn
     return pages.view(torch.int8), pages.view(v_type), pages.view(torch.float32)

@@ -23,7 +23,7 @@ from sage_kernels.reference import rotate_values
 from sage_paged import SCRATCH_V_BITS, PageLayout
 
 SCRATCH = 512 << 20
-"""Bytes of wide pages that pages of 4-bit codes are widened to at a time. One KV head of one request may take more."""
+"""Bytes of wide pages that exist at a time. One KV head of one request may take more."""
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _widen_keys(
 
 @triton.jit
 def _store_values(v, channel, word, codes, PAGE: tl.constexpr, WIDE_V_BITS: tl.constexpr):
-    """Words of four e4m3 codes to word `word` of `channel` of V, or what they are in float16, tokens in their own order."""
+    """Store words of four e4m3 codes, number `word` of a channel of V: as they are, or in float16 and the tokens' own order."""
     if WIDE_V_BITS == 8:
         tl.store(v + channel * (PAGE // 4) + word, codes)
     else:  # a word has tokens 2j, 2j + 1, 2j + 8 and 2j + 9 of 16 (`sage_paged.v_position`)
@@ -228,5 +228,6 @@ def attend_wide_pages(
             if layout.v_bits == 4 and calibration.v_anchor is not None:  # it joins an output that is still rotated
                 calibration = replace(calibration, v_anchor=calibration.v_anchor @ _rotation(layout.head_dim, query.device))
             launch(query[:, own], wide, wide_layout, part, scale, out[:, own], of_heads, calibration)
+            del wide  # before the next part allocates its own
             if layout.v_bits == 4:
                 rotate_output_back(out[:, own], part)
