@@ -372,6 +372,13 @@ def compare(old_folder: Path, new_folder: Path) -> int:
     return differ
 
 
+def summarize(capability: int, kernels: list[dict[str, Any]]) -> bool:
+    """Print what was compiled. Returns whether a kernel needs more shared memory than there is."""
+    most, room = max(kernel["shared"] for kernel in kernels), SHARED_KIB[capability] * 1024
+    print(f"sm_{capability}: {len(kernels)} launches compiled; the largest needs {most:,} of {room:,} bytes of shared memory")
+    return most > room
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("capability", type=int, nargs="*", choices=[[], *SHARED_KIB], help="compute capability, such as 90")
@@ -409,8 +416,8 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(by_capability))
     else:
-        for capability, kernels in by_capability.items():
-            print(f"sm_{capability}: {len(kernels)} launches compiled")
+        too_large = [summarize(capability, kernels) for capability, kernels in by_capability.items()]
+        sys.exit(any(too_large))
 
 
 if __name__ == "__main__":
