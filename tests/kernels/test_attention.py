@@ -32,7 +32,10 @@ def without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """The portable kernels and the reference as on a GPU without FP8: P and V in float16."""
     for module in (store, query_tile, prefill, decode, widen):
         monkeypatch.setattr(module, "fp8_path", lambda _: "half")
+    # Their answers are kept.
     monkeypatch.setattr(prefill, "tile", prefill.tile.__wrapped__)
+    for module in (prefill, decode):
+        monkeypatch.setattr(module, "pipeline_stages", query_tile.pipeline_stages.__wrapped__)
     specification = sys.modules["sage_kernels.reference.attention"]  # its package has a function of that name
     monkeypatch.setattr(specification, "quantize_p", partial(reference.quantize_p, dtype=torch.float16))
 

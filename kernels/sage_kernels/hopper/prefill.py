@@ -20,7 +20,6 @@ What limits the speed, and what was tried: docs/developer/kernel-tuning.md.
 Length: the four partitions of one kernel share its barriers and buffers, and are read together.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -710,8 +709,7 @@ def prefill(
 
     There is no kernel for batch.rope_shift and modifiers.q_block. Pages of 4-bit keys or values are widened first.
     """
-    launch = partial(_launch, v_bits=layout.v_bits)
-    attend_wide_pages(launch, query, pages, layout, batch, scale, out, modifiers or Modifiers())
+    attend_wide_pages(_launch, query, pages, layout, batch, scale, out, modifiers or Modifiers())
 
 
 def _launch(
@@ -723,7 +721,6 @@ def _launch(
     out: torch.Tensor,
     modifiers: Modifiers,
     calibration: LayerCalibration,
-    *,
     v_bits: int,
 ) -> None:
     """`prefill` for pages of INT8 keys and e4m3 values. calibration: in place of modifiers.calibration. v_bits: of values

@@ -2,7 +2,6 @@
 """Prefill: many query tokens per request, whole prompts or chunks, behind any history. Triton, for every GPU from sm_80 on."""
 
 import functools
-from functools import partial
 
 import torch
 import triton
@@ -122,8 +121,7 @@ def prefill(
     Only rows query_start_loc[0] to query_start_loc[-1] are read and written. query and out need unit stride in head_dim only.
     Raises ValueError for a modifiers.q_block that is neither 0 nor the tokens of a tile.
     """
-    launch = partial(_launch, v_bits=layout.v_bits)
-    attend_wide_pages(launch, query, pages, layout, batch, scale, out, modifiers or Modifiers())
+    attend_wide_pages(_launch, query, pages, layout, batch, scale, out, modifiers or Modifiers())
 
 
 def _launch(
@@ -135,7 +133,6 @@ def _launch(
     out: torch.Tensor,
     modifiers: Modifiers,
     calibration: LayerCalibration,
-    *,
     v_bits: int,
 ) -> None:
     """`prefill` with pages as they are. calibration: in place of modifiers.calibration. v_bits: of values before pages were

@@ -5,6 +5,7 @@ The query heads that share a KV head are packed into the rows of one tile (row =
 each page is read once for all of them.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -180,6 +181,7 @@ def attend_pages(
     return SoftmaxState(acc, l_i, state.m_ref, state.m_i), q_bias
 
 
+@functools.cache  # asked for in every launch
 def pipeline_stages(
     device: torch.device, layout: PageLayout, buffers: int, block_m: int, terms: int = 1, whole_rows: bool = False
 ) -> int:

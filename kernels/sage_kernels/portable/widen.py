@@ -120,16 +120,17 @@ def _widen_kernel(
     tl.store(wide_scales + PAGE, v_exponent)
 
 
-def _wide_layout(layout: PageLayout, device: torch.device) -> PageLayout:
-    """The layout of widened pages: float16 values where there are no FP8 instructions, if two of these pages fit into shared
-    memory on sm_80."""
-    v_bits = SCRATCH_V_BITS if fp8_path(device) == "half" and layout.head_dim <= 128 else 8
+@functools.cache  # asked for in every call
+def _wide_layout(layout: PageLayout, fp8: str) -> PageLayout:
+    """The layout of widened pages: float16 values where there are no FP8 instructions (see `device.fp8_path`), if two of these
+    pages fit into shared memory on sm_80."""
+    v_bits = SCRATCH_V_BITS if fp8 == "half" and layout.head_dim <= 128 else 8
     return PageLayout(layout.head_dim, 8, layout.tokens, v_bits=v_bits)
 
 
 def widens(layout: PageLayout, device: torch.device) -> bool:
     """Whether `attend_wide_pages` widens pages of this layout."""
-    wide = _wide_layout(layout, device)
+    wide = _wide_layout(layout, fp8_path(device))
     return (layout.k_bits, layout.v_bits) != (wide.k_bits, wide.v_bits) and layout.head_dim & (layout.head_dim - 1) == 0
 
 
@@ -144,7 +145,7 @@ def widen(
     """
     requests, kv_heads = batch.num_requests, pages.shape[1]
     used = min(-(-max_seq_len // layout.tokens), batch.block_table.shape[-1])
-    wide_layout = _wide_layout(layout, pages.device)
+    wide_layout = _wide_layout(layout, fp8_path(pages.device))
     wide = torch.empty(requests * used, kv_heads, wide_layout.page_bytes, dtype=torch.uint8, device=pages.device)
     _widen_kernel[(used, kv_heads, requests)](
         pages.view(torch.int8), pages.view(torch.int32), wide.view(torch.int32), batch.block_table, batch.seq_lens,
@@ -203,15 +204,16 @@ def attend_wide_pages(
     """Attention by `launch`, to pages that are widened first if `widens` says so, SCRATCH bytes at a time. A batch with a
     rope_shift, which is of the pages as they are, gets these.
 
-    launch: a function with these arguments and, at the end, the calibration to use in place of modifiers.calibration. It
-    finds wide keys in the order of the calibration.
+    launch: a function with these arguments and, at the end, the calibration to use in place of modifiers.calibration, and the
+    bits of values before pages were widened. It finds wide keys in the order of the calibration.
     """
     if batch.rope_shift is not None or not widens(layout, query.device):
-        launch(query, pages, layout, batch, scale, out, modifiers, modifiers.calibration_for(batch, layout.k_bits))
+        calibration = modifiers.calibration_for(batch, layout.k_bits)
+        launch(query, pages, layout, batch, scale, out, modifiers, calibration, layout.v_bits)
         return
     requests, kv_heads, group = batch.num_requests, pages.shape[1], query.shape[1] // pages.shape[1]
     longest = min(batch.max_seq_len or 1 << 31, batch.block_table.shape[-1] * layout.tokens)
-    context_bytes = -(-longest // layout.tokens) * _wide_layout(layout, query.device).page_bytes
+    context_bytes = -(-longest // layout.tokens) * _wide_layout(layout, fp8_path(query.device)).page_bytes
     contexts = max(1, SCRATCH // context_bytes)  # of one KV head, that fit into the scratch memory
     # Even parts: a small last one would leave most multiprocessors idle for as long as a large one takes.
     heads_at_once = _even_part(kv_heads, contexts // requests)
@@ -227,7 +229,7 @@ def attend_wide_pages(
             calibration = of_heads.calibration_for(part, layout.k_bits)
             if layout.v_bits == 4 and calibration.v_anchor is not None:  # it joins an output that is still rotated
                 calibration = replace(calibration, v_anchor=calibration.v_anchor @ _rotation(layout.head_dim, query.device))
-            launch(query[:, own], wide, wide_layout, part, scale, out[:, own], of_heads, calibration)
+            launch(query[:, own], wide, wide_layout, part, scale, out[:, own], of_heads, calibration, layout.v_bits)
             del wide  # before the next part allocates its own
             if layout.v_bits == 4:
                 rotate_output_back(out[:, own], part)
