@@ -124,7 +124,12 @@ step_servers() {
     fi
 }
 
-steps=(doctor tests sanitizer attention stand_in recall engine variator serving memory needle quality heldout servers)
+step_disaggregation() {  # two servers, on two GPUs or on one; needs NIXL
+    benchmark 300 disaggregation SAGE SAGE:k_bits=4,v_bits=4 FLASH_ATTN --out "$results/disaggregation-$name.json" \
+        -- --enforce-eager --max-model-len 2048 --kv-cache-memory-bytes $((256 << 20))
+}
+
+steps=(doctor tests sanitizer attention stand_in recall engine variator serving memory needle quality heldout servers disaggregation)
 [ $# -gt 0 ] || set -- "${steps[@]}"
 for step; do
     [[ " ${steps[*]} " == *" $step "* ]] || { echo "there is no step $step; there are: ${steps[*]}"; exit 64; }

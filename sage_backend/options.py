@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The user's options: `--additional-config '{"sage": {...}}'`. Wrong ones are refused in one line that says what is allowed."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from sage_paged import K_BITS, PAGE_TOKENS, V_BITS, Memory, PageLayout
@@ -255,6 +257,16 @@ class SageOptions:
         """k_bits, v_bits: those of a layer for which a calibration has chosen them."""
         in_pages = self.memory is not None and not self.memory.host_gib  # with host pages, summaries are in a PageCache
         return PageLayout(head_dim, k_bits or self.k_bits, self.page_tokens, in_pages, v_bits or self.v_bits)
+
+    @property
+    def pages(self) -> str:
+        """What decides the bytes of pages, for processes that exchange them: the options, and the contents of a calibration
+        file. Raises OSError if that cannot be read."""
+        names = ("k_bits", "v_bits", "page_tokens", "smooth_k", "smooth_v", "equalize")
+        values = {name: getattr(self, name) for name in names} | {"summaries": self.memory is not None}
+        if self.calibration:
+            values["calibration"] = hashlib.sha256(Path(self.calibration).read_bytes()).hexdigest()[:16]
+        return " ".join(f"{name}={value}" for name, value in values.items())
 
 
 _current = SageOptions()

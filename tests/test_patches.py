@@ -4,17 +4,20 @@
 import importlib
 import pkgutil
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import environment
+from engines import PLAIN, environment
 
+from sage_backend.demo import MODEL_DIR
 from sage_backend.engine import patches
-from sage_backend.engine.patches import config_check, model_runner, target
+from sage_backend.engine.patches import config_check, model_runner, nixl_handshake, target
 from sage_backend.engine.patches import scheduler as scheduling
 from sage_backend.engine.patches.target import PatchError
 from sage_backend.options import VariatorOptions
+from sage_backend.plugin import backend_member
 
 NAMES = sorted(module.name for module in pkgutil.iter_modules(patches.__path__) if module.name != "target")
 
@@ -96,3 +99,37 @@ def test_objects_that_lack_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     message = refused(scheduling.attach, scheduler, VariatorOptions("file"), [2])
     assert "patch 'scheduler' replaces SimpleNamespace.need_mamba_block_aligned_split" in message
     assert "patch 'model_runner' replaces SimpleNamespace.execute_model" in refused(model_runner.apply, SimpleNamespace(), None)
+
+
+def test_servers_with_other_pages_are_refused_by_nixl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two servers compare differs if their pages do, and only then. Other backends and connectors are left alone."""
+    calibrations = [tmp_path / name for name in ("one", "copy", "other")]
+    for file, contents in zip(calibrations, ("1", "1", "2"), strict=True):
+        file.write_text(contents)
+    with environment():
+        from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
+        from vllm.engine.arg_utils import EngineArgs
+
+        monkeypatch.setattr(base_worker, "compute_nixl_compatibility_hash", base_worker.compute_nixl_compatibility_hash)
+        nixl_handshake.apply.cache_clear()
+        connector = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+        made = EngineArgs(str(MODEL_DIR), attention_backend=PLAIN, kv_transfer_config=connector).create_engine_config()
+        plain = base_worker.compute_nixl_compatibility_hash(made, "any")
+        unpatched = base_worker.compute_nixl_compatibility_hash
+        for transfer, is_nixl in ((None, False), ({**connector, "kv_connector": "ExampleConnector"}, False), (connector, True)):
+            nixl_handshake.apply_for(SimpleNamespace(kv_transfer_config=transfer))
+            assert (base_worker.compute_nixl_compatibility_hash is unpatched) == (not is_nixl)
+
+        def compared(**options: Any) -> str:
+            made.attention_config.backend = backend_member("SAGE")
+            made.additional_config = {"sage": options}
+            return str(base_worker.compute_nixl_compatibility_hash(made, "any"))
+
+        assert base_worker.compute_nixl_compatibility_hash(made, "any") == plain
+        same = [{}, {"k_bits": 8}, {"smooth_q": True}, {"canary": 1}]
+        other: list[dict[str, Any]] = [{"k_bits": 4}, {"k_bits": 4, "v_bits": 4}, {"page_tokens": 64}, {"memory": {}}]
+        other += [{name: False} for name in ("smooth_k", "smooth_v", "equalize")]
+        one, copy, third = (compared(calibration=str(file)) for file in calibrations)
+        assert len({compared(**options) for options in same}) == 1
+        assert len({compared(**options) for options in [{}, *other]} | {one, third}) == len(other) + 3
+        assert one == copy

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +26,16 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, arguments: Sequence[str], limit: float) -> Iterator[Server]:
-    """`vllm serve` for the model in `folder`, with random weights, under the name m; ended on leaving.
+def serving(
+    folder: Path, arguments: Sequence[str], limit: float, log_name: str = "log", more: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """`vllm serve` for the model in `folder`, with random weights, under the name m; ended on leaving. Its output goes into a
+    file of the folder. more: environment variables.
 
     Raises RuntimeError with the end of its log if it is not ready within `limit` seconds.
     """
-    port, log = _free_port(), folder / "log"
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"}  # for `compiled_late`
+    port, log = free_port(), folder / log_name
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", **(more or {})}  # for `compiled_late`
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--served-model-name", "m"]
     command += ["--load-format", "dummy", "--host", "127.0.0.1", "--port", str(port), *arguments]
     begun = time.monotonic()
@@ -73,7 +76,7 @@ def metric_sums(text: str) -> dict[str, float]:
     return sums
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -49,6 +49,23 @@ def test_text_is_held_out_by_its_contents(monkeypatch: pytest.MonkeyPatch) -> No
     assert sorted(map(len, corpus.collect("code")[0])) == [3000, 6000]  # the last order: a long one, and a later one that fits
 
 
+def test_answers_of_two_servers_are_compared_up_to_the_first_other_token() -> None:
+    """And with it: a tie shows there, as does a token that one server finds unlikely."""
+    disaggregation = load(SCRIPT.with_name("disaggregation.py"))
+
+    def answer(tokens: str, *values: float) -> dict[str, Any]:
+        filled = [*values, *[-1.0] * (disaggregation.ANSWER - len(values))]
+        return {"logprobs": {"tokens": list(tokens.ljust(disaggregation.ANSWER, "z")), "token_logprobs": filled}}
+
+    moved, own = (
+        [answer("abc", -1.0, -2.0), answer("ab", -1.0, -2.0, -9.0)],
+        [answer("abc", -1.5, -2.0), answer("ax", -1.0, -2.25)],
+    )
+    same, changes = disaggregation.compare(moved, own)
+    assert same == 1
+    assert changes == [0.5, *[0.0] * (disaggregation.ANSWER - 1), 0.0, 0.25]
+
+
 CASES = [("prefill", 1, 5, 5), ("prefill", 3, 5, 5), ("chunk", 1, 3, 7), ("decode", 4, 1, 9)]
 
 
