@@ -80,7 +80,7 @@ def test_kernels_of_a_gpu(
     assert api.choose_kernels(*arguments) == KernelChoice(kernel, "hopper" if hopper and gluon else "portable", reason)
     assert api.prefill_scratch_bytes(*arguments) == widen.SCRATCH
     assert api.prefill_scratch_bytes(GPU, PageLayout(128, 8), 4, smooth_q) == 0
-    assert api.prefill_scratch_bytes(GPU, PageLayout(80, 4), 4, smooth_q) == 0  # widened where they are read
+    assert api.prefill_scratch_bytes(GPU, PageLayout(80, 4), 4, smooth_q) == widen.SCRATCH
     monkeypatch.setattr(widen, "fp8_path", lambda _: "half")
     assert api.prefill_scratch_bytes(GPU, PageLayout(128, 8), 4, smooth_q) == widen.SCRATCH
     assert api.prefill_scratch_bytes(GPU, PageLayout(256, 8), 4, smooth_q) == 0

@@ -42,7 +42,7 @@ def without_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("variant", [{}, {"window": 130, "soft_cap": 15.0}], ids=["plain", "window and cap"])
 @pytest.mark.parametrize(("k_bits", "v_bits"), [(8, 8), (4, 8), (4, 4)])
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 112, 128, 256])
 @pytest.mark.usefixtures("without_fp8")
 def test_half_precision(kernels, head_dim: int, k_bits: int, v_bits: int, variant: dict[str, float]) -> None:
     """A page that is partly filled, and memory behind it that holds NaN, are in it. With P in e4m3 it would be further away."""

@@ -21,7 +21,7 @@ def load(pages: torch.Tensor, table: torch.Tensor, layout: PageLayout) -> tuple[
     return tuple(x.transpose(0, 1).flatten(1, 2) for x in (views.k, views.k_scale, v.transpose(-1, -2), views.v_exponent))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 112, 128, 192, 256])
 @pytest.mark.parametrize("tokens", PAGE_TOKENS)
 @pytest.mark.parametrize(
     ("k_bits", "v_bits", "per_head", "fp8"),

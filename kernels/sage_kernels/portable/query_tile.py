@@ -95,8 +95,9 @@ def quantize_query(
     if K_BITS == 8:
         channels = tl.arange(0, BLOCK_D)
         q = load_query(query, rows, token_stride, head_stride, channels, HEAD_DIM)
-        if ORDER:  # of wide pages (`widen`), whose heads have a power of two of channels
-            channels = tl.load(order + channels % HALF) + channels // HALF * HALF
+        if ORDER:  # of wide pages (`widen`)
+            ordered = tl.load(order + channels % HALF) + channels // HALF * HALF
+            channels = ordered if BLOCK_D == HEAD_DIM else tl.where(channels < HEAD_DIM, ordered, channels)
             q = take_channels(q, channels)
         if SHIFT:
             low_half = channels < HALF

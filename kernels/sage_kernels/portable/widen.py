@@ -27,62 +27,89 @@ SCRATCH = 512 << 20
 
 
 @triton.jit
+def _load(pointers, in_head, WHOLE: tl.constexpr):
+    """Where in_head, or, if WHOLE, everywhere: masks that are always true cost instructions."""
+    if WHOLE:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=in_head)
+    return x
+
+
+@triton.jit
+def _store(pointers, x, in_head, WHOLE: tl.constexpr):
+    """Likewise."""
+    if WHOLE:
+        tl.store(pointers, x)
+    else:
+        tl.store(pointers, x, mask=in_head)
+
+
+@triton.jit
 def _widen_keys(
     narrow_i8, narrow_i32, wide_i32, source, target,
-    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The codes of K of the page at `source`, bytes from the start of the cache, to the wide page at `target`."""
+    WHOLE: tl.constexpr = BLOCK_D == HEAD_DIM
+    tokens = tl.arange(0, PAGE)
     if K_BITS == 8:
-        words = tl.arange(0, PAGE * HEAD_DIM // 4)
-        tl.store(wide_i32 + target // 4 + words, tl.load(narrow_i32 + source // 4 + words))
+        word = tl.arange(0, BLOCK_D // 4)[None, :]
+        words = tokens[:, None] * (HEAD_DIM // 4) + word
+        in_head = word < HEAD_DIM // 4
+        codes = _load(narrow_i32 + source // 4 + words, in_head, WHOLE)
+        _store(wide_i32 + target // 4 + words, codes, in_head, WHOLE)
     else:
         K_ROW: tl.constexpr = HEAD_DIM // 2
         GROUPS: tl.constexpr = K_ROW // GROUP_BYTES
-        tokens = tl.arange(0, PAGE)
-        groups = tl.arange(0, GROUPS)
+        groups = tl.arange(0, BLOCK_D // 2 // GROUP_BYTES)
+        in_head = groups[None, :, None] < GROUPS
         in_group = groups[None, :, None] * (GROUP_BYTES // 4) + tl.arange(0, GROUP_BYTES // 4)[None, None, :]
-        packed = tl.load(narrow_i32 + source // 4 + tokens[:, None, None] * (K_ROW // 4) + in_group)
+        packed = _load(narrow_i32 + source // 4 + tokens[:, None, None] * (K_ROW // 4) + in_group, in_head, WHOLE)
         section = narrow_i8 + source + section_offset("k_groups", HEAD_DIM, 4, PAGE, V_BITS)
         steps = section + tokens[:, None] * 2 * GROUPS + groups[None, :]
-        step = tl.load(steps)[:, :, None]
-        zero = tl.load(steps + GROUPS)[:, :, None]
+        step = _load(steps, groups[None, :] < GROUPS, WHOLE)[:, :, None]
+        zero = _load(steps + GROUPS, groups[None, :] < GROUPS, WHOLE)[:, :, None]
         # The low nibbles of the first group, 0 in others.
         section = narrow_i32 + (source + section_offset("k_low", HEAD_DIM, 4, PAGE, V_BITS)) // 4
         in_first = groups[None, :, None] == 0
         first = tl.load(section + tokens[:, None, None] * (GROUP_BYTES // 4) + in_group, mask=in_first, other=0)
         k = wide_i32 + target // 4 + tokens[:, None, None] * (HEAD_DIM // 4) + in_group
         low, high = widen_k_int4(packed, first, step, zero)
-        tl.store(k, low)
-        tl.store(k + K_ROW // 4, high)
+        _store(k, low, in_head, WHOLE)
+        _store(k + K_ROW // 4, high, in_head, WHOLE)
 
 
 @triton.jit
-def _store_values(v, channel, word, codes, PAGE: tl.constexpr, WIDE_V_BITS: tl.constexpr):
-    """Store words of four e4m3 codes, number `word` of a channel of V: as they are, or in float16 and the tokens' own order."""
+def _store_values(v, channel, word, codes, in_head, PAGE: tl.constexpr, WIDE_V_BITS: tl.constexpr, WHOLE: tl.constexpr):
+    """Store words of four e4m3 codes, number `word` of a channel of V, where in_head: as they are, or in float16 and the
+    tokens' own order."""
     if WIDE_V_BITS == 8:
-        tl.store(v + channel * (PAGE // 4) + word, codes)
+        _store(v + channel * (PAGE // 4) + word, codes, in_head, WHOLE)
     else:  # a word has tokens 2j, 2j + 1, 2j + 8 and 2j + 9 of 16 (`sage_paged.v_position`)
         even, odd = half_words(codes)
         v += channel * (PAGE // 2) + word // 4 * 8 + word % 4
-        tl.store(v, (even & 0xFFFF) | (odd << 16))
-        tl.store(v + 4, ((even >> 16) & 0xFFFF) | (odd & -0x10000))
+        _store(v, (even & 0xFFFF) | (odd << 16), in_head, WHOLE)
+        _store(v + 4, ((even >> 16) & 0xFFFF) | (odd & -0x10000), in_head, WHOLE)
 
 
 @triton.jit
 def _widen_values(
     narrow_i32, wide_i32, source, target, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    PAGE: tl.constexpr, WIDE_V_BITS: tl.constexpr,
+    PAGE: tl.constexpr, WIDE_V_BITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The codes of V, likewise."""
     v = narrow_i32 + (source + section_offset("v", HEAD_DIM, K_BITS, PAGE, V_BITS)) // 4
     wide_v = wide_i32 + (target + section_offset("v", HEAD_DIM, 8, PAGE, WIDE_V_BITS)) // 4
-    row, word = tl.arange(0, HEAD_DIM * V_BITS // 8)[:, None], tl.arange(0, PAGE // 4)[None, :]
-    codes = tl.load(v + row * (PAGE // 4) + word)
+    row, word = tl.arange(0, BLOCK_D * V_BITS // 8)[:, None], tl.arange(0, PAGE // 4)[None, :]
+    WHOLE: tl.constexpr = BLOCK_D == HEAD_DIM
+    in_head = row < HEAD_DIM * V_BITS // 8
+    codes = _load(v + row * (PAGE // 4) + word, in_head, WHOLE)
     if V_BITS == 8:
-        _store_values(wide_v, row, word, codes, PAGE, WIDE_V_BITS)
+        _store_values(wide_v, row, word, codes, in_head, PAGE, WIDE_V_BITS, WHOLE)
     else:  # a row has two adjacent channels
-        _store_values(wide_v, 2 * row, word, widen_v_int4(codes), PAGE, WIDE_V_BITS)
-        _store_values(wide_v, 2 * row + 1, word, widen_v_int4(codes >> 4), PAGE, WIDE_V_BITS)
+        _store_values(wide_v, 2 * row, word, widen_v_int4(codes), in_head, PAGE, WIDE_V_BITS, WHOLE)
+        _store_values(wide_v, 2 * row + 1, word, widen_v_int4(codes >> 4), in_head, PAGE, WIDE_V_BITS, WHOLE)
 
 
 @triton.jit(do_not_specialize=["pages", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
@@ -90,9 +117,9 @@ def _widen_kernel(
     narrow_i8, narrow_i32, wide_i32, block_table, seq_lens, query_start_loc, pages,
     table_stride, table_head_stride, block_stride, head_stride,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr, WIDE_BYTES: tl.constexpr,
-    WINDOW: tl.constexpr, WIDE_V_BITS: tl.constexpr,
+    WINDOW: tl.constexpr, WIDE_V_BITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (pages, KV heads, requests)."""
+    """Grid: (pages, KV heads, requests). BLOCK_D: HEAD_DIM or the next power of two."""
     page = tl.program_id(0)
     head = tl.program_id(1)
     request = tl.program_id(2)
@@ -106,8 +133,8 @@ def _widen_kernel(
     block = tl.load(block_table + request.to(tl.int64) * table_stride + head * table_head_stride + page)
     source = block.to(tl.int64) * block_stride + head.to(tl.int64) * head_stride
     target = ((request.to(tl.int64) * pages + page) * tl.num_programs(1) + head) * WIDE_BYTES
-    _widen_keys(narrow_i8, narrow_i32, wide_i32, source, target, HEAD_DIM, K_BITS, V_BITS, PAGE)
-    _widen_values(narrow_i32, wide_i32, source, target, HEAD_DIM, K_BITS, V_BITS, PAGE, WIDE_V_BITS)
+    _widen_keys(narrow_i8, narrow_i32, wide_i32, source, target, HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D)
+    _widen_values(narrow_i32, wide_i32, source, target, HEAD_DIM, K_BITS, V_BITS, PAGE, WIDE_V_BITS, BLOCK_D)
     tokens = tl.arange(0, PAGE)
     scales = narrow_i32 + (source + section_offset("k_scale", HEAD_DIM, K_BITS, PAGE, V_BITS)) // 4 + tokens
     k_scale = tl.load(scales)
@@ -131,7 +158,7 @@ def _wide_layout(layout: PageLayout, fp8: str) -> PageLayout:
 def widens(layout: PageLayout, device: torch.device) -> bool:
     """Whether `attend_wide_pages` widens pages of this layout."""
     wide = _wide_layout(layout, fp8_path(device))
-    return (layout.k_bits, layout.v_bits) != (wide.k_bits, wide.v_bits) and layout.head_dim & (layout.head_dim - 1) == 0
+    return (layout.k_bits, layout.v_bits) != (wide.k_bits, wide.v_bits)
 
 
 def widen(
@@ -141,7 +168,7 @@ def widen(
     batch with its block table.
 
     max_seq_len: upper bound on the tokens of a request. Pages that no query of a request sees through the window are skipped;
-    their copies hold anything. head_dim must be a power of two.
+    their copies hold anything.
     """
     requests, kv_heads = batch.num_requests, pages.shape[1]
     used = min(-(-max_seq_len // layout.tokens), batch.block_table.shape[-1])
@@ -151,7 +178,8 @@ def widen(
         pages.view(torch.int8), pages.view(torch.int32), wide.view(torch.int32), batch.block_table, batch.seq_lens,
         batch.query_start_loc, used, *batch.table_strides, pages.stride(0), pages.stride(1),
         HEAD_DIM=layout.head_dim, K_BITS=layout.k_bits, V_BITS=layout.v_bits, PAGE=layout.tokens,
-        WIDE_BYTES=wide_layout.page_bytes, WINDOW=window, WIDE_V_BITS=wide_layout.v_bits, num_warps=4,
+        WIDE_BYTES=wide_layout.page_bytes, WINDOW=window, WIDE_V_BITS=wide_layout.v_bits,
+        BLOCK_D=triton.next_power_of_2(layout.head_dim), num_warps=4,
     )  # fmt: skip
     table = torch.arange(requests * used, dtype=torch.int32, device=pages.device).view(requests, used)
     return wide, wide_layout, replace(batch, block_table=table)
@@ -159,12 +187,13 @@ def widen(
 
 @triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
 def _rotate_output_kernel(
-    out, query_start_loc, num_reqs, token_stride, head_stride, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr
-):
-    """Grid: (token blocks, query heads)."""
+    out, query_start_loc, num_reqs, token_stride, head_stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Grid: (token blocks, query heads). BLOCK_D: HEAD_DIM or the next power of two."""
     token = tl.load(query_start_loc) + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    valid = (token < tl.load(query_start_loc + num_reqs))[:, None]
-    channels = tl.arange(0, HEAD_DIM)
+    channels = tl.arange(0, BLOCK_D)
+    valid = (token < tl.load(query_start_loc + num_reqs))[:, None] & (channels < HEAD_DIM)[None, :]
     rows = out + token[:, None].to(tl.int64) * token_stride + tl.program_id(1) * head_stride + channels[None, :]
     x = hadamard(tl.load(rows, mask=valid, other=0.0).to(tl.float32), rotation_span(HEAD_DIM))
     tl.store(rows, (x * rotation_signs(channels)[None, :]).to(out.dtype.element_ty), mask=valid)
@@ -172,11 +201,11 @@ def _rotate_output_kernel(
 
 def rotate_output_back(out: torch.Tensor, batch: PagedBatch) -> None:
     """`reference.rotate_values_back` of attention's output [tokens, heads, head_dim], in place: the rows of the batch's
-    requests. head_dim must be a power of two."""
+    requests."""
     tokens, heads, head_dim = out.shape
     _rotate_output_kernel[(triton.cdiv(tokens, 16), heads)](
-        out, batch.query_start_loc, batch.num_requests, out.stride(0), out.stride(1), HEAD_DIM=head_dim, BLOCK_T=16,
-        num_warps=4,
+        out, batch.query_start_loc, batch.num_requests, out.stride(0), out.stride(1), HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_T=16, num_warps=4,
     )  # fmt: skip
 
 
