@@ -28,6 +28,13 @@ def identity(model: str, hf_config: Any) -> str:
     return digest.hexdigest()
 
 
+def _umask() -> int:
+    """The permissions that this process does not give to new files."""
+    mask = os.umask(0)  # there is no way to ask without setting it
+    os.umask(mask)
+    return mask
+
+
 @dataclass(frozen=True)
 class ModelFileFormat:
     """A format of files. noun: the users' word for one; command: the command that makes one; format: the name and version in a
@@ -38,12 +45,19 @@ class ModelFileFormat:
     format: str
 
     def save(self, path: Path, tensors: dict[str, torch.Tensor], model: str, hf_config: Any, **metadata: str) -> None:
-        """Write a file. An older one is replaced when the new one is complete."""
-        from safetensors.torch import save_file  # needed by engines with such a file only
+        """Write a file. An older one is replaced when the new one is complete. Raises OSError."""
+        from safetensors import SafetensorError  # needed by engines with such a file only
+        from safetensors.torch import save_file
 
         partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # replicas may write the same file at once
-        save_file(tensors, partial, metadata={"format": self.format, "model": identity(model, hf_config), **metadata})
-        os.replace(partial, path)
+        try:
+            save_file(tensors, partial, metadata={"format": self.format, "model": identity(model, hf_config), **metadata})
+            partial.chmod(0o666 & ~_umask())  # safetensors lets only the owner read, and others may share the folder
+            os.replace(partial, path)
+        except SafetensorError as error:  # a folder that cannot be written, or a full one
+            raise OSError(str(error)) from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     def check(self, path: str, model_config: Any) -> dict[str, str]:
         """The metadata. Raises ValueError like `read`, and for a file of another model."""

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,8 @@ from sage_backend.features import calibration, calibration_file, positions
 from sage_backend.model_file import identity
 from sage_backend.observability import recorder
 from sage_backend.options import SageOptions
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,11 @@ def calibrate(core: Any) -> None:
     options = SageOptions.parse(config.additional_config)
     if options.calibration is not None or not (options.smooth_k or options.equalize):
         return
+    if config.load_config.load_format == "dummy":
+        logger.warning(
+            "keys are calibrated for random weights (load format dummy); if others replace these in the engine, give it a file "
+            "of sage calibrate as the option calibration"
+        )
     path = cache_path(config)
     tensors = _load(path)
     if _any_rank(core, tensors is None):
@@ -68,12 +75,20 @@ def cache_path(config: Any) -> Path:
     parts += [_prompt_tokens(config), config.model_config.skip_tokenizer_init, positions.context(config.model_config)]
     parts += [SageOptions.parse(config.additional_config).variator]
     for model in models:
-        parts += [identity(model.model, model.hf_config), model.hf_config.to_json_string(), model.dtype, model.quantization]
+        parts += [identity(model.model, model.hf_config), _as_json(model.hf_config), model.dtype, model.quantization]
         # Of a drafter, vLLM takes the length of the drafter or of the engine, by its kind.
         lengths = config.model_config.max_model_len, model.max_model_len
         parts += [positions.takes_long_factors(model, length) for length in lengths]
     digest = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
     return Path(envs.VLLM_CACHE_ROOT) / "sage" / "calibrations" / f"{digest}.safetensors"
+
+
+def _as_json(hf_config: Any) -> str:
+    """A model's configuration, without the defaults of its class if that can be made without arguments."""
+    try:
+        return str(hf_config.to_json_string())
+    except (TypeError, ValueError):  # classes of models with code of their own
+        return str(hf_config.to_json_string(use_diff=False))
 
 
 def _load(path: Path) -> dict[str, torch.Tensor] | None:
@@ -106,9 +121,23 @@ def _keep(path: Path, tensors: dict[str, torch.Tensor], model_config: Any) -> di
 
 
 def _any_rank(core: Any, flag: bool) -> bool:
-    """Whether `flag` is true in any of the data parallel engines that have to make each step together."""
-    group = getattr(core, "dp_group", None)
+    """Whether `flag` is true in any of the engines that have to make each step together."""
+    flag, group = any(_of_all_ranks(core, [flag])), getattr(core, "dp_group", None)
     return flag if group is None else type(core.vllm_config.parallel_config).has_unfinished_dp(group, flag)
+
+
+def _of_all_ranks(core: Any, found: list[T]) -> list[T]:
+    """What an engine's workers have found, those of other processes included. With the executor "external_launcher" (torchrun,
+    and trainers that have engines in their own processes), each rank has an engine of its own, which asks its own worker."""
+    if core.vllm_config.parallel_config.distributed_executor_backend != "external_launcher":
+        return found
+    from vllm.distributed import get_pp_group, get_tp_group  # as above
+
+    for group in (get_tp_group(), get_pp_group()):
+        parts: list[Any] = [None] * group.world_size
+        torch.distributed.all_gather_object(parts, found, group=group.cpu_group)
+        found = [each for part in parts for each in part]
+    return found
 
 
 def _observe(worker: Any) -> dict[str, str]:
@@ -165,15 +194,15 @@ def _connect(worker: Any, connector: Any) -> None:
 
 def _measure(core: Any) -> dict[str, torch.Tensor]:
     """Let the engine read the texts. Returns its calibration, by the names of a calibration file."""
-    model = core.vllm_config.model_config
-    calibration.log_reasons(core.model_executor.collective_rpc(_observe))
+    executor = core.model_executor
+    calibration.log_reasons(executor.collective_rpc(_observe))
     with _without_connector(core):
         for prompt in _prompts(core.vllm_config):
-            core.model_executor.collective_rpc(calibration.begin_prompt)
+            executor.collective_rpc(calibration.begin_prompt)
             _read(core, prompt)
-    of_workers = core.model_executor.collective_rpc(_statistics)
+    of_workers, heads = (_of_all_ranks(core, executor.collective_rpc(call)) for call in (_statistics, calibration.kv_heads))
     core.reset_prefix_cache()
-    tensors = calibration.tensors_of(of_workers, model.get_total_num_kv_heads())
+    tensors = calibration.tensors_of(of_workers, heads)
     if not tensors:
         logger.warning("no layer has shown its keys, so they are not calibrated; give the engine a file of sage calibrate")
     return {name: x for name, x in tensors.items() if not name.endswith(calibration_file.OF_VALUES)}

@@ -13,7 +13,7 @@ import torch
 
 from sage_backend.features import positions
 from sage_backend.features.calibration_file import OF_EQUALIZER, OF_ORDER, OF_VALUES, worker_calibration
-from sage_backend.features.layers import own_impls
+from sage_backend.features.layers import modules_beside, own_impls
 from sage_backend.features.observers import Statistics
 from sage_kernels import LayerCalibration
 
@@ -64,6 +64,16 @@ def statistics(worker: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def kv_heads(worker: Any) -> dict[str, int]:
+    """The KV heads of each of this worker's layers, with those of other tensor parallel ranks, by name. A drafter, and some
+    layers of some models, have another number than the model's configuration says."""
+    model = worker.vllm_config.model_config
+    return {
+        name: getattr(attention, "total_num_kv_heads", None) or model.get_total_num_kv_heads()
+        for name, attention in modules_beside(worker).items()
+    }
+
+
 def calibrations(worker: Any, tensors: dict[str, torch.Tensor]) -> dict[str, LayerCalibration]:
     """The calibration of each of this worker's layers, by name. tensors: by the names of a calibration file."""
     # Not at the top: vLLM reads its settings from the environment when it is imported, and tools set them first.
@@ -84,14 +94,14 @@ def calibrate_layers(worker: Any, tensors: dict[str, torch.Tensor]) -> None:
         impls[name].calibrate(found, worker.device)
 
 
-def tensors_of(of_workers: list[dict[str, torch.Tensor]], heads: int) -> dict[str, torch.Tensor]:
-    """The calibration of a model with `heads` KV heads, by the names of a calibration file. of_workers: the `statistics` of
+def tensors_of(of_workers: list[dict[str, torch.Tensor]], heads: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+    """The calibration of a model, by the names of a calibration file. of_workers, heads: the `statistics` and the `kv_heads` of
     each worker."""
-    found = {}
+    found, total = {}, {layer: number for worker in heads for layer, number in worker.items()}
     for layer in {layer: None for worker in of_workers for layer in worker}:
         by_head = torch.cat([worker[layer] for worker in of_workers if layer in worker])
         # With fewer heads than workers, several have the same head, each with query heads of its own.
-        shared = by_head.unflatten(0, (-1, max(1, len(by_head) // heads)))
+        shared = by_head.unflatten(0, (-1, max(1, len(by_head) // total[layer])))
         mean, value, square, _, least, largest, _ = (each.clone() for each in shared[:, 0].unbind(1))
         key, query_square = torch.maximum(largest - mean, mean - least), shared[:, :, 3].mean(1)
         found[layer] = mean

@@ -22,3 +22,12 @@ def models(worker: Any) -> list[Any]:
     drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
     drafting = getattr(drafter, "model", None)
     return [worker.get_model(), *([] if drafting is None else [drafting])]
+
+
+def modules_beside(worker: Any) -> dict[str, Any]:
+    """By layer of this backend, the module of a model that has it, or None: usually the model's own attention module, with
+    projections and rotary positions."""
+    config = worker.vllm_config
+    beside = {id(layer): parent for model in models(worker) for parent in model.modules() for layer in parent.children()}
+    layers = config.compilation_config.static_forward_context
+    return {name: beside.get(id(layers[name])) for name in own_impls(config)}

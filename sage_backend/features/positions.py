@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sage_backend.features.layers import models, own_impls
+from sage_backend.features.layers import modules_beside, own_impls
 from sage_kernels import reference
 
 _FREQUENCIES: dict[str, Callable[[Any], torch.Tensor]] = {
@@ -96,10 +96,8 @@ class Rope(NamedTuple):
 
 def ropes(worker: Any) -> dict[str, Rope]:
     """The rotary positions of this backend's layers in a worker, by vLLM's name."""
-    config = worker.vllm_config
-    beside = {id(layer): parent for model in models(worker) for parent in model.modules() for layer in parent.children()}
-    layers = config.compilation_config.static_forward_context
-    return {name: _rope(beside.get(id(layers[name])), impl) for name, impl in own_impls(config).items()}
+    impls = own_impls(worker.vllm_config)
+    return {name: _rope(attention, impls[name]) for name, attention in modules_beside(worker).items()}
 
 
 def _rope(attention: Any, impl: Any) -> Rope:

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from sage_backend.demo import HELDOUT
-from sage_backend.features.calibration import begin_prompt, calibrations, log_reasons, observe, statistics, tensors_of
+from sage_backend.features.calibration import begin_prompt, calibrations, kv_heads, log_reasons, observe, statistics, tensors_of
 from sage_backend.features.calibration_file import OF_EQUALIZER, OF_VALUES, LayerBits, save
 from sage_backend.features.layers import own_impls
 from sage_backend.features.observers import PageErrors
@@ -109,7 +109,7 @@ def calibrate(
         for prompt in tqdm(prompts, "statistics of layers"):
             llm.collective_rpc(begin_prompt)
             llm.generate([prompt], once, use_tqdm=False)
-        found = tensors_of(llm.collective_rpc(statistics), config.get_total_num_kv_heads())
+        found = tensors_of(llm.collective_rpc(statistics), llm.collective_rpc(kv_heads))
         if not formats:
             return Calibration(config, found, {})
         formats = sorted(formats, key=lambda pages: (sum(pages), pages[1]))  # by bytes

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the option `variator` of an engine's configuration."""
 
+import hashlib
 from typing import Any
 
 from sage_backend.options import VariatorOptions
@@ -9,6 +10,8 @@ from sage_backend.variator.groups import CHUNK
 
 FFN_OP = "sage::ffn"
 """The custom op of FFNs with plugins (`sage_backend.variator.layers`)."""
+GRAPH_KEY = "sage_compressed_layers"
+"""The entry of additional_config with a hash of the names of these FFNs."""
 
 
 def check_compression(config: Any, options: VariatorOptions) -> None:
@@ -42,6 +45,9 @@ def check_compression(config: Any, options: VariatorOptions) -> None:
     ]
     if reasons := [reason for applies, reason in rows if applies]:
         raise ValueError(f"the option variator cannot be used: {'; '.join(reasons)}")
+    # Which FFNs are calls of FFN_OP is part of what vLLM compiles, and is in its cache's keys only if the configuration has it.
+    layers = "\n".join(files.contents(options.plugins)[0])
+    config.additional_config = {**config.additional_config, GRAPH_KEY: hashlib.sha256(layers.encode()).hexdigest()[:16]}
     if compilation.splitting_ops and FFN_OP not in compilation.splitting_ops:
         compilation.splitting_ops.append(FFN_OP)
     hf_config = config.model_config.hf_config

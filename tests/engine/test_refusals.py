@@ -18,7 +18,7 @@ from engines import environment
 
 from sage_backend import plugin
 from sage_backend.demo import MODEL_DIR
-from sage_backend.engine.checkpoint import check_weight_files
+from sage_backend.engine.checkpoint import check_model_folder, check_weight_files
 from sage_backend.engine.checks import reasons
 from sage_backend.options import SageOptions
 
@@ -144,6 +144,13 @@ def test_folders(case: str, tmp_path: Path) -> None:
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"{tmp_path} is not a model folder: it has no config.json"
+
+
+@pytest.mark.parametrize("named", ["model_type", "architectures", "speculators_config"])
+def test_folders_whose_type_vllm_finds(named: str, tmp_path: Path) -> None:
+    """From the architectures of some models, or from what a speculator says of its target."""
+    (tmp_path / "config.json").write_text(json.dumps({named: "any"}))
+    check_model_folder(tmp_path)
 
 
 def test_whole_weights_are_accepted() -> None:

@@ -2,14 +2,31 @@
 """The calibration of keys when an engine starts: what it finds, that it is kept, and that no first request changes it."""
 
 import logging
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
-from engines import EXACT, NGRAM_DRAFTS, assert_same_tokens, engine, greedy, heldout_prompts, metric
+from engines import (
+    EXACT,
+    NGRAM_DRAFTS,
+    assert_same_tokens,
+    engine,
+    give_two_workers_cores,
+    greedy,
+    heldout_prompts,
+    metric,
+    save_random_model,
+)
+from safetensors import SafetensorError
+from transformers import LlamaConfig, PretrainedConfig
 
+from sage_backend import model_file
 from sage_backend.demo import MODEL_DIR
 from sage_backend.engine import start_calibration
 from sage_backend.features import calibration_file, positions
@@ -137,6 +154,7 @@ def test_the_first_of_several_engines_decides(cache: Path) -> None:
     first, second = ({"layer": torch.full((2, 64), value)} for value in (1.0, 2.0))
     path = cache / "some.safetensors"
     assert start_calibration._keep(path, first, model) is first
+    assert path.stat().st_mode & 0o777 == 0o666 & ~model_file._umask(), "others cannot read it"
     assert torch.equal(start_calibration._keep(path, second, model)["layer"], first["layer"])
     assert list(cache.iterdir()) == [path]
     path.write_bytes(path.read_bytes()[:-5])
@@ -166,6 +184,37 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptu
     assert "the calibration cannot be kept" in caplog.text
 
 
+def test_a_file_that_cannot_be_written(cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors has errors of its own where the folder is read-only, or full after a part of the file."""
+
+    def save(tensors: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"a part")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
+    model, own = SimpleNamespace(model=str(MODEL_DIR), hf_config=SimpleNamespace()), {"layer": torch.ones(2, 64)}
+    assert start_calibration._keep(cache / "some.safetensors", own, model) is own
+    assert "the calibration cannot be kept (Error while serializing: I/O error: No space left" in caplog.text
+    assert not list(cache.iterdir())
+
+
+def test_configurations_of_models_with_code_of_their_own() -> None:
+    """transformers leaves out what a class has by default, which some classes cannot be asked for."""
+
+    class Config(PretrainedConfig):  # type: ignore[misc]
+        def __init__(self, layers: int, **values: Any) -> None:
+            super().__init__(**values)
+            self.layers = layers
+
+    assert '"layers": 7' in start_calibration._as_json(Config(7))
+
+
+def test_random_weights_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, start_calibration.__name__), engine(load_format="dummy"):
+        pass
+    assert "keys are calibrated for random weights (load format dummy)" in caplog.text
+
+
 def test_layers_of_a_drafter_are_calibrated(tmp_path: Path) -> None:
     drafter = {"method": "draft_model", "model": str(MODEL_DIR), "num_speculative_tokens": 2, "attention_backend": "SAGE"}
     with engine(speculative_config=drafter, max_model_len=512) as llm:
@@ -174,6 +223,53 @@ def test_layers_of_a_drafter_are_calibrated(tmp_path: Path) -> None:
     assert len(found) == 8
     assert all(any(ropes[name].frequencies) for name in found)
     assert all(own.k_anchor.abs().max() > 10 for own in found.values())
+
+
+def test_a_drafter_with_other_heads_than_its_target(tmp_path: Path) -> None:
+    """Each layer's calibration is that of its own heads, here of four KV heads beside the target's two."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "head_dim": 64, "vocab_size": 4096}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048)
+    save_random_model(tmp_path / "drafter", config)
+    drafter = {"method": "draft_model", "model": str(tmp_path / "drafter"), "num_speculative_tokens": 2}
+    with engine(speculative_config=drafter, max_model_len=512) as llm:
+        shapes = sorted(tuple(own.k_anchor.shape) for own in calibrations(llm).values())
+        assert len(greedy(llm, [[5, 6, 7]], tokens=4)[0].tokens) == 4
+    assert shapes == [*[(2, 128)] * 4, (4, 64)]
+
+
+LAUNCHED = """
+import sys
+from vllm import LLM, SamplingParams
+
+model, dtype, *prompt = sys.argv[1:]
+limits = {"enforce_eager": True, "max_model_len": 1024, "kv_cache_memory_bytes": 64 << 20, "dtype": dtype}
+ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
+llm = LLM(model, attention_backend="SAGE", additional_config={"sage": {"k_bits": 4}}, **ranks, **limits)
+params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+[output] = llm.generate({"prompt_token_ids": [int(token) for token in prompt]}, params, use_tqdm=False)
+sys.stdout.write(f"tokens {' '.join(map(str, output.outputs[0].token_ids))}\\n")  # in one piece, beside the other rank's
+"""
+
+
+def test_engines_that_are_started_by_torchrun(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank has an engine of its own, with half of the heads. Together they calibrate all, as one engine does."""
+    with engine("SAGE:k_bits=4", dtype=EXACT) as llm:
+        prompts = heldout_prompts(llm, [300])
+        answers = greedy(llm, prompts, tokens=16)
+        alone = {name: own.k_anchor.cpu() for name, own in calibrations(llm).items()}
+    [file] = cache.iterdir()
+    file.unlink()
+    give_two_workers_cores(monkeypatch)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, MODEL_DIR, EXACT]
+    run = subprocess.run([*command, *map(str, prompts[0])], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    kept = calibration_file.tensors(str(file))
+    for name, anchor in alone.items():
+        torch.testing.assert_close(kept[name], anchor, rtol=1e-3, atol=0.02)
+    assert re.findall(r"tokens ([\d ]+)", run.stdout) == [" ".join(map(str, answers[0].tokens))] * 2
 
 
 def test_models_without_a_chat_template() -> None:

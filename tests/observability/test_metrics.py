@@ -361,6 +361,14 @@ def test_ray_replica(temporary: Path, ray_metrics: type[RayMetric], monkeypatch:
     assert ray_metrics.told["sage_kv_pages", "a model", "1"] == 7
 
 
+def test_loggers_that_were_made_before() -> None:
+    """Of an engine with another backend, in a process that then makes one with this backend."""
+    told: list[object] = []
+    recording = pages_gauge._recording(lambda self, stats, *args, engine_idx=0: told.append(stats))
+    recording(SimpleNamespace(), "statistics")
+    assert told == ["statistics"]
+
+
 def test_who_gets_a_configuration_may_show_its_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if it did not make it, like replicas of Ray Serve on GPUs."""
     shown = []

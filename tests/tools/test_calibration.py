@@ -84,7 +84,7 @@ def test_statistics_of_workers_make_a_calibration(workers: int) -> None:
                 queries = query[part, share][slots[part] >= 0]
                 observer.attended(queries, torch.empty_like(queries))
             found_by[-1][layer] = observer.result()
-    found = calibration.tensors_of(found_by, 4)
+    found = calibration.tensors_of(found_by, [{"plain": 4, "biased": 4}])
     kinds = {"", ".equalizer", ".order"}
     assert set(found) == {f"{layer}{kind}" for layer in ("plain", "biased") for kind in kinds} | {"biased.values"}
     mean = key[:-1].mean(0)
@@ -193,7 +193,7 @@ def test_anchors_are_those_of_a_context() -> None:
     biased[..., 21] += 20
     keys = rotated(biased, torch.arange(8192), frequencies).float()
     short, query = keys[:512], torch.randn(512, 2, 64)
-    found = calibration.tensors_of([{"a": counted(short, query, 512, tuple(frequencies.tolist()), 8192)}], 1)
+    found = calibration.tensors_of([{"a": counted(short, query, 512, tuple(frequencies.tolist()), 8192)}], [{"a": 1}])
     mean = keys.mean(0)
     assert (short.mean(0) - mean).norm() > 10
     assert (found["a"] - mean).norm() < 0.6 * (short.mean(0) - mean).norm()
@@ -218,7 +218,7 @@ def test_channels_without_keys_or_queries_are_left_alone() -> None:
     key[..., [3, 35]], query[..., [4, 36]] = 0, 0
     observer.stored(key, key, torch.arange(9))
     observer.attended(query, torch.empty_like(query))
-    equalizer = calibration.tensors_of([{"a": observer.result()}], 1)["a.equalizer"]
+    equalizer = calibration.tensors_of([{"a": observer.result()}], [{"a": 1}])["a.equalizer"]
     assert equalizer.isfinite().all()
     assert (equalizer > 0).all()
     assert equalizer[0, [3, 35, 4, 36]].tolist() == [1, 1, 1, 1]

@@ -388,6 +388,23 @@ def test_compilation(tmp_path: Path) -> None:
         assert [piece.is_splitting_graph for piece in graphs[0]] == [False, True, False]
 
 
+def test_other_layers_are_compiled_anew(tmp_path: Path) -> None:
+    """vLLM's cache of compiled models tells plugin files of other layers apart, also under the same name."""
+    with environment():
+        from vllm.engine.arg_utils import EngineArgs
+
+        from sage_backend import plugin
+
+        plugin.register()
+        hashes, given = [], {"sage": {"variator": {"plugins": str(tmp_path / "plugins.safetensors")}}}
+        for layers in (LAYERS, LAYERS[:1], LAYERS):
+            loud_plugins(tmp_path, layers=layers)
+            made = EngineArgs(str(MODEL_DIR), attention_backend="SAGE", additional_config=given).create_engine_config()
+            hashes.append(made.compute_hash())
+    assert hashes[0] == hashes[2] != hashes[1]
+    assert given.keys() == {"sage"}, "the user's own was changed"
+
+
 def test_random_plugins_of_the_benchmark(tmp_path: Path) -> None:
     from common.plugins import random_plugins
     from common.shapes import SHAPES

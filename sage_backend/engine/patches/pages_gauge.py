@@ -35,7 +35,8 @@ def _with_pages(init: Any) -> Any:
 def _recording(record: Any) -> Any:
     def record_pages(self: Any, scheduler_stats: Any, *args: Any, engine_idx: int = 0, **kwargs: Any) -> None:
         record(self, scheduler_stats, *args, engine_idx=engine_idx, **kwargs)
-        if self.sage_pages is not None and scheduler_stats is not None:
-            self.sage_pages.set(engine_idx, scheduler_stats.kv_cache_usage)
+        pages = getattr(self, "sage_pages", None)  # loggers that were made before the patch have none
+        if pages is not None and scheduler_stats is not None:
+            pages.set(engine_idx, scheduler_stats.kv_cache_usage)
 
     return record_pages
