@@ -53,7 +53,11 @@ def calibrate(core: Any) -> None:
         )
     path = cache_path(config)
     tensors = _load(path)
-    if _any_rank(core, tensors is None):
+    if _joins_running_engines():
+        if tensors is None:
+            logger.warning("there is no calibration at %s for an engine that joins others; its keys are not calibrated", path)
+            return
+    elif _any_rank(core, tensors is None):
         began = time.monotonic()
         tensors = _keep(path, _measure(core), config.model_config)
         logger.info("calibrated keys in %.1f s", time.monotonic() - began)
@@ -118,6 +122,14 @@ def _keep(path: Path, tensors: dict[str, torch.Tensor], model_config: Any) -> di
     except OSError as error:
         logger.warning("the calibration cannot be kept (%s); the next start makes another", error)
     return tensors
+
+
+def _joins_running_engines() -> bool:
+    """Whether this is a data parallel engine that is added to others (elastic expert parallelism). These take no part in what
+    it does before it is ready."""
+    from vllm import envs  # as above
+
+    return bool(getattr(envs, "VLLM_ELASTIC_EP_SCALE_UP_LAUNCH", False))
 
 
 def _any_rank(core: Any, flag: bool) -> bool:

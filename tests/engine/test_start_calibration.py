@@ -209,6 +209,26 @@ def test_configurations_of_models_with_code_of_their_own() -> None:
     assert '"layers": 7' in start_calibration._as_json(Config(7))
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_engine_that_joins_others(
+    kept: bool, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks nothing of them, which would wait for each other, and takes their calibration if it finds it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(str(MODEL_DIR), attention_backend="SAGE").create_engine_config()
+    given: list[Any] = []
+    executor = SimpleNamespace(collective_rpc=lambda call, args: given.append(args))
+    core = SimpleNamespace(vllm_config=config, model_executor=executor, dp_group="of engines that do not answer")
+    if kept:
+        start_calibration._keep(start_calibration.cache_path(config), {"layer": torch.ones(2, 64)}, config.model_config)
+    monkeypatch.setenv("VLLM_ELASTIC_EP_SCALE_UP_LAUNCH", "1")
+    with caplog.at_level(logging.WARNING, start_calibration.__name__):
+        start_calibration.calibrate(core)
+    assert [list(tensors) for (tensors,) in given] == ([["layer"]] if kept else [])
+    assert ("for an engine that joins others" in caplog.text) == (not kept)
+
+
 def test_random_weights_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, start_calibration.__name__), engine(load_format="dummy"):
         pass
