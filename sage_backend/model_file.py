@@ -3,6 +3,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,11 @@ _SAMPLED_BYTES = 1 << 20
 
 def identity(model: str, hf_config: Any) -> str:
     """A hash (hex) of a model. Of a folder, its configuration and its weight files count, by names, sizes and first MiB; of a
-    model on a hub, its name and commit."""
+    model on a hub, its name and commit, also where vLLM names its folder in the hub's cache instead (HF_HUB_OFFLINE)."""
     folder = Path(model)
+    if snapshot := re.fullmatch(r"models--(.+)/snapshots/([0-9a-f]{40})", "/".join(folder.parts[-3:])):
+        name, commit = snapshot.groups()
+        return hashlib.sha256(f"{name.replace('--', '/', 1)} {commit}".encode()).hexdigest()
     if not folder.is_dir():
         commit = getattr(hf_config, "_commit_hash", None)
         return hashlib.sha256(f"{model} {commit}".encode()).hexdigest()

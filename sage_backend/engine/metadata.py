@@ -120,7 +120,10 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
                 others["segments"] = self.compressor.segments(common, num_decodes)
         max_prefill_len, lengths = common.max_seq_len, common.seq_lens_cpu_upper_bound
         if lengths is not None and num_decodes < lengths.numel():
-            max_prefill_len = min(max_prefill_len, int(lengths[num_decodes:].max()))
+            # The lengths lack what vLLM's own bound allows for: the longest context of a graph that is captured with short
+            # ones, and slots that a drafter adds.
+            allowed = max(0, max_prefill_len - int(lengths.max()))
+            max_prefill_len = min(max_prefill_len, int(lengths[num_decodes:].max()) + allowed)
         batch = PagedBatch(common.block_table_tensor, common.seq_lens, common.query_start_loc, threshold, common.max_seq_len)
         return SageMetadata.of(batch, common.num_actual_tokens, num_decodes, num_decode_tokens, max_prefill_len, **others)
 

@@ -29,7 +29,7 @@ from sage_backend.features.calibration import begin_prompt, calibrations, kv_hea
 from sage_backend.features.calibration_file import OF_EQUALIZER, OF_VALUES, LayerBits, save
 from sage_backend.features.layers import own_impls
 from sage_backend.features.observers import PageErrors
-from sage_backend.tools.command import run_command
+from sage_backend.tools.command import check_out, run_command
 from sage_backend.tools.engines import Run, engine
 from sage_backend.tools.models import check_model
 from sage_backend.tools.text import read_text, windows
@@ -156,8 +156,7 @@ def _run(arguments: argparse.Namespace) -> None:
     text = read_text(arguments.text)
     if arguments.tokens < 1 or arguments.context < 2:
         raise ValueError("--tokens must be at least 1 and --context at least 2")
-    if not arguments.out.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {arguments.out.absolute().parent} for --out")
+    check_out(arguments.out)
     chooses = [option for option in ("k_bits", "v_bits") if getattr(arguments, option)]
     if bool(chooses) != (arguments.budget is not None):
         raise ValueError("--budget goes with --k-bits auto, --v-bits auto, or both")

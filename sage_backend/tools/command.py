@@ -3,6 +3,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 def run_command(command: Callable[[], None]) -> int:
@@ -13,6 +14,12 @@ def run_command(command: Callable[[], None]) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def check_out(path: Path | None) -> None:
+    """Raises ValueError, before anything is measured, if the folder of --out is not there."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {path.absolute().parent} for --out")
 
 
 def one_line(error: BaseException) -> str:

@@ -24,13 +24,18 @@ from sage_backend.tools.command import one_line
 T = TypeVar("T")
 
 
+def assignments(text: str) -> list[str]:
+    """The options of a run, apart: text as "k_bits=4,memory.dense_layers=[0,1]"."""
+    return [each for each in re.split(r",(?![^\[]*\])", text) if each]
+
+
 def _value(text: str) -> Any:
-    """The value of an option: a number or a boolean as in JSON, or the text itself."""
+    """The value of an option: a number, a boolean or a list as in JSON, or the text itself."""
     try:
         value = json.loads(text)
     except ValueError:
         return text
-    return value if isinstance(value, int | float) else text
+    return value if isinstance(value, int | float | list) else text
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Run:
     @classmethod
     def parse(cls, text: str) -> "Run":
         """Raises ValueError, in one line, for text that is no run or names no backend of this vLLM."""
-        head, _, assignments = text.partition(":")
+        head, _, given = text.partition(":")
         name, _, dtype = head.partition("/")
         backend = name.upper()
         try:
@@ -53,7 +58,7 @@ class Run:
         except (KeyError, ValueError):
             raise ValueError(f"vLLM has no attention backend {name!r}") from None
         options: dict[str, Any] = {}
-        for assignment in filter(None, assignments.split(",")):
+        for assignment in assignments(given):
             option, _, value = assignment.partition("=")
             if backend != BACKEND or not value:
                 raise ValueError(f"{text!r} is not a run; one with options is, for example, SAGE:k_bits=4")

@@ -23,7 +23,7 @@ from typing import Any
 from sage_backend.demo import MODEL_DIR
 from sage_backend.demo.passkey import PassKeys
 from sage_backend.tools import plots
-from sage_backend.tools.command import run_command
+from sage_backend.tools.command import check_out, run_command
 from sage_backend.tools.engines import (
     Failure,
     Run,
@@ -130,8 +130,7 @@ def _questions(arguments: argparse.Namespace) -> Questions:
 def _run(arguments: argparse.Namespace, command: str) -> None:
     questions = _questions(arguments)
     runs = [Run.parse(each) for each in arguments.runs]
-    if arguments.out and not arguments.out.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {arguments.out.absolute().parent} for --out")
+    check_out(arguments.out)
     if arguments.plots:
         plots.check()
     check_model(arguments.model)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sage_backend.tools.engines import assignments
 from sage_backend.tools.tasks import PASSKEY, has_depths, scores_by_task
 
 _LOOKS = {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3, "axes.axisbelow": True, "font.size": 10}
@@ -107,7 +108,7 @@ def _short(run: str) -> str:
     """The name of a run, in which paths of files are shortened to their names."""
     head, colon, options = run.partition(":")
     return head + colon + ",".join(option.rpartition("=")[0] + "=" + Path(option.rpartition("=")[2]).name
-                                   for option in filter(None, options.split(",")))  # fmt: skip
+                                   for option in assignments(options))  # fmt: skip
 
 
 def _quality(plt: Any, runs: list[dict[str, Any]]) -> Any:

@@ -29,7 +29,7 @@ from sage_backend.demo import HELDOUT, MODEL_DIR
 from sage_backend.demo.passkey import PassKeys
 from sage_backend.options import MIN_TAIL
 from sage_backend.tools import plots
-from sage_backend.tools.command import run_command
+from sage_backend.tools.command import check_out, run_command
 from sage_backend.tools.engines import (
     Failure,
     Run,
@@ -221,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt", type=int, default=0, help="tokens of each window that are a prompt and not scored (default: %(default)s)"
     )
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write the figures to this file, as JSON")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write plots (PNG) and a page with everything (HTML) there")
     return parser
@@ -230,6 +231,7 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
     text = read_text(arguments.text)
     if arguments.tokens < 2 or arguments.context < 2 * ANSWER_TOKENS:
         raise ValueError(f"--tokens must be at least 2 and --context at least {2 * ANSWER_TOKENS}")
+    check_out(arguments.out)
     check_model(arguments.model)
     lengths = arguments.passkey.split(",") if arguments.passkey else []
     if not all(length.isdecimal() for length in lengths):
@@ -248,6 +250,7 @@ def _compare(arguments: argparse.Namespace, command: str) -> None:
         raise ValueError(f"only what follows a prompt can be scored; add, for example, --prompt {arguments.context // 2}")
 
     engine_arguments = _scoring_engine(arguments.model, arguments.context)
+    engine_arguments["tensor_parallel_size"] = arguments.tensor_parallel_size
     refused = check_runs(runs, arguments.model, **engine_arguments)
     asked = arguments.model, text, arguments.tokens, passkey, arguments.passkey_keys, arguments.prompt
     report: dict[str, Any] = {}

@@ -4,6 +4,7 @@ blocks of hybrid models."""
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +124,37 @@ def test_queries_of_prompts_are_smoothed(layer: Any) -> None:
     ]
     for output, one, other in zip(outputs, expected, reversed(expected), strict=True):
         assert relative_error(output[3:], one[3:]) < 0.1 * relative_error(output[3:], other[3:])
+
+
+def test_bounds_of_a_step_hold_for_all_that_runs_with_it() -> None:
+    """Prompts and long drafts are given buffers for the longest context: in a graph, which is captured with short contexts,
+    that of any step that replays it, and with slots that a drafter has added to contexts but not to their upper bounds."""
+    with environment():
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        from sage_backend.engine.metadata import SageMetadataBuilder
+
+        def common(queries: list[int], lengths: list[int], known: list[int], longest: int) -> Any:
+            starts = torch.tensor([0, *queries]).cumsum(0).int()
+            table, slots = torch.zeros(len(queries), 300, dtype=torch.int32), torch.zeros(sum(queries), dtype=torch.int64)
+            return CommonAttentionMetadata(
+                query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=torch.tensor(lengths, dtype=torch.int32),
+                seq_lens_cpu_upper_bound=torch.tensor(known, dtype=torch.int32), num_reqs=len(queries),
+                num_actual_tokens=sum(queries), max_query_len=max(queries), max_seq_len=longest, block_table_tensor=table,
+                slot_mapping=slots,
+            )  # fmt: skip
+
+        config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=32768))
+        builder: Any = SimpleNamespace(
+            reorder_batch_threshold=4, recorder=None, compressor=None, workspace=None, vllm_config=config, layer_names=[]
+        )
+        builder.build = partial(SageMetadataBuilder.build, builder)
+        captured = SageMetadataBuilder.build_for_cudagraph_capture(builder, common([6, 6], [6, 6], [6, 6], 32768))
+        assert [phase.batch.max_seq_len for phase in captured.phases] == [32768]
+        extended = builder.build(0, common([6, 6], [129, 100], [128, 99], 129))
+        assert [phase.batch.max_seq_len for phase in extended.phases] == [129]
+        mixed = builder.build(0, common([1, 6], [5000, 130], [5000, 130], 5000))
+        assert [phase.batch.max_seq_len for phase in mixed.phases] == [5000, 130], "scratch memory is for what is widened"
 
 
 @pytest.mark.parametrize("equalize", [False, True])

@@ -229,6 +229,16 @@ def test_an_engine_that_joins_others(
     assert ("for an engine that joins others" in caplog.text) == (not kept)
 
 
+def test_a_model_of_a_hub_is_the_same_without_network(tmp_path: Path) -> None:
+    """With HF_HUB_OFFLINE, vLLM names the folder in the hub's cache instead of the model."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    folders = [tmp_path / f"models--some--model-8B/snapshots/{name}" for name in (commit, commit[::-1], "main")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    named = model_file.identity("some/model-8B", SimpleNamespace(_commit_hash=commit))
+    assert [model_file.identity(str(folder), SimpleNamespace()) == named for folder in folders] == [True, False, False]
+
+
 def test_random_weights_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, start_calibration.__name__), engine(load_format="dummy"):
         pass

@@ -55,6 +55,23 @@ def test_a_folder_without_a_model(
     assert capsys.readouterr().err.splitlines() == [f"error: {message.replace('TMP', str(tmp_path))}"]
 
 
+def test_runs_with_lists() -> None:
+    """Only commas outside a list are between options."""
+    with environment():
+        run = Run.parse("SAGE:memory.dense_layers=[0,2],k_bits=4,memory.local_tokens=512")
+    assert run.options == {"k_bits": 4, "memory": {"dense_layers": [0, 2], "local_tokens": 512}}
+    shown = plots._short("SAGE:memory.dense_layers=[0,2],calibration=some/file")
+    assert shown == "SAGE:memory.dense_layers=[0,2],calibration=file"
+
+
+def test_eval_has_nowhere_to_write_to(capsys: pytest.CaptureFixture[str]) -> None:
+    """It says so before it measures anything."""
+    with environment():
+        assert quality.main(["SAGE", "--out", "missing/x.json"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: there is no folder")
+
+
 @pytest.mark.parametrize("model", [str(MODEL_DIR), "gpt2", "an-owner/a.model", "s3://bucket/a/b", str(HELDOUT)])
 def test_what_may_be_a_model(model: str) -> None:
     check_model(model)
