@@ -7,7 +7,7 @@
 
 For each run, two servers of the embedded model. The first reads a prompt, and the second takes its pages and answers. Then the
 first answers the same prompt by itself, which gives the right tokens and log-probabilities. The exit status is 1 if an answer
-differs by more than a tie, or if pages were not moved.
+differs by more than a tie, or if a token of a prompt was not moved.
 
 On GPUs, the first server takes the first ones and the second the last ones, so that they share a GPU where there are too few.
 """
@@ -107,11 +107,11 @@ def measure(name: str, prompts: list[str], ranks: list[int], arguments: list[str
                 with suppress(urllib.error.HTTPError):
                     hand_over(first, second, "Hello", 1)
                     break
-            begun = time.monotonic()
+            before, begun = metrics(second), time.monotonic()
             moved = list(pool.map(lambda prompt: hand_over(first, second, prompt, ANSWER)["choices"][0], prompts))
             seconds = time.monotonic() - begun
             own = [complete(first, prompt, ANSWER)["choices"][0] for prompt in prompts]
-            counted = metrics(second)
+            counted = {name: value - before.get(name, 0.0) for name, value in metrics(second).items()}
     agreed, changes = compare(moved, own)
     return {
         "run": name,
@@ -124,6 +124,11 @@ def measure(name: str, prompts: list[str], ranks: list[int], arguments: list[str
         "failed_transfers": counted.get("vllm:nixl_num_failed_transfers_total", 0.0),
         "seconds": seconds,
     }
+
+
+def _is_wrong(result: dict[str, Any]) -> bool:
+    missing = result["moved_tokens"] < result["prompt_tokens"]
+    return bool(missing or result["failed_transfers"] or result["largest_change_nats"] > NEAR_TIE)
 
 
 def main() -> None:
@@ -144,7 +149,7 @@ def main() -> None:
         print(json.dumps(report["results"][-1]), flush=True)
         if arguments.out:
             save(report, arguments.out)
-    if any(each["largest_change_nats"] > NEAR_TIE or each["moved_tokens"] == 0 for each in report["results"]):
+    if any(_is_wrong(each) for each in report["results"]):
         sys.exit(1)
 
 

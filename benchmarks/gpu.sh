@@ -125,6 +125,7 @@ step_servers() {
 }
 
 step_disaggregation() {  # two servers, on two GPUs or on one; needs NIXL
+    "$python" -c "import nixl" 2>/dev/null || { echo "[$step] needs NIXL: pip install nixl"; return; }
     benchmark 300 disaggregation SAGE SAGE:k_bits=4,v_bits=4 FLASH_ATTN --out "$results/disaggregation-$name.json" \
         -- --enforce-eager --max-model-len 2048 --kv-cache-memory-bytes $((256 << 20))
 }

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,6 @@ def identity(model: str, hf_config: Any) -> str:
     return digest.hexdigest()
 
 
-def _umask() -> int:
-    """The permissions that this process does not give to new files."""
-    mask = os.umask(0)  # there is no way to ask without setting it
-    os.umask(mask)
-    return mask
-
-
 @dataclass(frozen=True)
 class ModelFileFormat:
     """A format of files. noun: the users' word for one; command: the command that makes one; format: the name and version in a
@@ -56,7 +50,8 @@ class ModelFileFormat:
         partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # replicas may write the same file at once
         try:
             save_file(tensors, partial, metadata={"format": self.format, "model": identity(model, hf_config), **metadata})
-            partial.chmod(0o666 & ~_umask())  # safetensors lets only the owner read, and others may share the folder
+            with suppress(OSError):  # safetensors lets only the owner read; who may read the folder may read its files
+                partial.chmod(path.parent.stat().st_mode & 0o666)
             os.replace(partial, path)
         except SafetensorError as error:  # a folder that cannot be written, or a full one
             raise OSError(str(error)) from error

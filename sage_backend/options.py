@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sage_backend import __version__
 from sage_paged import K_BITS, PAGE_TOKENS, V_BITS, Memory, PageLayout
 
 MAX_TOPK = 128
@@ -260,10 +261,11 @@ class SageOptions:
 
     @property
     def pages(self) -> str:
-        """What decides the bytes of pages, for processes that exchange them: the options, and the contents of a calibration
-        file. Raises OSError if that cannot be read."""
+        """What decides the bytes of pages, for processes that exchange them: the release, the options, and the contents of a
+        calibration file. Raises OSError if that cannot be read."""
         names = ("k_bits", "v_bits", "page_tokens", "smooth_k", "smooth_v", "equalize")
-        values = {name: getattr(self, name) for name in names} | {"summaries": self.memory is not None}
+        values = {"sage_backend": __version__} | {name: getattr(self, name) for name in names}
+        values["summaries"] = self.memory is not None
         if self.calibration:
             values["calibration"] = hashlib.sha256(Path(self.calibration).read_bytes()).hexdigest()[:16]
         return " ".join(f"{name}={value}" for name, value in values.items())

@@ -133,3 +133,4 @@ def test_servers_with_other_pages_are_refused_by_nixl(tmp_path: Path, monkeypatc
         assert len({compared(**options) for options in same}) == 1
         assert len({compared(**options) for options in [{}, *other]} | {one, third}) == len(other) + 3
         assert one == copy
+    nixl_handshake.apply.cache_clear()  # the function is restored

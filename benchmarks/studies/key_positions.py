@@ -108,7 +108,7 @@ def calibrations(reader: Reader) -> dict[int, list[LayerCalibration]]:
     for (context, _), observer in statistics.items():
         result = observer.result()
         assert result is not None
-        found = tensors_of([{"": result}], len(result))
+        found = tensors_of([{"": result}], [{"": len(result)}])
         of_keys = LayerCalibration(found[""], found[OF_EQUALIZER], found[OF_ORDER])
         made[context].append(of_keys.to(reader.model.device))
     return made

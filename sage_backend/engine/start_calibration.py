@@ -134,18 +134,19 @@ def _joins_running_engines() -> bool:
 
 def _any_rank(core: Any, flag: bool) -> bool:
     """Whether `flag` is true in any of the engines that have to make each step together."""
-    flag, group = any(_of_all_ranks(core, [flag])), getattr(core, "dp_group", None)
+    flag, group = any(_of_all_ranks(core, [flag], with_replicas=True)), getattr(core, "dp_group", None)
     return flag if group is None else type(core.vllm_config.parallel_config).has_unfinished_dp(group, flag)
 
 
-def _of_all_ranks(core: Any, found: list[T]) -> list[T]:
+def _of_all_ranks(core: Any, found: list[T], with_replicas: bool = False) -> list[T]:
     """What an engine's workers have found, those of other processes included. With the executor "external_launcher" (torchrun,
-    and trainers that have engines in their own processes), each rank has an engine of its own, which asks its own worker."""
+    and trainers that have engines in their own processes), each rank has an engine of its own, which asks its own worker.
+    with_replicas: also what those of data parallel replicas have found, which then are in no group of the engine's."""
     if core.vllm_config.parallel_config.distributed_executor_backend != "external_launcher":
         return found
-    from vllm.distributed import get_pp_group, get_tp_group  # as above
+    from vllm.distributed import get_dp_group, get_pp_group, get_tp_group  # as above
 
-    for group in (get_tp_group(), get_pp_group()):
+    for group in (get_tp_group(), get_pp_group(), *([get_dp_group()] if with_replicas else [])):
         parts: list[Any] = [None] * group.world_size
         torch.distributed.all_gather_object(parts, found, group=group.cpu_group)
         found = [each for part in parts for each in part]
