@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from common.report import command_line, save
-from common.server import Server, free_port, metric_sums, serving
+from common.server import Server, counters, free_port, serving
 
 from sage_backend.demo import HELDOUT, MODEL_DIR
 from sage_backend.tools.engines import Run, circumstances
@@ -55,11 +55,6 @@ def complete(server: Server, prompt: str, tokens: int, transfer: dict[str, Any] 
 def hand_over(first: Server, second: Server, prompt: str, tokens: int) -> dict[str, Any]:
     """The answer of `second`, with the pages of `first`."""
     return complete(second, prompt, tokens, complete(first, prompt, 1, KEEP_PAGES)["kv_transfer_params"])
-
-
-def metrics(server: Server) -> dict[str, float]:
-    with urllib.request.urlopen(f"{server.base}/metrics", timeout=30) as response:
-        return metric_sums(response.read().decode())
 
 
 @contextmanager
@@ -107,11 +102,11 @@ def measure(name: str, prompts: list[str], ranks: list[int], arguments: list[str
                 with suppress(urllib.error.HTTPError):
                     hand_over(first, second, "Hello", 1)
                     break
-            before, begun = metrics(second), time.monotonic()
+            before, begun = counters(second.base), time.monotonic()
             moved = list(pool.map(lambda prompt: hand_over(first, second, prompt, ANSWER)["choices"][0], prompts))
             seconds = time.monotonic() - begun
             own = [complete(first, prompt, ANSWER)["choices"][0] for prompt in prompts]
-            counted = {name: value - before.get(name, 0.0) for name, value in metrics(second).items()}
+            counted = {name: value - before.get(name, 0.0) for name, value in counters(second.base).items()}
     agreed, changes = compare(moved, own)
     return {
         "run": name,

@@ -21,13 +21,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common.report import command_line, save
-from common.server import compiled_late, metric_sums, serving
+from common.server import compiled_late, counters, serving
 from common.shapes import SHAPES
 
 FIGURES = ("request_throughput", "request_goodput", "completed", "failed", "total_input_tokens", "output_throughput")
@@ -55,19 +54,18 @@ def bench(base: str, folder: Path, rate: float, requests: int, seed: int, argume
     command += ["--request-rate", str(rate), "--num-prompts", str(requests), "--seed", str(seed), "--ignore-eos"]
     command += ["--goodput", f"ttft:{arguments.goal_ms}", "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "95,99"]
     command += ["--save-result", "--result-filename", str(report), "--disable-tqdm", "--temperature", "0"]
-    before = counters(base)
+    before = looked_up(base)
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=arguments.limit)
     if done.returncode:
         raise RuntimeError(f"the client ended with exit code {done.returncode}\n{done.stdout[-3000:]}")
     told = json.loads(report.read_text())
-    queried, hit = (after - at_first for after, at_first in zip(counters(base), before, strict=True))
+    queried, hit = (after - at_first for after, at_first in zip(looked_up(base), before, strict=True))
     return {"rate": rate, **{name: told[name] for name in FIGURES}, "cached_share": hit / queried if queried else None}
 
 
-def counters(base: str) -> list[float]:
+def looked_up(base: str) -> list[float]:
     """Prompt tokens that a server has looked for in its prefix cache so far, and found there."""
-    with urllib.request.urlopen(f"{base}/metrics", timeout=30) as response:
-        sums = metric_sums(response.read().decode())
+    sums = counters(base)
     return [sums.get(f"vllm:prefix_cache_{name}_total", 0.0) for name in ("queries", "hits")]
 
 

@@ -76,6 +76,12 @@ def metric_sums(text: str) -> dict[str, float]:
     return sums
 
 
+def counters(base: str) -> dict[str, float]:
+    """`metric_sums` of a server at this address."""
+    with urllib.request.urlopen(f"{base}/metrics", timeout=30) as response:
+        return metric_sums(response.read().decode())
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

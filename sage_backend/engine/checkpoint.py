@@ -5,7 +5,7 @@ import json
 import struct
 from pathlib import Path
 
-_OF_MODELS = {"model_type", "architectures", "speculators_config"}
+_OF_MODELS = ("model_type", "architectures", "speculators_config")
 """What the config.json of a model has at least one of. vLLM finds the type of some models by others than the first."""
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
@@ -21,7 +21,7 @@ def check_model_folder(folder: Path) -> None:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"{file} is not JSON or is cut short; fetch it again") from None
-    if not (isinstance(config, dict) and config.keys() & _OF_MODELS):
+    if not (isinstance(config, dict) and any(config.get(name) for name in _OF_MODELS)):
         raise ValueError(f"{folder} is not a model folder: its config.json names no model_type")
 
 

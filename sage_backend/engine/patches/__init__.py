@@ -17,7 +17,7 @@
 | block_hash        | generate_block_hash_extra_keys                                           | with variator, by scheduler  |
 | model_runner      | execute_model and prepare_inputs of a model runner                       | with variator, by load_model |
 | pages_gauge       | PrometheusStatLogger.__init__ and record                                 | by config_check and plugin   |
-| nixl_handshake    | compute_nixl_compatibility_hash                                          | with NIXL, by kv_cache_config |
+| nixl_handshake    | compute_nixl_compatibility_hash                                          | with NIXL, by load_model     |
 | zero_block_ids    | CPUModelRunner._zero_block_ids                                           | by SageCpuPlatform           |
 
 A `copyreg` reducer for the enum `AttentionBackendEnum` is in `sage_backend.plugin`, through which other processes restore its

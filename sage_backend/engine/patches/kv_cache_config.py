@@ -12,7 +12,6 @@ import functools
 from typing import Any
 
 from sage_backend.engine import checks
-from sage_backend.engine.patches import nixl_handshake
 from sage_backend.engine.patches.target import find, wrap
 from sage_backend.observability.recorder import recorder
 
@@ -25,7 +24,6 @@ def apply() -> None:
 
 def _recorded(initialize: Any) -> Any:
     def initialize_and_record(self: Any, kv_cache_configs: list[Any]) -> None:
-        nixl_handshake.apply_for(self.vllm_config)
         initialize(self, kv_cache_configs)
         if checks.is_chosen(self.vllm_config) and (record := recorder(self.vllm_config)) is not None:
             record.set_cache(kv_cache_configs[self.global_rank])

@@ -12,7 +12,7 @@ import functools
 from typing import Any
 
 from sage_backend.engine import checks
-from sage_backend.engine.patches import cache_declaration, model_runner
+from sage_backend.engine.patches import cache_declaration, model_runner, nixl_handshake
 from sage_backend.engine.patches.target import wrap_worker_method
 from sage_backend.features import positions
 from sage_backend.features.layers import own_impls
@@ -28,6 +28,7 @@ def _prepared(load: Any) -> Any:
         config = self.vllm_config
         if checks.is_chosen(config):
             cache_declaration.apply_in_worker()
+            nixl_handshake.apply_for(config)
         load(self, *args, **kwargs)
         if any(impl.rotates_pages for impl in own_impls(config).values()):
             positions.find_frequencies(self.worker)
