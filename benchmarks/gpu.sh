@@ -43,7 +43,7 @@ serve() { benchmark 240 mixed_traffic --longest 16384 --out "$results/$1-$name.j
 
 step_tests() {
     run 300 "$python" -m pytest -q tests/kernels --ignore=tests/kernels/test_compile.py
-    run 300 "$python" -m pytest -q -m gpu tests/observability/test_canary.py tests/engine/test_memory.py
+    run 300 "$python" -m pytest -q -m gpu tests/observability/test_canary.py tests/engine/test_{memory,reports}.py
 }
 step_sanitizer() { benchmark 600 sanitizer run --out "$results/sanitizer-$name.json"; }
 step_doctor() { run 120 "$python" -m sage_backend.tools.cli doctor; }
@@ -130,7 +130,12 @@ step_disaggregation() {  # two servers, on two GPUs or on one; needs NIXL
         -- --enforce-eager --max-model-len 2048 --kv-cache-memory-bytes $((256 << 20))
 }
 
-steps=(doctor tests sanitizer attention stand_in recall engine variator serving memory needle quality heldout servers disaggregation)
+step_ray() {  # two replicas, on two GPUs or on one, and with two GPUs also tensor parallelism
+    "$python" -c "import ray" 2>/dev/null || { echo "[$step] needs Ray: pip install -r requirements/ray.txt"; return; }
+    run 900 "$python" -m pytest -s -v tests/deploy/test_ray.py
+}
+
+steps=(doctor tests sanitizer attention stand_in recall engine variator serving memory needle quality heldout servers disaggregation ray)
 [ $# -gt 0 ] || set -- "${steps[@]}"
 for step; do
     [[ " ${steps[*]} " == *" $step "* ]] || { echo "there is no step $step; there are: ${steps[*]}"; exit 64; }

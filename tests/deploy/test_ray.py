@@ -95,8 +95,9 @@ def cluster(temporary: Path) -> Iterator[Cluster]:
 @contextmanager
 def run_cluster(temporary: Path, replaced: dict[str, str], nodes: int, replicas: int) -> Iterator[Cluster]:
     """`serve run deploy/ray/cpu.yaml` with another port, a canary and the texts `replaced`, on one or two nodes that share two
-    CPUs and, on a GPU host, two GPUs."""
-    if ON_GPU and torch.cuda.device_count() < 2:
+    CPUs and, on a GPU host, two GPUs. Two nodes also run on one GPU, which each of them takes for its own."""
+    devices = torch.cuda.device_count()
+    if ON_GPU and devices < 2 and nodes == 1:
         pytest.skip("needs two GPUs")
     inspect_embedded_model()
     port, metrics = free_port(), (free_port(), free_port())
@@ -104,6 +105,7 @@ def run_cluster(temporary: Path, replaced: dict[str, str], nodes: int, replicas:
     eager = "enforce_eager: true"
     more = [eager.replace("true", "false") if ON_GPU else eager, "additional_config: {sage: {canary: 1}}"]
     more.append(f"dtype: {EXACT}")  # many CPUs have no instructions for BF16
+    more += ["gpu_memory_utilization: 0.4"] if devices == 1 else []
     first = {"port: 8000": f"port: {port}", eager: f"\n{' ' * 12}".join(more)}
     for old, new in {**first, **replaced}.items():
         assert old in text
@@ -128,7 +130,7 @@ def run_cluster(temporary: Path, replaced: dict[str, str], nodes: int, replicas:
         try:
             for node in range(nodes):
                 # A node takes the GPUs that it sees.
-                gpus = ",".join(str(share * node + i) for i in range(share))
+                gpus = ",".join(str((share * node + i) % max(devices, 1)) for i in range(share))
                 head: dict[str, Any] = {} if node else {"include_dashboard": False, "no_monitor": True}
                 with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": gpus} if ON_GPU else {}):
                     ray_nodes.add_node(**shared, **head, num_gpus=share * ON_GPU, metrics_export_port=metrics[node])
