@@ -13,6 +13,8 @@ from sage_backend import __version__
 from sage_paged import K_BITS, PAGE_TOKENS, V_BITS, Memory, PageLayout
 
 MAX_TOPK = 128
+ALL = "all"
+"""In place of a number of pages: all of them."""
 
 RATIOS = (2, 4, 8)
 """The numbers of hidden vectors that a compression plugin can make one. All divide a page, so that groups do not cross KV
@@ -70,10 +72,12 @@ _VARIATOR: dict[str, Allowed] = {
 
 def _memory(page_tokens: int) -> dict[str, Allowed]:
     tokens = _integer("a number of tokens, at least 1")
+    topk = _integer(f"a number of pages from 1 to {MAX_TOPK}", greatest=MAX_TOPK)
     return {
         "sink_tokens": tokens,
         "local_tokens": _integer(f"a number of tokens, at least {page_tokens}", page_tokens),
-        "topk_pages": _integer(f"a number of pages from 1 to {MAX_TOPK}", greatest=MAX_TOPK),
+        "topk_pages": topk,
+        "max_topk_pages": (lambda value: value == ALL or topk[0](value), f'{topk[1]}, or "{ALL}"'),
         "query_block": tokens,
         "extrapolate": (lambda value: value is False or tokens[0](value), f"{tokens[1]} or false"),
         "dense_layers": (_is_indices, "a list of indices such as [0, 1]"),
@@ -134,7 +138,9 @@ class MemoryOptions:
     """What attention reads of long contexts (see `sage_paged.memory`). extrapolate: the length in tokens that the model was
     trained for, within which distances are kept; False to leave positions as they are. dense_layers: indices of layers that
     read everything. host_gib: GiB of host memory, of all workers together, that hold all pages, while GPUs hold those that were
-    read last (`engine.host_pages`); None to have all pages on GPUs."""
+    read last (`engine.host_pages`); None to have all pages on GPUs. max_topk_pages: the most pages that a request may ask for
+    in place of topk_pages (`engine.page_budgets`), or "all", with which it may also ask to read everything; None: requests
+    may not ask."""
 
     sink_tokens: int = 128
     local_tokens: int = 4096
@@ -143,6 +149,7 @@ class MemoryOptions:
     extrapolate: int | bool = False
     dense_layers: tuple[int, ...] = ()
     host_gib: float | None = None
+    max_topk_pages: int | str | None = None
 
     @classmethod
     def parse(cls, section: object, page_tokens: int) -> "MemoryOptions":
@@ -156,6 +163,11 @@ class MemoryOptions:
             )
         if options.host_gib and options.dense_layers:
             raise ValueError(f'"host_gib" in {place} does not go with "dense_layers", which read everything; leave one out')
+        if options.host_gib and options.max_topk_pages == ALL:
+            raise ValueError(
+                f'"host_gib" in {place} does not go with "max_topk_pages": "{ALL}", since GPUs hold no whole contexts; give a '
+                "number"
+            )
         farthest = options.policy.farthest(page_tokens)
         if options.extrapolate and farthest > options.extrapolate:
             raise ValueError(
@@ -166,7 +178,15 @@ class MemoryOptions:
 
     @cached_property
     def policy(self) -> Memory:
-        return Memory(self.sink_tokens, self.local_tokens, self.topk_pages, self.query_block, int(self.extrapolate))
+        return Memory(
+            self.sink_tokens, self.local_tokens, self.topk_pages, self.query_block, int(self.extrapolate), self.most_asked,
+            self.max_topk_pages == ALL,
+        )  # fmt: skip
+
+    @property
+    def most_asked(self) -> int:
+        """The largest number of pages that a request may ask for; 0 if it may not ask."""
+        return MAX_TOPK if isinstance(self.max_topk_pages, str) else self.max_topk_pages or 0
 
 
 @dataclass(frozen=True)

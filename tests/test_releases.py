@@ -31,7 +31,7 @@ from sage_backend.engine.patches import (
     target,
     zero_block_ids,
 )
-from sage_backend.options import VariatorOptions
+from sage_backend.options import MemoryOptions, VariatorOptions
 
 PACKAGE = Path(patches.__file__).parents[3]
 
@@ -194,8 +194,8 @@ PATCHES: dict[str, Callable[[], Any]] = {
     "V2 model runner": lambda: model_runner.apply(
         instance("vllm.v1.worker.gpu.model_runner:GPUModelRunner"), SimpleNamespace()
     ),
-    "attached input processor": lambda: input_processor._attached(lambda self, config: None)(
-        instance("vllm.v1.engine.input_processor:InputProcessor"), None
+    "attached input processor": lambda: input_processor.attach(
+        instance("vllm.v1.engine.input_processor:InputProcessor"), None, MemoryOptions(max_topk_pages=8)
     ),
 }
 
@@ -206,7 +206,6 @@ def test_patches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Text.changes.clear()
     monkeypatch.setattr(target.importlib, "import_module", module_text)
     monkeypatch.setattr(scheduler.block_hash, "apply", lambda: None)
-    monkeypatch.setattr(input_processor.checks, "compression", lambda config: (None, [2]))
     PATCHES[name]()
     assert Text.changes
     for owner, key, before, after in Text.changes:

@@ -381,6 +381,9 @@ def _check_batch(query: torch.Tensor, pages: torch.Tensor, layout: PageLayout, b
             f"the batch has {requests} seq_lens, {starts} query_start_loc and {table[0]} rows of block_table; "
             f"it must have {requests}, {requests + 1} and {requests}"
         )
+    topk = batch.topk_pages
+    if topk is not None and (topk.dtype is not torch.int32 or topk.numel() != requests):
+        raise ValueError(f"topk_pages is {topk.dtype} {list(topk.shape)}; it must be int32 [{requests}], one for each request")
     if len(table) == 3 and table[1] != kv_heads:
         raise ValueError(f"block_table is {list(table)}; dimension 1 must be the {kv_heads} KV heads")
     return kv_heads

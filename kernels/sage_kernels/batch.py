@@ -36,6 +36,8 @@ class PagedBatch:
     max_query_len: upper bound on the query tokens of a request. `attend_decode` sizes its tiles by it; None: 1.
     max_seq_len: upper bound on seq_lens. It saves scratch memory where 4-bit codes are widened; None: what block_table holds.
     rope_shift: set where pages are read at other positions than their own (see `select_pages`).
+    topk_pages: int32 [requests], how many pages `select_pages` recalls for each, up to the memory's most_pages, or
+        `sage_paged.ALL_PAGES`; None: the memory's topk_pages for all.
     """
 
     block_table: torch.Tensor
@@ -44,6 +46,7 @@ class PagedBatch:
     max_query_len: int | None = None
     max_seq_len: int | None = None
     rope_shift: RopeShift | None = None
+    topk_pages: torch.Tensor | None = None
 
     @property
     def num_requests(self) -> int:
@@ -66,6 +69,7 @@ class PagedBatch:
             max_query_len=self.max_query_len if max_query_len is None else max_query_len,
             max_seq_len=self.max_seq_len if max_seq_len is None else max_seq_len,
             rope_shift=self.rope_shift and RopeShift(self.rope_shift.pages[start:stop], self.rope_shift.table),
+            topk_pages=None if self.topk_pages is None else self.topk_pages[start:stop],
         )
 
     def to(self, device: torch.device | str) -> "PagedBatch":
@@ -77,6 +81,7 @@ class PagedBatch:
             seq_lens=self.seq_lens.to(device),
             query_start_loc=self.query_start_loc.to(device),
             rope_shift=shift and RopeShift(shift.pages.to(device), shift.table.to(device)),
+            topk_pages=None if self.topk_pages is None else self.topk_pages.to(device),
         )
 
 

@@ -15,9 +15,9 @@ from sage_paged.layout import (
     v_position,
     v_token,
 )
-from sage_paged.memory import Memory
+from sage_paged.memory import ALL_PAGES, Memory
 
 __all__ = [
-    "GROUP_BYTES", "HEAD_DIMS", "K_BITS", "MAX_V_INT4_DIM", "PAGE_TOKENS", "SCRATCH_V_BITS", "V_BITS", "Memory", "PageLayout",
-    "PageViews", "section_offset", "v_position", "v_token",
+    "ALL_PAGES", "GROUP_BYTES", "HEAD_DIMS", "K_BITS", "MAX_V_INT4_DIM", "PAGE_TOKENS", "SCRATCH_V_BITS", "V_BITS", "Memory",
+    "PageLayout", "PageViews", "section_offset", "v_position", "v_token",
 ]  # fmt: skip

@@ -5,6 +5,7 @@
 any process is started, so that a user reads one line instead of a worker's trace.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,11 @@ def compression(config: Any) -> tuple[VariatorOptions, list[int]] | None:
     return options, files.contents(options.plugins)[1]
 
 
+def memory(config: Any) -> MemoryOptions | None:
+    """The option `memory` of an engine of this configuration (VllmConfig), or None."""
+    return SageOptions.parse(config.additional_config).memory if is_chosen(config) else None
+
+
 def check_config(config: Any, has_metrics: bool = True) -> None:
     """Check an engine's configuration (VllmConfig) as soon as it is made, if it chooses this backend. has_metrics: whether the
     engine has any.
@@ -135,6 +141,11 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
         raise ValueError(f"--attention-backend sage cannot serve {model.model}: {'; '.join(found)}")
     if options.memory is not None:
         _check_memory(options, options.memory, model)
+        if options.memory.max_topk_pages is not None and config.parallel_config.use_ubatching:
+            raise ValueError(
+                '"max_topk_pages" in option "memory" in --additional-config "sage" does not go with batches that overlap; '
+                "leave --enable-dbo and --ubatch-size out"
+            )
         if options.memory.host_gib:
             _check_host_pages(config, options.memory.host_gib * config.parallel_config.data_parallel_size_local)
     if options.calibration is not None:
@@ -195,7 +206,7 @@ def _value_size(text: Any) -> int | None:
 
 def _check_memory(options: SageOptions, memory: MemoryOptions, model: Any) -> None:
     """Raises ValueError for memory that reads every context of a model (ModelConfig) whole, or cannot move its positions."""
-    policy = memory.policy
+    policy = replace(memory.policy, max_topk_pages=0)  # what requests that ask for nothing have
     listed = policy.list_pages(options.page_tokens, policy.query_block) * options.page_tokens
     if listed >= model.max_model_len:
         raise ValueError(

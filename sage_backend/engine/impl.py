@@ -178,7 +178,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
             store_summaries(pages, self.layout, step.batch, step.num_tokens, table, owner.calibration, owner.cache)
         for phase in step.phases:
             with step.observer.timed(phase.name, layer, query.device):
-                batch = self._select_pages(memory, query, pages, phase, step.max_seq_len, owner.cache)
+                batch = self._select_pages(memory, query, pages, phase, step, owner.cache)
                 for held, part in self._held(pages, batch, owner.cache, step.max_seq_len):
                     if phase.name == DECODE:
                         attend_decode(query, held, self.layout, part, self.scale, out, modifiers, step.workspace)
@@ -210,11 +210,11 @@ class SageImpl(AttentionImpl[SageMetadata]):
         return smoothing_block(device, layout, self.group) if self.smooth_q else 0
 
     def _select_pages(
-        self, memory: Memory | None, query: torch.Tensor, pages: torch.Tensor, phase: Phase, max_seq_len: int,
+        self, memory: Memory | None, query: torch.Tensor, pages: torch.Tensor, phase: Phase, step: SageMetadata,
         cache: PageCache | None,
     ) -> PagedBatch:  # fmt: skip
         """What to attend to: the phase's batch, or the pages of it that memory selects."""
-        if memory is None or memory.reads_all(self.layout.tokens, max_seq_len):
+        if memory is None or memory.reads_all(self.layout.tokens, step.max_seq_len, step.least_topk):
             return phase.batch
         query_block = 0 if phase.name == DECODE else memory.query_block
         shift_table = self._shift_table(query.device)

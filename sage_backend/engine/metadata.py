@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from sage_backend import options
+from sage_backend.engine.page_budgets import PAGE_BUDGETS, BudgetTensor
 from sage_backend.observability.definitions import DECODE, PREFILL
 from sage_backend.observability.observer import NOT_OBSERVED, StepObserver
 from sage_backend.observability.recorder import recorder
@@ -42,7 +43,8 @@ class SageMetadata(AttentionMetadata):
     batch: all requests; those that decode, with few query tokens each, come first. Its tensors are the runner's persistent
     ones, so that a captured graph reads the values of later steps. phases: decodes and prefills, as far as there are any.
     num_tokens: query rows, padding included. max_seq_len: upper bound on seq_lens; in a captured graph, of all steps that
-    replay it. workspace: of `attend_decode`. segments: which rows FFNs compress (`sage_backend.variator`).
+    replay it. workspace: of `attend_decode`. segments: which rows FFNs compress (`sage_backend.variator`). least_topk: the
+    least pages that a request has recalled, if requests have numbers of their own (`batch.topk_pages`).
     """
 
     batch: PagedBatch
@@ -52,6 +54,7 @@ class SageMetadata(AttentionMetadata):
     workspace: Any = None
     observer: StepObserver = NOT_OBSERVED
     segments: Sequence[Any] = ()
+    least_topk: int | None = None
 
     @classmethod
     def of(
@@ -84,6 +87,9 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         if self.recorder is not None:
             self._record_layers(layer_names, layers, device_)
         self.compressor = layers.get(COMPRESSOR)
+        self.budgets = None
+        if (budgets := layers.get(PAGE_BUDGETS)) is not None:
+            self.budgets = BudgetTensor(budgets, vllm_config.scheduler_config.max_num_seqs, device_)
         self.reorder_batch_threshold: int = max_decode_query_len(vllm_config)
         self.workspace = None
         if device_.type != "cpu":
@@ -113,9 +119,13 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         common, threshold = common_attn_metadata, self.reorder_batch_threshold
         num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
         others: dict[str, Any] = {"workspace": self.workspace}
+        topk_pages, topk = None, None
+        if self.budgets is not None:
+            topk_pages, topk = self.budgets.of_step(common.seq_lens.numel())
+            others["least_topk"] = min(topk)
         if not fast_build:  # vLLM's first model runner builds the steps of drafts so, which are not counted
             if self.recorder is not None:
-                others["observer"] = StepObserver.of(self.recorder, self.layer_names, common, num_decodes)
+                others["observer"] = StepObserver.of(self.recorder, self.layer_names, common, num_decodes, topk)
             if self.compressor is not None:
                 others["segments"] = self.compressor.segments(common, num_decodes)
         max_prefill_len, lengths = common.max_seq_len, common.seq_lens_cpu_upper_bound
@@ -124,7 +134,10 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
             # ones, and slots that a drafter adds.
             allowed = max(0, max_prefill_len - int(lengths.max()))
             max_prefill_len = min(max_prefill_len, int(lengths[num_decodes:].max()) + allowed)
-        batch = PagedBatch(common.block_table_tensor, common.seq_lens, common.query_start_loc, threshold, common.max_seq_len)
+        batch = PagedBatch(
+            common.block_table_tensor, common.seq_lens, common.query_start_loc, threshold, common.max_seq_len,
+            topk_pages=topk_pages,
+        )  # fmt: skip
         return SageMetadata.of(batch, common.num_actual_tokens, num_decodes, num_decode_tokens, max_prefill_len, **others)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> SageMetadata:

@@ -71,9 +71,10 @@ class Canary:
         self._groups[tuple(names)] = owners
         self._readout = self._readout or Readout(device)
 
-    def plan(self, names: Sequence[str], common: Any, num_decodes: int) -> Check | None:
-        """The check that is due in the layers `names` of a step, if any. common: their CommonAttentionMetadata."""
-        prompt = self._prompt(common, num_decodes)
+    def plan(self, names: Sequence[str], common: Any, num_decodes: int, topk: Sequence[int] | None = None) -> Check | None:
+        """The check that is due in the layers `names` of a step, if any. common: their CommonAttentionMetadata; topk: the pages
+        that memory recalls for each request, if they have numbers of their own."""
+        prompt = self._prompt(common, num_decodes, topk)
         if tuple(names) == next(iter(self._groups)):
             self.collect()
             self._due = self._next() if prompt is not None else None
@@ -90,7 +91,7 @@ class Canary:
         check_index, layer = divmod(self._steps // self._every - 1, len(layers))
         return layers[layer], check_index
 
-    def _prompt(self, common: Any, num_decodes: int) -> tuple[int, int] | None:
+    def _prompt(self, common: Any, num_decodes: int, topk: Sequence[int] | None) -> tuple[int, int] | None:
         """Of the prompts that begin in this step and are read whole, the longest one's first row and tokens to check."""
         lengths = common.seq_lens_cpu_upper_bound
         if lengths is None or len(lengths) == num_decodes:
@@ -99,7 +100,8 @@ class Canary:
         begun = np.where(np.diff(starts) == lengths, lengths, 0)
         begun[:num_decodes] = 0  # so that no graph is captured with a check, nor replayed without
         if self._memory is not None:
-            whole = [self._memory.policy.reads_all(self._page_tokens, tokens) for tokens in begun.tolist()]
+            reads_all, own = self._memory.policy.reads_all, topk or [self._memory.topk_pages] * len(begun)
+            whole = [reads_all(self._page_tokens, *each) for each in zip(begun.tolist(), own, strict=True)]
             begun = np.where(whole, begun, 0)
         if not begun.any():
             return None

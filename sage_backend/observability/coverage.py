@@ -74,6 +74,7 @@ class Coverage:
         impl: Any,
         query_lens: np.ndarray,
         host_seq_lens: np.ndarray,
+        topk: np.ndarray | None,
         query: torch.Tensor,
         pages: torch.Tensor,
         batch: PagedBatch,
@@ -82,15 +83,17 @@ class Coverage:
     ) -> None:
         """Measure the request with the longest context in the phase, unless memory reads all of it. KV heads alternate.
 
-        impl: the layer's SageImpl; query_lens, host_seq_lens: int64 [requests], the latter as upper bounds; query: [tokens,
-        heads, head_size], from the phase's first; batch: the phase's requests; selected: what `select_pages` made of it;
+        impl: the layer's SageImpl; query_lens, host_seq_lens: int64 [requests], the latter as upper bounds; topk: int64
+        [requests], the pages recalled for each, if they have numbers of their own; query: [tokens, heads, head_size], from the
+        phase's first; batch: the phase's requests; selected: what `select_pages` made of it;
         calibration: that of the stored keys.
         """
         self.collect()
         lengths = np.where(query_lens > 0, host_seq_lens, 0)
         request = int(lengths.argmax())
         length = int(lengths[request])
-        if self._readout.pending or self._memory.reads_all(self._page_tokens, length):
+        recalled = None if topk is None else int(topk[request])
+        if self._readout.pending or self._memory.reads_all(self._page_tokens, length, recalled):
             return
         self._budget = min(self._budget + TOKENS, length)
         if self._budget < length:

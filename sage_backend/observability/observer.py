@@ -25,10 +25,12 @@ class StepObserver:
     check: Check | None = None
 
     @classmethod
-    def of(cls, recorder: Recorder, names: list[str], common: Any, num_decodes: int) -> "StepObserver":
+    def of(
+        cls, recorder: Recorder, names: list[str], common: Any, num_decodes: int, topk: list[int] | None = None
+    ) -> "StepObserver":
         """What the recorder wants to see of the step that `common` (CommonAttentionMetadata) was made for, in the layers
-        `names`."""
-        return cls(recorder.step(names, common, num_decodes), recorder.check(names, common, num_decodes))
+        `names`. topk: the pages that its requests have recalled, if they have numbers of their own."""
+        return cls(recorder.step(names, common, num_decodes, topk), recorder.check(names, common, num_decodes, topk))
 
     def timed(self, phase: str, layer: Any, device: torch.device) -> AbstractContextManager[None]:
         """The context in which `layer` (vLLM's Attention) selects pages and attends for a phase, "prefill" or "decode"."""

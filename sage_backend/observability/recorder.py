@@ -60,7 +60,7 @@ _VALUE_FORMATS = {4: "int4", 8: "e4m3"}
 @dataclass
 class Sample:
     """A step in which one layer's attention is timed, in `phases`. query_lens, seq_lens: int64 [requests], query tokens and all
-    tokens."""
+    tokens. topk: int64 [requests], the pages that memory recalls for each; None: the memory's."""
 
     recorder: "Recorder"
     layer: str
@@ -68,6 +68,7 @@ class Sample:
     num_decodes: int
     query_lens: np.ndarray
     seq_lens: np.ndarray
+    topk: np.ndarray | None = None
 
     @contextmanager
     def timed(self, phase: str, impl: Any, memory: Memory | None, device: torch.device) -> Iterator[None]:
@@ -78,7 +79,7 @@ class Sample:
         (query_lens, seq_lens), blocks = self._lengths(phase), None
         if memory is not None:
             query_block = 0 if phase == "decode" else memory.query_block
-            blocks = QueryBlocks.of(memory, impl.layout.tokens, query_lens, seq_lens, query_block)
+            blocks = QueryBlocks.of(memory, impl.layout.tokens, query_lens, seq_lens, query_block, self._topk(phase))
         work = Work.of(impl, query_lens, seq_lens, blocks)
         if device.type == "cpu":
             began = time.perf_counter()
@@ -95,12 +96,19 @@ class Sample:
         """Measure the fraction of exact attention on the pages that memory read for `phase` in `layer` (vLLM's Attention), if
         this is the sampled layer. args: the last ones of `Coverage.measure`."""
         if phase in self.phases and layer.layer_name == self.layer and self.recorder.coverage is not None:
-            self.recorder.coverage.measure(phase, layer.impl, *self._lengths(phase), *args)
+            self.recorder.coverage.measure(phase, layer.impl, *self._lengths(phase), self._topk(phase), *args)
 
     def _lengths(self, phase: str) -> tuple[np.ndarray, np.ndarray]:
         """query_lens and seq_lens of the requests in `phase`."""
-        requests = slice(self.num_decodes) if phase == "decode" else slice(self.num_decodes, None)
+        requests = self._requests(phase)
         return self.query_lens[requests], self.seq_lens[requests]
+
+    def _topk(self, phase: str) -> np.ndarray | None:
+        """topk of the requests in `phase`."""
+        return None if self.topk is None else self.topk[self._requests(phase)]
+
+    def _requests(self, phase: str) -> slice:
+        return slice(self.num_decodes) if phase == "decode" else slice(self.num_decodes, None)
 
 
 _NOT_TIMED = nullcontext()
@@ -199,8 +207,9 @@ class Recorder:
         page_format = f"k_{used('k_bits', _KEY_FORMATS)}_v_{used('v_bits', _VALUE_FORMATS)}_page{layout.tokens}"
         self._values.set(BUILD, 1, version, vllm_version, page_format, kernels, architecture)
 
-    def step(self, names: list[str], common: Any, num_decodes: int) -> Sample | None:
-        """Count a step. common: the CommonAttentionMetadata of the layers `names`. Returns the calls to time, if any."""
+    def step(self, names: list[str], common: Any, num_decodes: int, topk: list[int] | None = None) -> Sample | None:
+        """Count a step. common: the CommonAttentionMetadata of the layers `names`; topk: the pages that memory recalls for each
+        request, if they have numbers of their own. Returns the calls to time, if any."""
         if self.paused or names != self._group:
             return None
         self._collect()
@@ -223,23 +232,26 @@ class Recorder:
             return None
         query_lens = np.diff(starts).astype(np.int64)
         seq_lens = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
+        own = None if topk is None else np.array(topk, np.int64)
         if self._memory:
             memory, page_tokens = self._memory
             for phase, requests in (("prefill", slice(num_decodes, None)), ("decode", slice(num_decodes))):
                 query_block = memory.query_block if phase == "prefill" else 0
-                blocks = QueryBlocks.of(memory, page_tokens, query_lens[requests], seq_lens[requests], query_block)
+                recalled = None if own is None else own[requests]
+                lengths = query_lens[requests], seq_lens[requests]
+                blocks = QueryBlocks.of(memory, page_tokens, *lengths, query_block, recalled)
                 counted = {CONTEXT: blocks.end, READ: blocks.read, SCORED: blocks.scored, RECALLED: blocks.recalled}
                 for metric, numbers in counted.items():
                     self._values.add(metric, int(numbers.sum()), phase)
         if not sampled or self.pending:
             return None
-        return Sample(self, names[-1], sampled, num_decodes, query_lens, seq_lens)
+        return Sample(self, names[-1], sampled, num_decodes, query_lens, seq_lens, own)
 
-    def check(self, names: list[str], common: Any, num_decodes: int) -> Check | None:
+    def check(self, names: list[str], common: Any, num_decodes: int, topk: list[int] | None = None) -> Check | None:
         """The check of a step against exact attention, if one is due. Arguments as for `step`."""
         if self.canary is None or self.paused:
             return None
-        return self.canary.plan(names, common, num_decodes)
+        return self.canary.plan(names, common, num_decodes, topk)
 
     def add_request(self, ratio: int) -> None:
         """Count a request that has been given a ratio."""

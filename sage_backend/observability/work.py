@@ -22,11 +22,19 @@ class QueryBlocks(NamedTuple):
 
     @classmethod
     def of(
-        cls, memory: Memory, page_tokens: int, query_lens: np.ndarray, seq_lens: np.ndarray, query_block: int
+        cls,
+        memory: Memory,
+        page_tokens: int,
+        query_lens: np.ndarray,
+        seq_lens: np.ndarray,
+        query_block: int,
+        topk: np.ndarray | None = None,
     ) -> "QueryBlocks":
         """query_lens, seq_lens: int64 [requests], the query tokens of each request and all of its tokens. query_block: tokens
-        of a block, 0 for one block a request. Requests without queries have no block."""
-        starts, ends = (seq_lens - query_lens)[query_lens > 0], seq_lens[query_lens > 0]
+        of a block, 0 for one block a request. topk: int64 [requests], the pages that each has recalled; None: the memory's.
+        Requests without queries have no block."""
+        topk = np.full_like(seq_lens, memory.topk_pages) if topk is None else topk
+        starts, ends, topk = (of[query_lens > 0] for of in (seq_lens - query_lens, seq_lens, topk))
         first, end = starts, ends
         if query_block:
             cuts = [
@@ -35,11 +43,12 @@ class QueryBlocks(NamedTuple):
             ]
             first = np.concatenate([np.r_[start, cut] for start, cut in zip(starts, cuts, strict=True)] or [starts])
             end = np.concatenate([np.r_[cut, end] for end, cut in zip(ends, cuts, strict=True)] or [ends])
+            topk = np.repeat(topk, [len(cut) + 1 for cut in cuts])
         local = np.maximum(first - memory.local_tokens + 1, 0) // page_tokens
         sinks = memory.sink_pages(page_tokens)
-        selects = local > sinks + memory.topk_pages
-        distant = np.where(selects, sinks + memory.topk_pages, local)
-        scored, recalled = np.where(selects, local - sinks, 0), np.where(selects, memory.topk_pages, 0)
+        selects = local > sinks + topk
+        distant = np.where(selects, sinks + topk, local)
+        scored, recalled = np.where(selects, local - sinks, 0), np.where(selects, topk, 0)
         return cls(first, end, (distant - local) * page_tokens + end, scored, recalled)
 
 

@@ -16,6 +16,7 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from sage_backend.features.layers import own_impls
+from sage_backend.features.step_requests import StepRequests
 from sage_backend.observability.recorder import Recorder, recorder
 from sage_backend.options import VariatorOptions
 from sage_backend.variator import files
@@ -56,45 +57,35 @@ class CompressedFFN:
         out[cut[-1].end :] = 0  # padding
 
 
-class Compressor:
+class Compressor(StepRequests[CompressionPlan]):
     """The compression plans of a worker's requests, and the segments of its steps."""
 
     def __init__(self, layers: int, hidden: int, intermediate: int, recorder: Recorder | None) -> None:
         """layers: the number of FFNs with plugins; hidden, intermediate: their sizes."""
+        super().__init__(lambda arguments: CompressionPlan(*arguments.get(PLAN_KEY, PLAIN)))
         self.recorder = recorder
-        self.plans: dict[str, CompressionPlan] = {}
-        self.order: Callable[[], Sequence[str]] = list
-        """Returns the ids of the step's requests in the order of the batch (see `engine.patches.model_runner`)."""
         self._shape = layers, hidden, intermediate
-        self._in_step = self._counted = False
+        self._counted = False
+
+    def began(self, asked: CompressionPlan) -> None:
+        if self.recorder is not None:
+            self.recorder.add_request(asked.ratio)
 
     @contextmanager
     def step(self, scheduled: Any) -> Iterator[None]:
-        """Around a step of users' requests. scheduled: vLLM's SchedulerOutput."""
-        for request in scheduled.finished_req_ids:
-            self.plans.pop(request, None)
-        for request in scheduled.scheduled_new_reqs:
-            arguments = (request.sampling_params and request.sampling_params.extra_args) or {}
-            plan = CompressionPlan(*arguments.get(PLAN_KEY, PLAIN))
-            if self.recorder is not None and request.req_id not in self.plans:
-                self.recorder.add_request(plan.ratio)
-            self.plans[request.req_id] = plan
-        self._in_step, self._counted = True, False
-        try:
+        self._counted = False
+        with super().step(scheduled):
             yield
-        finally:
-            self._in_step = False
 
     def segments(self, common: Any, num_decodes: int) -> list[Segment]:
         """The segments of the step's batch (CommonAttentionMetadata), whose first `num_decodes` requests are decodes."""
-        if not self._in_step:
+        if not (plans := self.in_order()):
             return []
         starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound.tolist()
         requests = []
-        for i, name in enumerate(self.order()):
-            plan = self.plans[name] if i >= num_decodes else PLAIN
+        for i, plan in enumerate(plans):
             first, end = starts[i], starts[i + 1]
-            requests.append((first, end, lengths[i] - (end - first), plan))
+            requests.append((first, end, lengths[i] - (end - first), plan if i >= num_decodes else PLAIN))
         cut = segments(requests)
         if self.recorder is not None and not self._counted:  # layers of several kinds have metadata of their own
             self._counted = True

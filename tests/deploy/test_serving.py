@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server, started and stopped as a user does it: `deploy/serve.sh` with the embedded model."""
 
+import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -48,6 +49,15 @@ def test_concurrent_requests(server: Server, passkeys: list[tuple[str, str]]) ->
     prompts, answers = zip(*passkeys * 3, strict=True)
     with ThreadPoolExecutor(len(prompts)) as pool:
         assert list(pool.map(server.complete, prompts)) == list(answers)
+
+
+def test_requests_ask_for_pages(server: Server) -> None:
+    """A number that is not to be had is refused, and the message says what is."""
+    for asked, status in ((8, 200), (9, 400), ("all", 400)):
+        body = {"model": "sage-demo", "prompt": "def", "max_tokens": 1, "vllm_xargs": {"sage_topk_pages": asked}}
+        answer = server.ask("POST", "/v1/completions", body=json.dumps(body))
+        assert answer.status == status
+        assert status == 200 or f"sage_topk_pages is {asked!r}; this server has 1 to 8" in answer.read().decode()
 
 
 @pytest.mark.stops_server

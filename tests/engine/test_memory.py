@@ -120,7 +120,7 @@ def test_mass_covered(
     impl = SimpleNamespace(num_heads=4, num_kv_heads=2, layout=b.layout, scale=b.scale, soft_cap=soft_cap)
     host = np.array([n for _, n in lengths]), np.array([n for n, _ in lengths])
     for _ in range(2):
-        measures.measure(phase, impl, *host, b.query, b.pages, b.requests, lists, b.calibration)
+        measures.measure(phase, impl, *host, None, b.query, b.pages, b.requests, lists, b.calibration)
     expected = [brute_force(b, longest, head, lists, row, soft_cap) for head in (1, 0)]
     assert told == [(phase, pytest.approx(share, rel=1e-4)) for share in expected]
     assert min(expected) > 0.1
@@ -140,7 +140,7 @@ def test_long_contexts_are_measured_less_often(monkeypatch: pytest.MonkeyPatch) 
         impl = SimpleNamespace(num_heads=4, num_kv_heads=2, layout=b.layout, scale=b.scale, soft_cap=0.0)
         host = np.array([1]), np.array([length])
         for _ in range(12):
-            measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, b.calibration)
+            measures.measure("decode", impl, *host, None, b.query, b.pages, b.requests, lists, b.calibration)
     assert told == {640: [pytest.approx(1.0)] * 12, 1920: [pytest.approx(1.0)] * 4}
 
 
@@ -157,7 +157,7 @@ def test_what_measuring_mass_costs() -> None:
     out = torch.empty_like(b.query)
 
     def measure() -> None:
-        measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, b.calibration)
+        measures.measure("decode", impl, *host, None, b.query, b.pages, b.requests, lists, b.calibration)
 
     def seconds(work: Callable[[], None]) -> float:
         return timeit.timeit(work, timer=time.thread_time, number=1)  # without the time of other processes
@@ -185,7 +185,7 @@ def test_mass_covered_is_not_waited_for_on_a_gpu() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         host = np.array([1]), np.array([900])
-        measures.measure("decode", impl, *host, b.query, b.pages, b.requests, lists, b.calibration)
+        measures.measure("decode", impl, *host, None, b.query, b.pages, b.requests, lists, b.calibration)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
@@ -197,7 +197,7 @@ def test_mass_that_is_read_whole_is_not_measured() -> None:
     told: list[float] = []
     measures = Coverage(MEMORY, 64, torch.device("cpu"), lambda _, share: told.append(share))
     nothing: Any = None
-    measures.measure("decode", nothing, np.array([1, 0]), np.array([386, 9000]), *[nothing] * 5)
+    measures.measure("decode", nothing, np.array([1, 0]), np.array([386, 9000]), None, *[nothing] * 5)
     assert not told
 
 
@@ -233,7 +233,7 @@ def test_mass_covered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ("section", "message"),
     [
         ([1], 'must be an object such as {"local_tokens": 4096}, not [1]'),
-        ({"topk": 3}, 'has no "topk"; there is dense_layers, extrapolate, host_gib, local_tokens, query_block, sink_tokens or'),
+        ({"topk": 3}, 'has no "topk"; there is dense_layers, extrapolate, host_gib, local_tokens, max_topk_pages, query_'),
         ({"topk_pages": 129}, "is 129; it must be a number of pages from 1 to 128"),
         ({"topk_pages": True}, "is true; it must be a number of pages from 1 to 128"),
         ({"local_tokens": 100}, "is 100; it must be a number of tokens, at least 128"),

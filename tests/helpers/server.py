@@ -20,7 +20,7 @@ from engines import inspect_embedded_model
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 API_KEY = "a key for the tests"
-OPTIONS = {"canary": 1, "memory": {"local_tokens": 512, "topk_pages": 4, "query_block": 128}}
+OPTIONS = {"canary": 1, "memory": {"local_tokens": 512, "topk_pages": 4, "query_block": 128, "max_topk_pages": 8}}
 """Options with metrics, so that all panels have data. Contexts of over READ_WHOLE tokens are read in part."""
 READ_WHOLE = 512 + 128 + 4 * 128
 START_SECONDS, REQUEST_SECONDS, STOP_SECONDS = 1500, 600, 120

@@ -9,7 +9,7 @@ import torch
 from paged_batch import Batch, make_batch, relative_error
 
 from sage_kernels import LayerCalibration, Modifiers, PagedBatch, cpu, reference
-from sage_paged import Memory, PageLayout
+from sage_paged import ALL_PAGES, Memory, PageLayout
 
 LAYOUT = PageLayout(64, 8, 64, has_summary=True)
 FREQUENCIES = 10000.0 ** -(torch.arange(0, 64, 2) / 64)
@@ -184,12 +184,53 @@ def test_select_pages(kernels, topk: int, shifted: bool, query_block: int) -> No
         assert chosen.rope_shift is None
 
 
+@pytest.mark.parametrize("query_block", [0, 128])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_requests_with_numbers_of_pages_of_their_own(kernels, shifted: bool, query_block: int) -> None:
+    """Each request of a batch reads what it would read alone under a memory with its number, or its context as it is."""
+    own = [3, 1, 2, ALL_PAGES]
+    memory = Memory(64, 150, 2, 128, 300 if shifted else 0, max_topk_pages=3, whole=True)
+    batch = make(shifted=shifted)
+    table = SHIFT_TABLE if shifted else None
+    requests = replace(batch.requests, topk_pages=torch.tensor(own, dtype=torch.int32))
+    expected = reference.select_pages(batch.query, batch.pages, LAYOUT, requests, memory, query_block, table)
+    assert expected.topk_pages is None
+    alone = [select(batch, replace(memory, topk_pages=topk), query_block, table) for topk in (3, 1, 2)]
+    rows = 0
+    for row, (start, length) in enumerate(zip(expected.query_start_loc.tolist(), expected.seq_lens.tolist(), strict=False)):
+        if length == 0:
+            continue
+        request = int((batch.requests.query_start_loc[1:] <= start).sum())
+        count = -(-length // LAYOUT.tokens)
+        if own[request] == ALL_PAGES:
+            context = batch.requests.block_table[request, :count].expand(2, -1)
+            assert torch.equal(expected.block_table[row, :, :count], context)
+            assert not shifted or not expected.rope_shift.pages[row].any()
+        else:
+            assert length == alone[request].seq_lens[row]
+            assert torch.equal(expected.block_table[row, :, :count], alone[request].block_table[row, :, :count])
+        rows += 1
+    assert rows == (4 if not query_block else 2 + 1 + 1 + 2)
+
+    batch, requests = batch.to(kernels.device), requests.to(kernels.device)
+    table = None if table is None else table.to(kernels.device)
+    chosen = kernels.select_pages(batch.query, batch.pages, LAYOUT, requests, memory, query_block, table).to("cpu")
+    assert torch.equal(chosen.query_start_loc, expected.query_start_loc)
+    assert torch.equal(chosen.seq_lens, expected.seq_lens)
+    for row, count in enumerate((-(-chosen.seq_lens // LAYOUT.tokens)).tolist()):
+        assert torch.equal(chosen.block_table[row, :, :count], expected.block_table[row, :, :count])
+        if shifted:
+            assert torch.equal(chosen.rope_shift.pages[row, :, :count], expected.rope_shift.pages[row, :, :count])
+
+
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("pages", [1100, 1300, 2500])
 @pytest.mark.parametrize("topk", [3, 128])
-def test_the_best_of_many_pages(kernels, topk: int, pages: int) -> None:
-    """Contexts whose best pages are found chunk by chunk; many scores are equal, and the earlier page wins."""
+def test_the_best_of_many_pages(kernels, topk: int, pages: int, own: bool) -> None:
+    """Contexts whose best pages are found chunk by chunk; many scores are equal, and the earlier page wins. own: both requests
+    have numbers of pages of their own."""
     g = torch.Generator().manual_seed(pages)
-    memory = Memory(sink_tokens=100, local_tokens=200, topk_pages=topk, query_block=128)
+    memory = Memory(sink_tokens=100, local_tokens=200, topk_pages=topk, query_block=128, max_topk_pages=128 * own)
     cache = LAYOUT.empty(pages, 2)
     LAYOUT.views(cache).summary[:, :, 0, :2] = torch.randint(-20, 20, (pages, 2, 2), generator=g).half()
     query = torch.zeros(2, 4, 64)
@@ -198,6 +239,7 @@ def test_the_best_of_many_pages(kernels, topk: int, pages: int) -> None:
         torch.stack([torch.randperm(pages, generator=g) for _ in range(2)]).int(),
         torch.tensor([pages * 64 - 70, 900 * 64], dtype=torch.int32),
         torch.tensor([0, 1, 2], dtype=torch.int32),
+        topk_pages=torch.tensor([100, 7], dtype=torch.int32) if own else None,
     )
     expected = reference.select_pages(query, cache, LAYOUT, batch, memory, 0)
     query, cache, batch = (x.to(kernels.device) for x in (query, cache, batch))

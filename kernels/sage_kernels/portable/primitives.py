@@ -37,7 +37,7 @@ NO_FRACTION = tl.constexpr(12582912.0)
 NO_FRACTION_BITS = tl.constexpr(0x4B400000)
 SCRATCH_V_BITS = tl.constexpr(sage_paged.SCRATCH_V_BITS)
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
-TABLES = ["block_table", "seq_lens", "query_start_loc"]
+TABLES = ["block_table", "seq_lens", "query_start_loc", "topk_pages"]
 """Arguments that are sliced where the decodes of a batch end. The alignment of a slice must not cause a compilation."""
 TABLE_STRIDES = ["table_stride", "table_head_stride"]
 """Arguments that differ between block tables and page lists. A server with memory alternates between the two."""

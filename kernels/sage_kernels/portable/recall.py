@@ -21,10 +21,12 @@ from sage_kernels.portable.query_tile import calibration_tensors, tensor_or
 from sage_kernels.reference import REACH as _REACH
 from sage_kernels.reference import SCORE_BITS as _SCORE_BITS
 from sage_kernels.reference import max_query_blocks
+from sage_paged import ALL_PAGES as _ALL_PAGES
 from sage_paged import Memory, PageLayout
 
 _PART_PAGES = 64
 """Pages that one program scores."""
+ALL_PAGES = tl.constexpr(_ALL_PAGES)
 REACH = tl.constexpr(_REACH)
 _CHUNK_PAGES = 1024
 """Pages among which one program finds the best."""
@@ -128,6 +130,17 @@ def _locate(
 
 
 @triton.jit
+def _recalled(topk_pages, request, TOPK: tl.constexpr, OWN: tl.constexpr):
+    """How many pages are recalled for a request. OWN: whether requests have numbers of their own, `topk_pages`, which then are
+    TOPK at most, or ALL_PAGES."""
+    if OWN:
+        topk = tl.load(topk_pages + request)
+    else:
+        topk = TOPK
+    return topk
+
+
+@triton.jit
 def _fold(
     query, shift_table, begin, end, start, head, q_token_stride, q_head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -164,20 +177,21 @@ def _fold(
 
 
 @triton.jit
-def _store_row(row_starts, row_lens, row, rows, begin, end, local, start, PAGE: tl.constexpr, FAR: tl.constexpr):
-    """Write the query_start_loc and the seq_len of a query block."""
+def _store_row(row_starts, row_lens, row, rows, begin, end, local, start, far, PAGE: tl.constexpr):
+    """Write the query_start_loc and the seq_len of a query block, which reads up to `far` pages before the local ones."""
     tl.store(row_starts + row, start)
-    tl.store(row_lens + row, tl.where(end > begin, tl.minimum(local, FAR) * PAGE + end - local * PAGE, 0))
+    tl.store(row_lens + row, tl.where(end > begin, tl.minimum(local, far) * PAGE + end - local * PAGE, 0))
     if row == rows - 1:
         tl.store(row_starts + row + 1, start + end - begin)
 
 
 @triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=TABLES)
 def _fold_kernel(
-    query, folded, row_starts, row_lens, seq_lens, query_start_loc, shift_table, num_reqs, q_token_stride, q_head_stride,
+    query, folded, row_starts, row_lens, seq_lens, query_start_loc, topk_pages, shift_table, num_reqs, q_token_stride,
+    q_head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    SHIFT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, OWN: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, KV heads). folded: float32 [blocks, kv_heads, 2, HEAD_DIM], the means of a block's queries and of
     their squares. row_starts, row_lens: query_start_loc and seq_lens of the result."""
@@ -185,10 +199,11 @@ def _fold_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0)
     head = tl.program_id(1)
-    _, begin, end, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    request, begin, end, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    far = SINK_PAGES + _recalled(topk_pages, request, TOPK, OWN)
     if head == 0:
-        _store_row(row_starts, row_lens, row, tl.num_programs(0), begin, end, local, start, PAGE, SINK_PAGES + TOPK)
-    if local <= SINK_PAGES + TOPK:
+        _store_row(row_starts, row_lens, row, tl.num_programs(0), begin, end, local, start, far, PAGE)
+    if local <= far:
         return
     low_mean, high_mean, low_squares, high_squares = _fold(
         query, shift_table, begin, end, start, head, q_token_stride, q_head_stride,
@@ -214,10 +229,10 @@ def _score_half(summary, valid, mean, squares, half, HALF: tl.constexpr, HEAD_DI
 
 @triton.jit(do_not_specialize=["num_reqs", "width"], do_not_specialize_on_alignment=TABLES)
 def _score_kernel(
-    query, folded, scores, row_starts, row_lens, summaries, block_table, seq_lens, query_start_loc, shift_table, num_reqs,
-    width, q_token_stride, q_head_stride, table_stride, summary_stride, summary_head_stride,
+    query, folded, scores, row_starts, row_lens, summaries, block_table, seq_lens, query_start_loc, topk_pages, shift_table,
+    num_reqs, width, q_token_stride, q_head_stride, table_stride, summary_stride, summary_head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr,
+    BLOCK_T: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, OWN: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Grid: (parts of a context, KV heads, query blocks). scores: float32 [blocks, kv_heads, width], of the pages behind the
@@ -232,10 +247,11 @@ def _score_kernel(
     head = tl.program_id(1)
     row = tl.program_id(2)
     request, begin, end, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    far = SINK_PAGES + _recalled(topk_pages, request, TOPK, OWN)
     if QUERY_BLOCK == 0 and part + head == 0:
-        _store_row(row_starts, row_lens, row, tl.num_programs(2), begin, end, local, start, PAGE, SINK_PAGES + TOPK)
+        _store_row(row_starts, row_lens, row, tl.num_programs(2), begin, end, local, start, far, PAGE)
     page = SINK_PAGES + part * PART + tl.arange(0, PART)
-    if local <= SINK_PAGES + TOPK or SINK_PAGES + part * PART >= local:
+    if local <= far or SINK_PAGES + part * PART >= local:
         return
     valid = page < local
     blocks = tl.load(block_table + request.to(tl.int64) * table_stride + page, mask=valid, other=0).to(tl.int64)
@@ -259,28 +275,28 @@ def _score_kernel(
 
 
 @triton.jit
-def _top_k(score, valid, TOPK: tl.constexpr):
+def _top_k(score, valid, topk):
     """Top-k of scores, float32 [n]: which of the valid ones are chosen, and the rank by index of each among the chosen. Of
     scores that agree in SCORE_BITS bits, the first ones are chosen."""
     bits = score.to(tl.int32, bitcast=True)
     # Unsigned integers in the order of the floats; 0 is below all of them.
     ordered = tl.where(bits < 0, ~bits, bits | -0x80000000).to(tl.uint32, bitcast=True) >> (32 - SCORE_BITS)
     ordered = tl.where(valid, ordered + 1, 0).to(tl.int32)
-    # Find the TOPK-th largest two bits at a time: one sum counts how many scores reach each of the three next candidates.
+    # Find the topk-th largest two bits at a time: one sum counts how many scores reach each of the three next candidates.
     limit = tl.full([], 0, tl.int32)
     one = tl.full([], LARGEST_SCORE, tl.int32)
     for _ in range(SCORE_BITS // 2 + 1):
         reached = (ordered >= limit + one).to(tl.int64) + ((ordered >= limit + 2 * one).to(tl.int64) << 20)
         reached = tl.sum(reached + ((ordered >= limit + 3 * one).to(tl.int64) << 40), 0)
         limit += one * (
-            ((reached & 0xFFFFF) >= TOPK).to(tl.int32)
-            + (((reached >> 20) & 0xFFFFF) >= TOPK).to(tl.int32)
-            + ((reached >> 40) >= TOPK).to(tl.int32)
+            ((reached & 0xFFFFF) >= topk).to(tl.int32)
+            + (((reached >> 20) & 0xFFFFF) >= topk).to(tl.int32)
+            + ((reached >> 40) >= topk).to(tl.int32)
         )
         one = one >> 2
     above = (ordered > limit).to(tl.int32)
     equal = (ordered == limit).to(tl.int32)
-    room = TOPK - tl.sum(above, 0)
+    room = topk - tl.sum(above, 0)
     before = tl.cumsum(above + (equal << 16), 0)  # itself included
     equals = before >> 16
     chosen = (above == 1) | ((equal == 1) & (equals <= room))
@@ -289,18 +305,18 @@ def _top_k(score, valid, TOPK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_reqs", "width", "finalists"], do_not_specialize_on_alignment=TABLES)
 def _finalists_kernel(
-    scores, best, best_pages, seq_lens, query_start_loc, num_reqs, width, finalists,
-    PAGE: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, PDL: tl.constexpr,
+    scores, best, best_pages, seq_lens, query_start_loc, topk_pages, num_reqs, width, finalists,
+    PAGE: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, OWN: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (chunks of a context, KV heads, query blocks). best, best_pages: float32 and int32 [blocks, kv_heads, finalists],
     the scores and indices of the TOPK best pages of each chunk, in its order, or of all if it has fewer."""
     await_previous_kernel(PDL)
     head = tl.program_id(1)
     row = tl.program_id(2)
-    _, _, _, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
+    request, _, _, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
     page = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    if local <= SINK_PAGES + TOPK or SINK_PAGES + tl.program_id(0) * CHUNK >= local:
+    if local <= SINK_PAGES + _recalled(topk_pages, request, TOPK, OWN) or SINK_PAGES + tl.program_id(0) * CHUNK >= local:
         return
     valid = page < local - SINK_PAGES
     score = tl.load(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page, mask=valid, other=0.0)
@@ -312,9 +328,11 @@ def _finalists_kernel(
 
 @triton.jit(do_not_specialize=["num_reqs", "width", "list_width"], do_not_specialize_on_alignment=TABLES)
 def _list_kernel(
-    scores, scored_pages, lists, shifts, block_table, seq_lens, query_start_loc, num_reqs, width, list_width, table_stride,
-    PAGE: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    TRAINED: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    scores, scored_pages, lists, shifts, block_table, seq_lens, query_start_loc, topk_pages, num_reqs, width, list_width,
+    table_stride,
+    PAGE: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, OWN: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, TRAINED: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, KV heads). scores: float32 [blocks, kv_heads, width], of all pages behind the sinks, or, with a
     CHUNK, of scored_pages (see `_finalists_kernel`). lists, shifts: int32 [blocks, kv_heads, list_width]; shifts are written
@@ -325,10 +343,11 @@ def _list_kernel(
     request, begin, end, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
     target = (row * tl.num_programs(1) + head).to(tl.int64) * list_width
     table = block_table + request.to(tl.int64) * table_stride
-    far = tl.minimum(local, SINK_PAGES + TOPK)
+    topk = _recalled(topk_pages, request, TOPK, OWN)
+    far = tl.minimum(local, SINK_PAGES + topk)
     pages = tl.where(end > begin, far + tl.cdiv(end, PAGE) - local, 0)
-    choosing = local > SINK_PAGES + TOPK
-    shifting = (TRAINED > 0) & (end > TRAINED)
+    choosing = local > SINK_PAGES + topk
+    shifting = (TRAINED > 0) & (end > TRAINED) & (topk < ALL_PAGES)
     for first in range(0, list_width, BLOCK):
         entry = first + tl.arange(0, BLOCK)
         page = tl.where(entry < far, entry, local + entry - far)
@@ -343,7 +362,7 @@ def _list_kernel(
             valid = candidate % TOPK < local - SINK_PAGES - candidate // TOPK * CHUNK
         else:
             valid = candidate < local - SINK_PAGES
-        chosen, place = _top_k(tl.load(scores + source, mask=valid, other=0.0), valid, TOPK)
+        chosen, place = _top_k(tl.load(scores + source, mask=valid, other=0.0), valid, topk)
         page = SINK_PAGES + candidate
         if CHUNK > 0:
             page = SINK_PAGES + tl.load(scored_pages + source, mask=chosen, other=0)
@@ -367,36 +386,40 @@ def select_pages(
     requests, kv_heads, device = batch.num_requests, pages.shape[1], query.device
     max_query_len = batch.max_query_len or 1
     blocks = max_query_blocks(query.shape[0], requests, query_block)
-    list_width = memory.list_pages(layout.tokens, query_block or max_query_len)
+    list_width = memory.list_pages(layout.tokens, query_block or max_query_len, batch.block_table.shape[1])
     candidates = max(1, batch.block_table.shape[1] - memory.sink_pages(layout.tokens))
     lists = torch.empty(blocks, kv_heads, list_width, dtype=torch.int32, device=device)
     shift = None if shift_table is None else RopeShift(torch.empty_like(lists), shift_table)
     row_lens, row_starts = (torch.empty(n, dtype=torch.int32, device=device) for n in (blocks, blocks + 1))
     constants = {
         "PAGE": layout.tokens, "SINK_PAGES": memory.sink_pages(layout.tokens), "LOCAL": memory.local_tokens,
-        "TOPK": memory.topk_pages, "QUERY_BLOCK": query_block, **dependent_launch(device),
+        "TOPK": memory.topk_pages if batch.topk_pages is None else memory.most_pages, "OWN": batch.topk_pages is not None,
+        "QUERY_BLOCK": query_block, **dependent_launch(device),
     }  # fmt: skip
+    topk_pages = batch.seq_lens if batch.topk_pages is None else batch.topk_pages
     summaries = summaries_of(pages, layout, cache)
-    scores = _scores(query, summaries, layout, batch, row_starts, row_lens, candidates, shift_table, query_block, constants)
+    scores = _scores(
+        query, summaries, layout, batch, topk_pages, row_starts, row_lens, candidates, shift_table, query_block, constants
+    )
     scored_pages, chunk = lists, 0
     if candidates > _CHUNK_PAGES:
         every, chunk = scores, _CHUNK_PAGES
         chunks = triton.cdiv(candidates, chunk)
-        finalists = chunks * memory.topk_pages
+        finalists = chunks * int(constants["TOPK"])
         scores = torch.empty(blocks, kv_heads, finalists, device=device)
         scored_pages = lists.new_empty(blocks, kv_heads, finalists)
         _finalists_kernel[(chunks, kv_heads, blocks)](
-            every, scores, scored_pages, batch.seq_lens, batch.query_start_loc, requests, candidates, finalists,
+            every, scores, scored_pages, batch.seq_lens, batch.query_start_loc, topk_pages, requests, candidates, finalists,
             CHUNK=chunk, num_warps=4, **constants,
         )  # fmt: skip
         candidates = finalists
     _list_kernel[(blocks, kv_heads)](
         scores, scored_pages, lists, lists if shift is None else shift.pages, batch.block_table, batch.seq_lens,
-        batch.query_start_loc, requests, candidates, list_width, batch.block_table.stride(0),
+        batch.query_start_loc, topk_pages, requests, candidates, list_width, batch.block_table.stride(0),
         TRAINED=0 if shift is None else memory.trained_tokens, CANDIDATES=triton.next_power_of_2(candidates), CHUNK=chunk,
         BLOCK=64, num_warps=4, **constants,
     )  # fmt: skip
-    return replace(batch, block_table=lists, seq_lens=row_lens, query_start_loc=row_starts, rope_shift=shift)
+    return replace(batch, block_table=lists, seq_lens=row_lens, query_start_loc=row_starts, rope_shift=shift, topk_pages=None)
 
 
 def _scores(
@@ -404,6 +427,7 @@ def _scores(
     summaries: torch.Tensor,
     layout: PageLayout,
     batch: PagedBatch,
+    topk_pages: torch.Tensor,
     row_starts: torch.Tensor,
     row_lens: torch.Tensor,
     candidates: int,
@@ -427,12 +451,12 @@ def _scores(
     if query_block:
         folded = scores.new_empty(blocks, kv_heads, 2, layout.head_dim)
         _fold_kernel[(blocks, kv_heads)](
-            query, folded, row_starts, row_lens, batch.seq_lens, batch.query_start_loc, table_or_any, batch.num_requests,
-            query.stride(0), query.stride(1), num_warps=4, **of_queries, **constants,
+            query, folded, row_starts, row_lens, batch.seq_lens, batch.query_start_loc, topk_pages, table_or_any,
+            batch.num_requests, query.stride(0), query.stride(1), num_warps=4, **of_queries, **constants,
         )  # fmt: skip
     _score_kernel[(triton.cdiv(candidates, _PART_PAGES), kv_heads, blocks)](
         query, folded, scores, row_starts, row_lens, summaries, batch.block_table, batch.seq_lens,
-        batch.query_start_loc, table_or_any, batch.num_requests, candidates, query.stride(0), query.stride(1),
+        batch.query_start_loc, topk_pages, table_or_any, batch.num_requests, candidates, query.stride(0), query.stride(1),
         batch.block_table.stride(0), summaries.stride(0), summaries.stride(1),
         PART=_PART_PAGES, num_warps=8, **of_queries, **constants,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from sage_kernels.batch import NOT_CALIBRATED, LayerCalibration, PagedBatch, Rop
 from sage_kernels.page_cache import PageCache, summaries_of
 from sage_kernels.reference.attention import turn_back
 from sage_kernels.reference.pages import key_codes, restore_keys
-from sage_paged import Memory, PageLayout
+from sage_paged import ALL_PAGES, Memory, PageLayout
 
 SCORE_BITS = 20
 """Leading bits of a float32 score that are compared. Of pages with equal leading bits, the earlier one wins."""
@@ -77,7 +77,7 @@ def select_pages(
     kv_heads, tokens, summaries = pages.shape[1], layout.tokens, summaries_of(pages, layout, cache)
     first_token = int(batch.query_start_loc[0])
     blocks = max_query_blocks(query.shape[0], batch.num_requests, query_block)
-    width = memory.list_pages(tokens, query_block or int(batch.query_start_loc.diff().max()))
+    width = memory.list_pages(tokens, query_block or int(batch.query_start_loc.diff().max()), batch.block_table.shape[1])
     table = torch.zeros(blocks, kv_heads, width, dtype=torch.int32)
     shifts = torch.zeros_like(table)
     lengths = torch.zeros(blocks, dtype=torch.int32)
@@ -85,6 +85,7 @@ def select_pages(
     for r in range(batch.num_requests):
         start, length = int(batch.query_start_loc[r]), int(batch.seq_lens[r])
         begin = length - (int(batch.query_start_loc[r + 1]) - start)  # the position of the first query
+        topk = memory.topk_pages if batch.topk_pages is None else int(batch.topk_pages[r])
         # As in `primitives.find_request`: where a request's blocks are does not depend on the lengths of the others' contexts.
         block = (start - first_token) // query_block + 2 * r if query_block else r
         low = begin
@@ -92,16 +93,16 @@ def select_pages(
             high = min(length, (low // query_block + 1) * query_block) if query_block else length
             local = memory.local_page(low, tokens)
             q = query[start + low - begin : start + high - begin].float()
-            listed = _listed(q, low, high, summaries, layout.tokens, batch.block_table[r].long(), memory, shift_table)
+            listed = _listed(q, low, high, summaries, layout.tokens, batch.block_table[r].long(), memory, topk, shift_table)
             table[block, :, : listed.shape[1]] = batch.block_table[r].long()[listed].int()
-            if memory.trained_tokens and high > memory.trained_tokens:
+            if memory.trained_tokens and high > memory.trained_tokens and topk != ALL_PAGES:
                 shifts[block, :, : listed.shape[1]] = (local - 1 - listed).clamp(min=0).int()
             lengths[block] = (listed.shape[1] - (-(-high // tokens) - local)) * tokens + high - local * tokens
             starts[block] = start + low - begin
             starts[block + 1 :] = start + high - begin
             low, block = high, block + 1
     shift = None if shift_table is None else RopeShift(shifts, shift_table)
-    return replace(batch, block_table=table, seq_lens=lengths, query_start_loc=starts, rope_shift=shift)
+    return replace(batch, block_table=table, seq_lens=lengths, query_start_loc=starts, rope_shift=shift, topk_pages=None)
 
 
 def _listed(
@@ -112,15 +113,17 @@ def _listed(
     tokens: int,
     blocks: torch.Tensor,
     memory: Memory,
+    topk: int,
     shift_table: torch.Tensor | None,
 ) -> torch.Tensor:
     """The context's pages that a query block at positions low to high reads, int64 [kv_heads, listed], ascending. q: float32
-    [queries, heads, head_dim]; tokens: of a page; blocks: int64 [pages], where the context's pages are."""
+    [queries, heads, head_dim]; tokens: of a page; blocks: int64 [pages], where the context's pages are; topk: the pages to
+    recall."""
     kv_heads = summaries.shape[1]
     local, sinks = memory.local_page(low, tokens), memory.sink_pages(tokens)
     candidates = torch.arange(min(sinks, local), local)
     chosen = candidates.expand(kv_heads, -1)
-    if len(candidates) > memory.topk_pages:
+    if len(candidates) > topk:
         if shift_table is not None:
             nearer = (torch.arange(low, high) // tokens - memory.local_tokens // tokens - 1).clamp(min=0)
             q = turn_back(q, shift_table[nearer][:, None])
@@ -130,7 +133,7 @@ def _listed(
         scores = ((q.mean((0, 2)) * center).sum(-1) + REACH * extent).T.contiguous()
         coarse = (scores.view(torch.int32) >> (32 - SCORE_BITS) << (32 - SCORE_BITS)).view(torch.float32)
         order = coarse.sort(descending=True, stable=True).indices
-        chosen = candidates[order[:, : memory.topk_pages]].sort().values
+        chosen = candidates[order[:, :topk]].sort().values
     sink_pages = torch.arange(min(sinks, local)).expand(kv_heads, -1)
     local_pages = torch.arange(local, -(-high // tokens)).expand(kv_heads, -1)
     return torch.cat([sink_pages, chosen, local_pages], 1)

@@ -14,7 +14,6 @@ from typing import Any
 
 from sage_backend.engine import checks, host_pages
 from sage_backend.engine.patches.target import find, wrap, wrap_worker_method
-from sage_backend.options import SageOptions
 
 _RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.attn_utils")
 """The modules that call `allocate_kv_cache`: of model runner V1, the CPU's included, and of V2."""
@@ -28,9 +27,7 @@ def apply() -> None:
 
 
 def _has_host_pages(config: Any) -> bool:
-    if not checks.is_chosen(config):
-        return False
-    memory = SageOptions.parse(config.additional_config).memory
+    memory = checks.memory(config)
     return memory is not None and bool(memory.host_gib)
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses requests that ask for a compression ratio that there is not, as they come.
+"""Refuses requests that ask for a compression ratio, or for a number of pages, that there is not, as they come.
 
-What: wraps `InputProcessor.__init__`; with the option `variator`, also the new processor's `_validate_params`.
-Why: `vllm_xargs` are not validated; the scheduler, which reads them, has no way to refuse a request with a message.
+What: wraps `InputProcessor.__init__`; with this backend, also the new processor's `_validate_params`, and with the option
+    `max_topk_pages` of memory its `process_inputs`.
+Why: `vllm_xargs` are not validated; the scheduler and workers, which read them, have no way to refuse a request with a message.
+    Requests that read other pages than most get a `cache_salt`.
 Releases: 0.31 to 0.33.
 Remove when: plugins can validate the parameters of requests.
 """
@@ -10,9 +12,10 @@ Remove when: plugins can validate the parameters of requests.
 import functools
 from typing import Any
 
-from sage_backend.engine import checks
+from sage_backend.engine import checks, page_budgets
 from sage_backend.engine.patches.target import find, wrap
-from sage_backend.variator.admission import check_request
+from sage_backend.options import MemoryOptions
+from sage_backend.variator import admission
 
 
 @functools.cache
@@ -23,16 +26,36 @@ def apply() -> None:
 def _attached(init: Any) -> Any:
     def init_and_check(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         init(self, vllm_config, *args, **kwargs)
-        if found := checks.compression(vllm_config):
-            _, ratios = found
-
-            def checked(validate: Any) -> Any:
-                def check_and_validate(params: Any, *args: Any, **kwargs: Any) -> Any:
-                    check_request(params, ratios)
-                    return validate(params, *args, **kwargs)
-
-                return check_and_validate
-
-            wrap(__name__, self, "_validate_params", checked)
+        if checks.is_chosen(vllm_config):
+            attach(self, checks.compression(vllm_config), checks.memory(vllm_config))
 
     return init_and_check
+
+
+def attach(processor: Any, compression: Any, memory: MemoryOptions | None) -> None:
+    """Have vLLM's processor of requests check what they ask for. compression: that of `checks.compression`."""
+
+    def checked(validate: Any) -> Any:
+        def check_and_validate(params: Any, *args: Any, **kwargs: Any) -> Any:
+            if compression is not None:
+                admission.check_request(params, compression[1])
+            page_budgets.check_request(params, memory)
+            return validate(params, *args, **kwargs)
+
+        return check_and_validate
+
+    wrap(__name__, processor, "_validate_params", checked)
+    if memory is not None and memory.max_topk_pages is not None:
+        wrap(__name__, processor, "process_inputs", _salted(memory))
+
+
+def _salted(memory: MemoryOptions) -> Any:
+    def salting(process: Any) -> Any:
+        def process_and_salt(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+            request = process(request_id, prompt, params, *args, **kwargs)
+            request.cache_salt = page_budgets.salted(request.cache_salt, params, memory)
+            return request
+
+        return process_and_salt
+
+    return salting

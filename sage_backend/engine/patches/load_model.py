@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepares a model once its weights are there: RoPE frequencies, and compression plugins on FFNs.
+"""Prepares a model once its weights are there: RoPE frequencies, compression plugins on FFNs, and requests' own page numbers.
 
 What: adds `load_model` to `WorkerWrapperBase`, in front of the worker's own.
 Why: layers that read pages at other positions need the frequencies of the model's RoPE, and the option `variator` replaces
@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 from sage_backend.engine import checks
+from sage_backend.engine.page_budgets import PAGE_BUDGETS, PageBudgets
 from sage_backend.engine.patches import cache_declaration, model_runner, nixl_handshake
 from sage_backend.engine.patches.target import wrap_worker_method
 from sage_backend.features import positions
@@ -32,6 +33,11 @@ def _prepared(load: Any) -> Any:
         load(self, *args, **kwargs)
         if any(impl.rotates_pages for impl in own_impls(config).values()):
             positions.find_frequencies(self.worker)
+        memory = checks.memory(config)
+        if memory is not None and memory.max_topk_pages is not None:
+            budgets = PageBudgets(memory)
+            config.compilation_config.static_forward_context[PAGE_BUDGETS] = budgets
+            model_runner.apply(self.worker.model_runner, budgets)
         if found := checks.compression(config):
             # Importing it registers a custom op and takes vLLM's compiler, which only engines with this option need.
             from sage_backend.variator import layers

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests with a number of recalled pages of their own, with the option `max_topk_pages` of memory."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from sage_backend.features.step_requests import StepRequests
+from sage_backend.options import ALL, MemoryOptions
+from sage_paged import ALL_PAGES
+
+TOPK_PAGES = "sage_topk_pages"
+"""What requests may ask for in `vllm_xargs` (`SamplingParams.extra_args`): a number of pages, or "all" to read everything."""
+
+PAGE_BUDGETS = "sage.page_budgets"
+"""The name under which an engine's layers (`static_forward_context`) hold its `PageBudgets`, if requests may ask for pages."""
+
+
+def check_request(parameters: Any, memory: MemoryOptions | None) -> None:
+    """Raises ValueError, in one line, for a number of pages that is not to be had. parameters: SamplingParams or
+    PoolingParams; memory: the engine's."""
+    asked = (getattr(parameters, "extra_args", None) or {}).get(TOPK_PAGES)
+    if asked is None:
+        return
+    if memory is None or memory.max_topk_pages is None:
+        raise ValueError(f'{TOPK_PAGES} is {asked!r}; this server has no "max_topk_pages" in option "memory"; leave it out')
+    most, whole = memory.most_asked, memory.max_topk_pages == ALL
+    if not (whole and asked == ALL) and not (type(asked) is int and 1 <= asked <= most):
+        raise ValueError(f"{TOPK_PAGES} is {asked!r}; this server has 1 to {most}" + f', and "{ALL}"' * whole)
+
+
+def asked_for(arguments: Mapping[str, Any], memory: MemoryOptions) -> int:
+    """The pages that a request with these `extra_args` has recalled, or ALL_PAGES."""
+    asked = arguments.get(TOPK_PAGES, memory.topk_pages)
+    return ALL_PAGES if asked == ALL else int(asked)
+
+
+def salted(salt: str | None, parameters: Any, memory: MemoryOptions) -> str | None:
+    """The `cache_salt` of a request: keys behind tokens that have read other pages are not those of this server's other
+    requests, and must not be found in their place by the prefix cache."""
+    topk = asked_for(getattr(parameters, "extra_args", None) or {}, memory)
+    return salt if topk == memory.topk_pages else f"{salt or ''}|{TOPK_PAGES}={topk}"
+
+
+class PageBudgets(StepRequests[int]):
+    """The pages that requests have recalled."""
+
+    def __init__(self, memory: MemoryOptions) -> None:
+        super().__init__(partial(asked_for, memory=memory))
+        self.default = memory.topk_pages
+
+
+class BudgetTensor:
+    """The pages of a step's requests as kernels read them: one tensor for all steps, which CUDA graphs are captured with."""
+
+    def __init__(self, budgets: PageBudgets, requests: int, device: torch.device) -> None:
+        """requests: the most of a step."""
+        self._budgets = budgets
+        self._tensor = torch.full((requests,), budgets.default, dtype=torch.int32, device=device)
+        self._values = [budgets.default] * requests
+
+    def of_step(self, requests: int) -> tuple[torch.Tensor, list[int]]:
+        """int32 [requests], of the step whose metadata are being built, padding included, and the same values."""
+        values = self._budgets.in_order()[:requests]
+        values += [self._budgets.default] * (requests - len(values))
+        if values != self._values[:requests]:
+            source = torch.tensor(values, dtype=torch.int32, pin_memory=self._tensor.is_cuda)
+            self._tensor[:requests].copy_(source, non_blocking=True)
+            self._values[:requests] = values
+        return self._tensor[:requests], values
