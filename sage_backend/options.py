@@ -285,7 +285,7 @@ class SageOptions:
         calibration file. Raises OSError if that cannot be read."""
         names = ("k_bits", "v_bits", "page_tokens", "smooth_k", "smooth_v", "equalize")
         values = {"sage_backend": __version__} | {name: getattr(self, name) for name in names}
-        values["summaries"] = self.memory is not None
+        values["summaries"] = self.memory is not None and ("turned" if self.memory.extrapolate else "as stored")
         if self.calibration:
             values["calibration"] = hashlib.sha256(Path(self.calibration).read_bytes()).hexdigest()[:16]
         return " ".join(f"{name}={value}" for name, value in values.items())

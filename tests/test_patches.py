@@ -128,6 +128,8 @@ def test_servers_with_other_pages_are_refused_by_nixl(tmp_path: Path, monkeypatc
         assert base_worker.compute_nixl_compatibility_hash(made, "any") == plain
         same = [{}, {"k_bits": 8}, {"smooth_q": True}, {"canary": 1}]
         other: list[dict[str, Any]] = [{"k_bits": 4}, {"k_bits": 4, "v_bits": 4}, {"page_tokens": 64}, {"memory": {}}]
+        other.append({"memory": {"extrapolate": 32768}})  # whose summaries are of keys that are turned
+        assert compared(memory={"topk_pages": 8, "dense_layers": [0]}) == compared(memory={})
         other += [{name: False} for name in ("smooth_k", "smooth_v", "equalize")]
         one, copy, third = (compared(calibration=str(file)) for file in calibrations)
         assert len({compared(**options) for options in same}) == 1

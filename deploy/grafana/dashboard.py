@@ -178,6 +178,10 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
                 "Fetched in a step", "bytes", "Bytes that the first worker fetched, over steps; a mixed step counts twice.",
                 (f"{rate('sage_memory_fetched_bytes_total')} / {rate('sage_attention_steps_total')}", REPLICA),
             ),
+            panel(
+                "Waiting for pages", "percentunit", "Share of time in which a layer of the first worker waits for its pages.",
+                (rate("sage_memory_fetch_seconds_total"), REPLICA),
+            ),
         ),
     ),
     (

@@ -11,6 +11,7 @@ from sage_kernels.api import (
     max_decode_rows,
     prefill_scratch_bytes,
     select_pages,
+    selection_scratch_bytes,
     smoothing_block,
     store,
     store_summaries,
@@ -22,5 +23,5 @@ from sage_paged import Memory, PageLayout
 __all__ = [
     "KernelChoice", "LayerCalibration", "Memory", "Modifiers", "PageCache", "PageLayout", "PagedBatch", "RopeShift",
     "attend_decode", "attend_prefill", "choose_kernels", "decode_workspace", "fetch_pages", "max_decode_rows",
-    "prefill_scratch_bytes", "select_pages", "smoothing_block", "store", "store_summaries",
+    "prefill_scratch_bytes", "select_pages", "selection_scratch_bytes", "smoothing_block", "store", "store_summaries",
 ]  # fmt: skip

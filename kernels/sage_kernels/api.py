@@ -93,6 +93,18 @@ def prefill_scratch_bytes(device: torch.device, layout: PageLayout, group: int, 
     return SCRATCH if widens(layout, device) else 0
 
 
+def selection_scratch_bytes(
+    device: torch.device, layout: PageLayout, memory: Memory, tokens: int, requests: int, kv_heads: int, context_pages: int
+) -> int:
+    """Memory that `select_pages` allocates on a GPU, in bytes, and that stays while its lists are attended to, in a step of
+    `tokens` query tokens of `requests` requests, whose block tables have context_pages columns."""
+    if device.type == "cpu":
+        return 0
+    from sage_kernels.portable import recall
+
+    return recall.scratch_bytes(layout, memory, tokens, requests, kv_heads, context_pages)
+
+
 def max_decode_rows() -> int:
     """Most query rows (query tokens times query heads per KV head) of a request in `attend_decode` on a GPU, if it has several
     tokens."""

@@ -34,6 +34,7 @@ class PageCache:
     queue: int32 [kv_heads, frames], the pages that a fetch brings in. queued: int32 [2, kv_heads], how many there are: while
         they are found, and while they are copied.
     fetched: int64 [kv_heads], pages brought in so far.
+    times: int64 [3], in nanoseconds: when the last fetch began and when it ended, and how long those before it took in all.
     summaries: float16 [blocks, kv_heads, 2, head_dim], those of all pages (see `sage_paged.layout`).
     """
 
@@ -46,6 +47,7 @@ class PageCache:
     queue: torch.Tensor
     queued: torch.Tensor
     fetched: torch.Tensor
+    times: torch.Tensor
     summaries: torch.Tensor
 
     @classmethod
@@ -67,6 +69,7 @@ class PageCache:
             queue=whole(kv_heads, frames),
             queued=whole(2, kv_heads),
             fetched=torch.zeros(kv_heads, dtype=torch.int64, device=device),
+            times=torch.zeros(3, dtype=torch.int64, device=device),
             summaries=torch.zeros(blocks, kv_heads, 2, layout.head_dim, dtype=torch.float16, device=device),
         )
 

@@ -147,7 +147,7 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
                 "leave --enable-dbo and --ubatch-size out"
             )
         if options.memory.host_gib:
-            _check_host_pages(config, options.memory.host_gib * config.parallel_config.data_parallel_size_local)
+            _check_host_pages(config, options.memory.host_gib)
     if options.calibration is not None:
         _check_calibration(options.calibration, config)
     if options.canary is not None and not has_metrics:
@@ -221,11 +221,16 @@ _WITHOUT_MODEL = ("ngram", "ngram_gpu", "suffix")
 """Methods of --speculative-config whose drafts come from no model, which would have pages of its own."""
 
 
-def _check_host_pages(config: Any, gib: float) -> None:
+def _check_host_pages(config: Any, host_gib: float) -> None:
     """Raises ValueError for what host pages do not go with, or if all engines on the host ask for more GiB than it has."""
-    model, drafts = config.model_config, config.speculative_config
+    model, drafts, parallel = config.model_config, config.speculative_config, config.parallel_config
     kinds = set(getattr(model.hf_text_config, "layer_types", None) or ()) - {"full_attention"}
+    gib = host_gib * parallel.data_parallel_size_local / parallel.nnodes_within_dp
     free = free_host_memory() / 2**30
+    # With Ray, workers may be elsewhere. And of several API servers, each makes the configuration again, while engines that
+    # were checked before already allocate. Workers ask once more.
+    is_first = parallel._api_process_count == 1 or parallel._api_process_rank == -1
+    is_here = is_first and parallel.distributed_executor_backend != "ray"
     rows = [
         (
             bool(kinds) or model.is_hybrid or model.get_sliding_window() or model.attention_chunk_size,
@@ -238,7 +243,11 @@ def _check_host_pages(config: Any, gib: float) -> None:
         ),
         (config.kv_transfer_config is not None, "a KV connector would move pages that are in host memory; leave it out"),
         (model.enable_sleep_mode, "--enable-sleep-mode would lose what the GPU knows of them; leave it out"),
-        (gib > free, f"{gib:g} GiB are asked for, and {free:.1f} are free in the host's memory; lower it"),
+        (
+            getattr(parallel, "enable_elastic_ep", False),
+            "an engine that joins others would not know that its pages are in host memory; leave --enable-elastic-ep out",
+        ),
+        (is_here and gib > free, f"{gib:g} GiB are asked for, and {free:.1f} are free in the host's memory; lower it"),
     ]
     if found := [reason for applies, reason in rows if applies]:
         raise ValueError(

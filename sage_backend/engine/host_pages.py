@@ -7,6 +7,7 @@ tables and frames (`sage_kernels.page_cache`). On a CPU all of it is ordinary me
 VLLM_CPU_KVCACHE_SPACE stand for the GPU's.
 """
 
+import ctypes
 import logging
 import mmap
 import weakref
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from sage_backend import options
+from sage_backend.engine.checks import free_host_memory
 from sage_backend.features.layers import own_impls
 from sage_backend.observability.host_pages import HostPages
 from sage_backend.observability.recorder import recorder
@@ -47,7 +49,9 @@ def plan(config: Any, device_bytes: int) -> int:
     size = int(memory.host_gib * _GIB) // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
     layers = list(owners(config).values())
     blocks = size // sum(impl.layout.page_bytes * impl.num_kv_heads for impl in layers)
-    tokens, longest = blocks * options.current().page_tokens, config.model_config.max_model_len
+    tokens = max(blocks - 1, 0) * options.current().page_tokens  # vLLM keeps a block for itself
+    # With --max-model-len auto, vLLM makes the length fit afterwards.
+    longest = 0 if config.model_config.original_max_model_len == -1 else config.model_config.max_model_len
     override = config.cache_config.num_gpu_blocks_override or 0
     if override * config.cache_config.block_size > tokens:
         raise ValueError(
@@ -94,13 +98,12 @@ def allocate(allocate_kv_cache: Any, config: Any, device: torch.device, *args: A
 
 def _pinned(size: int, device: torch.device) -> torch.Tensor:
     """int8 [size] of zeros in host memory, as a tensor of `device`. Raises RuntimeError, in one line, if it cannot be had."""
-    # Not torch's pinned memory, which takes the next power of two of bytes.
+    if (free := free_host_memory()) < size:  # the kernel would end a process of this container
+        raise RuntimeError(_refused(size, "allocated", f"{free / _GIB:.1f} GiB are free"))
     try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = _mapped(size)
     except OSError as error:
         raise RuntimeError(_refused(size, "allocated", str(error))) from None
-    with suppress(OSError):  # kernels without transparent huge pages take longer, and that is all
-        memory.madvise(mmap.MADV_HUGEPAGE)
     host = torch.frombuffer(memory, dtype=torch.int8).zero_()  # all cores touch it, which pinning leaves to one
     if device.type == "cpu":
         return host
@@ -112,6 +115,17 @@ def _pinned(size: int, device: torch.device) -> torch.Tensor:
     from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 
     return get_accelerator_view_from_cpu_tensor(host)
+
+
+def _mapped(size: int) -> Any:
+    """A buffer of `size` bytes, which are there until its finalizers have been called. Raises OSError if there are not as
+    many."""
+    # Not torch's pinned memory, which takes the next power of two of bytes.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # kernels without transparent huge pages take longer, and that is all
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    # A mmap itself gives its bytes back first, and calls its finalizers then.
+    return (ctypes.c_char * size).from_buffer(memory)
 
 
 def _refused(size: int, what: str, why: str) -> str:
@@ -135,8 +149,8 @@ def attach(config: Any) -> None:
     for impl in layers.values():
         impl.cache = PageCache.allocate(count, impl.num_kv_heads, impl.layout, frames, device)
     if (record := recorder(config)) is not None:
-        fetched = [(impl.cache.fetched, impl.layout.page_bytes) for impl in layers.values()]
-        record.set_host_pages(count, frames, HostPages(fetched, record.add_fetched))
+        caches = [(impl.cache, impl.layout.page_bytes) for impl in layers.values()]
+        record.set_host_pages(count, frames, HostPages(caches, record.add_fetched))
     tokens = options.current().page_tokens
     logger.info(
         "Pages of %s tokens are in host memory; the GPU holds those of %s tokens a layer and KV head, and all summaries",

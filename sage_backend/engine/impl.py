@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
@@ -28,6 +29,7 @@ from sage_kernels import (
     fetch_pages,
     prefill_scratch_bytes,
     select_pages,
+    selection_scratch_bytes,
     smoothing_block,
     store,
     store_summaries,
@@ -89,6 +91,13 @@ class SageImpl(AttentionImpl[SageMetadata]):
         """RoPE frequencies, radians a position, if pages are rotated (`sage_backend.features.positions` sets them)."""
         self.max_pages = 0
         """Pages of the longest context, if pages are rotated."""
+        config = get_current_vllm_config_or_none()
+        self.most_requests: int = config.scheduler_config.max_num_seqs if config else 0
+        """Requests of a step, at most."""
+        self.longest: int = config.model_config.max_model_len if config else 0
+        """Tokens of a context, at most."""
+        self.drafts = False
+        """Whether this is a layer of a drafter (`sage_backend.engine.patches.load_model` sets it)."""
 
     @property
     def rotates_pages(self) -> bool:
@@ -168,12 +177,12 @@ class SageImpl(AttentionImpl[SageMetadata]):
         pages = self.layout.pages(kv_cache)
         query, out = query[: step.num_tokens], output[: step.num_tokens]
         owner = self._owner(layer)
-        memory = self.memory_of(layer)
-        if owner.cache is None and not self.layout.has_summary:
-            memory = None  # no summaries yet: vLLM measures its graphs in a small cache, before host pages are allocated
+        # Before host pages are allocated, vLLM measures its graphs in a small cache, and there are no summaries yet.
+        summarizes = self.memory_options is not None and (owner.cache is not None or self.layout.has_summary)
+        memory = self.memory_of(layer) if summarizes else None
         modifiers = self._modifiers(owner, query.device)
 
-        if memory is not None and owner is self:
+        if summarizes and owner is self:  # also in one of dense_layers: layers that share its keys may not be among them
             table = self._shift_table(query.device)
             store_summaries(pages, self.layout, step.batch, step.num_tokens, table, owner.calibration, owner.cache)
         for phase in step.phases:
@@ -194,6 +203,10 @@ class SageImpl(AttentionImpl[SageMetadata]):
         """Answer vLLM's profiling run, which has no cache yet, with zeros, and allocate what a step allocates: vLLM leaves the
         peak of this run free when it sizes the cache."""
         scratch = prefill_scratch_bytes(query.device, self.layout, self.group, self.smooth_q)
+        if self.memory_options is not None:
+            tokens, pages = len(query), -(-self.longest // self.layout.tokens)
+            batch = min(tokens, self.most_requests), self.num_kv_heads, pages
+            scratch += selection_scratch_bytes(query.device, self.layout, self.memory_options.policy, tokens, *batch)
         torch.empty(scratch, dtype=torch.uint8, device=query.device)
         return output.zero_()
 

@@ -105,12 +105,15 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
 
     def _record_layers(self, layer_names: list[str], layers: dict[str, Any], device: torch.device) -> None:
         assert self.recorder is not None
-        owners = [name for name in layer_names if layers[name].kv_sharing_target_layer_name is None]
-        layout = layers[layer_names[0]].impl.layout
-        sampled = layers[layer_names[-1]]
-        memory = sampled.impl.memory_of(sampled)
-        self.recorder.add_layers(layer_names, layout, self.kv_heads, self.heads, device, memory)
+        names = [name for name in layer_names if not layers[name].impl.drafts]
+        if not names:
+            return
+        remembering = [name for name in names if layers[name].impl.memory_of(layers[name]) is not None]
+        sampled = layers[(remembering or names)[-1]]
+        shape = sampled.impl.layout, self.kv_heads, self.heads
+        self.recorder.add_layers(layer_names, sampled.layer_name, *shape, device, sampled.impl.memory_of(sampled))
         if self.recorder.canary is not None:
+            owners = [name for name in names if layers[name].kv_sharing_target_layer_name is None]
             self.recorder.canary.add_layers(layer_names, owners, device)
 
     def build(

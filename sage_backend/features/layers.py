@@ -24,6 +24,13 @@ def models(worker: Any) -> list[Any]:
     return [worker.get_model(), *([] if drafting is None else [drafting])]
 
 
+def of_drafter(worker: Any) -> list[str]:
+    """The names of this backend's layers that are not of a worker's model, but of its drafter."""
+    config = worker.vllm_config
+    layers, own = config.compilation_config.static_forward_context, {id(module) for module in worker.get_model().modules()}
+    return [name for name in own_impls(config) if id(layers[name]) not in own]
+
+
 def modules_beside(worker: Any) -> dict[str, Any]:
     """By layer of this backend, the module of a model that has it, or None: usually the model's own attention module, with
     projections and rotary positions."""

@@ -117,4 +117,4 @@ class Canary:
     def collect(self) -> None:
         """Report the error of the last check if it has been computed."""
         if self._readout is not None and (error := self._readout.take()) is not None:
-            self._report(error)
+            self._report(*error)

@@ -119,4 +119,4 @@ class Coverage:
     def collect(self) -> None:
         """Report the last fraction if it has been computed."""
         if (fraction := self._readout.take()) is not None:
-            self._report(self._phase, fraction)
+            self._report(self._phase, *fraction)

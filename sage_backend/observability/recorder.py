@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from sage_backend.observability.definitions import (
     COVERED,
     DEVICE_PAGES,
     FALLBACK_STEPS,
+    FETCH_SECONDS,
     FETCHED,
     FETCHED_BYTES,
     HOST_PAGES,
@@ -59,8 +60,9 @@ _VALUE_FORMATS = {4: "int4", 8: "e4m3"}
 
 @dataclass
 class Sample:
-    """A step in which one layer's attention is timed, in `phases`. query_lens, seq_lens: int64 [requests], query tokens and all
-    tokens. topk: int64 [requests], the pages that memory recalls for each; None: the memory's."""
+    """A step in which one layer's attention is timed, in `phases`, and what its memory covers is measured; times: False for the
+    latter only. query_lens, seq_lens: int64 [requests], query tokens and all tokens. topk: int64 [requests], the pages that
+    memory recalls for each; None: the memory's."""
 
     recorder: "Recorder"
     layer: str
@@ -69,18 +71,16 @@ class Sample:
     query_lens: np.ndarray
     seq_lens: np.ndarray
     topk: np.ndarray | None = None
+    times: bool = True
 
     @contextmanager
     def timed(self, phase: str, impl: Any, memory: Memory | None, device: torch.device) -> Iterator[None]:
         """Time the block, which attends for `phase` in the layer of `impl` (SageImpl), with its memory."""
-        if phase not in self.phases:
+        if phase not in self.phases or not self.times:
             yield
             return
-        (query_lens, seq_lens), blocks = self._lengths(phase), None
-        if memory is not None:
-            query_block = 0 if phase == "decode" else memory.query_block
-            blocks = QueryBlocks.of(memory, impl.layout.tokens, query_lens, seq_lens, query_block, self._topk(phase))
-        work = Work.of(impl, query_lens, seq_lens, blocks)
+        blocks = None if memory is None else self.blocks(phase, memory, impl.layout.tokens)
+        work = Work.of(impl, *self._lengths(phase), blocks)
         if device.type == "cpu":
             began = time.perf_counter()
             yield
@@ -91,6 +91,11 @@ class Sample:
             yield
             end.record()
             self.recorder.pending.append((phase, work, begin, end))
+
+    def blocks(self, phase: str, memory: Memory, page_tokens: int) -> QueryBlocks:
+        """The blocks that memory makes of the requests in `phase`."""
+        query_block = 0 if phase == "decode" else memory.query_block
+        return QueryBlocks.of(memory, page_tokens, *self._lengths(phase), query_block, self._topk(phase))
 
     def cover(self, phase: str, layer: Any, *args: Any) -> None:
         """Measure the fraction of exact attention on the pages that memory read for `phase` in `layer` (vLLM's Attention), if
@@ -109,6 +114,16 @@ class Sample:
 
     def _requests(self, phase: str) -> slice:
         return slice(self.num_decodes) if phase == "decode" else slice(self.num_decodes, None)
+
+
+@dataclass(frozen=True)
+class _MemoryLayers:
+    """Layers that share metadata, and have memory. sampled: one of them."""
+
+    names: list[str]
+    sampled: str
+    memory: Memory
+    page_tokens: int
 
 
 _NOT_TIMED = nullcontext()
@@ -143,9 +158,12 @@ class Recorder:
         self._values, self._calibration = values, options and options.calibration
         self._smooth_q = options is not None and options.smooth_q
         self._group: list[str] = []
+        """The layers whose steps are counted."""
+        self._sampled, self._due = "", list[str]()
+        """The one of them that is timed, and the phases of the current step in which it is."""
         self._fallback: str | None = None
-        self._memory: tuple[Memory, int] | None = None
-        """The memory of the counted layers, and the tokens of their pages."""
+        self._memory: _MemoryLayers | None = None
+        """The layers whose memory is counted. Those of `_group`, unless these have none."""
         self._steps = dict.fromkeys(PHASES, 0)
         for gauge in (HOST_PAGES, DEVICE_PAGES):
             values.set(gauge, 0)
@@ -170,23 +188,24 @@ class Recorder:
     def add_layers(
         self,
         names: list[str],
+        sampled: str,
         layout: Any,
         kv_heads: int,
         heads: int,
         device: torch.device,
         memory: Memory | None = None,
     ) -> None:
-        """Add a group of layers that share metadata. layout: PageLayout; kv_heads, heads: of one layer in this worker; memory:
-        that of the layers, if they have one."""
-        if self._group and self._group != names:
-            return  # steps are counted where the first group's metadata are built; a draft model's groups come later
-        self._group = names
-        self._memory = None if memory is None else (memory, layout.tokens)
-        if memory is not None:
+        """Add a group of layers that share metadata. sampled: one of them, to be timed; layout: its PageLayout; kv_heads,
+        heads: of one layer in this worker; memory: that of the sampled layer, if it has one."""
+        # Steps are counted where the first group's metadata are built, and memory in the first group that has one.
+        if memory is not None and (self._memory is None or self._memory.names == names):
+            self._memory = _MemoryLayers(names, sampled, memory, layout.tokens)
             self.coverage = Coverage(memory, layout.tokens, device, self._add_covered)
             for phase in PHASES:
                 self._values.observe(COVERED, [], phase)
-        self._record_build_info(layout, heads // kv_heads, device)
+        if not self._group or self._group == names:
+            self._group, self._sampled = names, sampled
+            self._record_build_info(layout, heads // kv_heads, device)
 
     def _record_build_info(self, layout: Any, group: int, device: torch.device) -> None:
         # Not at the top: the exporter's processes and tests use this module without starting vLLM.
@@ -210,42 +229,46 @@ class Recorder:
     def step(self, names: list[str], common: Any, num_decodes: int, topk: list[int] | None = None) -> Sample | None:
         """Count a step. common: the CommonAttentionMetadata of the layers `names`; topk: the pages that memory recalls for each
         request, if they have numbers of their own. Returns the calls to time, if any."""
-        if self.paused or names != self._group:
+        memory = self._memory if self._memory is not None and self._memory.names == names else None
+        if self.paused or (names != self._group and memory is None):
             return None
+        starts = common.query_start_loc_cpu.numpy()
+        if names == self._group:
+            self._count(int(starts[num_decodes]), int(starts[-1]))  # unlike num_actual_tokens, without padding
+        if common.seq_lens_cpu_upper_bound is None or not (memory or self._due):
+            return None
+        lengths = np.diff(starts).astype(np.int64), common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
+        own = None if topk is None else np.array(topk, np.int64)
+        sample = Sample(self, self._sampled, self._due, num_decodes, *lengths, own)
+        if memory is not None:
+            self._count_memory(memory, sample)
+            if names != self._group:
+                sample = replace(sample, layer=memory.sampled, times=False)
+        return sample if self._due and not self.pending else None
+
+    def _count(self, decode: int, tokens: int) -> None:
+        """Count a step with so many tokens, the first `decode` of which decode, and decide what is sampled in it."""
         self._collect()
         if self.host_pages is not None:
             self.host_pages.step()
-        starts = common.query_start_loc_cpu.numpy()
-        decode = int(starts[num_decodes])
-        prefill = int(starts[-1]) - decode  # unlike num_actual_tokens, without padding
-        sampled = []
-        for phase, tokens in zip(PHASES, (prefill, decode), strict=True):
-            if tokens:
-                self._values.add(TOKENS, tokens, phase)
+        self._due = []
+        for phase, of_phase in zip(PHASES, (tokens - decode, decode), strict=True):
+            if of_phase:
+                self._values.add(TOKENS, of_phase, phase)
                 self._values.add(STEPS, 1, phase)
                 self._steps[phase] += 1
                 if self._steps[phase] % SAMPLE_EVERY[phase] == 0:
-                    sampled.append(phase)
-        if prefill and self._fallback:
+                    self._due.append(phase)
+        if tokens > decode and self._fallback:
             self._values.add(FALLBACK_STEPS, 1, self._fallback)
-        if common.seq_lens_cpu_upper_bound is None or not (self._memory or sampled):
-            return None
-        query_lens = np.diff(starts).astype(np.int64)
-        seq_lens = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
-        own = None if topk is None else np.array(topk, np.int64)
-        if self._memory:
-            memory, page_tokens = self._memory
-            for phase, requests in (("prefill", slice(num_decodes, None)), ("decode", slice(num_decodes))):
-                query_block = memory.query_block if phase == "prefill" else 0
-                recalled = None if own is None else own[requests]
-                lengths = query_lens[requests], seq_lens[requests]
-                blocks = QueryBlocks.of(memory, page_tokens, *lengths, query_block, recalled)
-                counted = {CONTEXT: blocks.end, READ: blocks.read, SCORED: blocks.scored, RECALLED: blocks.recalled}
-                for metric, numbers in counted.items():
-                    self._values.add(metric, int(numbers.sum()), phase)
-        if not sampled or self.pending:
-            return None
-        return Sample(self, names[-1], sampled, num_decodes, query_lens, seq_lens, own)
+
+    def _count_memory(self, layers: "_MemoryLayers", sample: Sample) -> None:
+        """Count what a layer with memory reads of the step of `sample`."""
+        for phase in PHASES:
+            blocks = sample.blocks(phase, layers.memory, layers.page_tokens)
+            counted = {CONTEXT: blocks.end, READ: blocks.read, SCORED: blocks.scored, RECALLED: blocks.recalled}
+            for metric, numbers in counted.items():
+                self._values.add(metric, int(numbers.sum()), phase)
 
     def check(self, names: list[str], common: Any, num_decodes: int, topk: list[int] | None = None) -> Check | None:
         """The check of a step against exact attention, if one is due. Arguments as for `step`."""
@@ -272,10 +295,11 @@ class Recorder:
         if self.coverage is not None:
             self.coverage.collect()
 
-    def add_fetched(self, pages: int, size: int) -> None:
-        """Count pages fetched from host memory, and their bytes."""
+    def add_fetched(self, pages: int, size: int, seconds: float) -> None:
+        """Count pages fetched from host memory, their bytes, and the seconds that fetches took."""
         self._values.add(FETCHED, pages)
         self._values.add(FETCHED_BYTES, size)
+        self._values.add(FETCH_SECONDS, seconds)
 
     def _add_covered(self, phase: str, fraction: float) -> None:
         self._values.observe(COVERED, [fraction], phase)

@@ -33,6 +33,7 @@ from sage_backend import BACKEND, plugin
 from sage_backend.demo import MODEL_DIR
 from sage_backend.features.layers import own_impls
 from sage_backend.observability import sinks
+from sage_backend.observability.definitions import SAMPLE_EVERY
 
 DRAFTS = {"method": "draft_model", "model": str(MODEL_DIR), "num_speculative_tokens": 3}
 LENGTHS = (5, 129, 300)
@@ -114,9 +115,10 @@ def gauge(llm: Any, name: str) -> float:
 
 
 @pytest.mark.engine
-def test_drafters_in_an_engine() -> None:
+def test_drafters_in_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tokens without drafts, with drafts of this backend, and with drafts of vLLM's choice, which on a GPU (by model
     runner V2) is the target's backend. The bytes of a token are those that the memory has for it."""
+    monkeypatch.setitem(SAMPLE_EVERY, "decode", 1)
     with engine(dtype="bfloat16") as llm:
         prompts = heldout_prompts(llm, LENGTHS)
         answers = greedy(llm, prompts)
@@ -132,6 +134,8 @@ def test_drafters_in_an_engine() -> None:
             assert token == (2 * alone if layers == 8 else alone + BF16)
             assert gauge(llm, "sage_kv_compression_ratio") == pytest.approx(2 * BF16 / token)
             assert 0 <= MEMORY - token * capacity(llm) < token * block
+            values = scraped(sinks.directory(config))
+            assert values["sage_attention_samples_total", "decode"] > 0, "of a layer of the model, not of its drafter"
 
 
 Shapes = dict[str, tuple[int, ...]]

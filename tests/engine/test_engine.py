@@ -26,6 +26,10 @@ from engines import (
     random_prompts,
     save_random_model,
 )
+from recording import scraped
+
+from sage_backend.features.layers import own_impls
+from sage_backend.observability import sinks
 
 pytestmark = pytest.mark.engine
 
@@ -223,6 +227,28 @@ def test_features_of_models(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
         monkeypatch.setattr(SageImpl, "__init__", flawed)
         assert (logprobs("SAGE") - expected).abs().mean() > 2 * NOISE, "this test would not notice"
+
+
+@pytest.mark.parametrize("dense", ["[]", "[1]"])
+def test_memory_of_layers_that_share_keys(dense: str, tmp_path: Path) -> None:
+    """Layer 3 has the pages of layer 1 and recalls some of them, also where layer 1 itself reads everything. Metrics are of a
+    layer that has memory, which layer 0, with its sliding window, has not."""
+    save_random_model(tmp_path, transformers.Gemma3nTextConfig(**BASE | MODELS["shared KV"][1]))
+    options = {"sink_tokens": 128, "local_tokens": 128, "topk_pages": 1, "query_block": 128, "dense_layers": dense}
+    run = "SAGE:" + ",".join(f"memory.{name}={value}" for name, value in options.items())
+    with engine(run, tmp_path, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=1024) as llm:
+        greedy(llm, random_prompts((900,)), 1)
+        config = llm.llm_engine.vllm_config
+        impls, layers = own_impls(config), config.compilation_config.static_forward_context
+        [owner, sharer] = [name for name, impl in impls.items() if not impl.window]
+        assert impls[sharer].kv_sharing_target_layer_name == owner
+        assert impls[sharer].memory_of(layers[sharer]) is not None
+        layout, pages = impls[owner].layout, impls[owner].layout.pages(layers[owner].kv_cache)
+        radius = layout.views(pages).summary[..., 1, :].float()
+        assert int((radius > 0).flatten(1).any(1).sum()) >= 900 // 128
+        values = scraped(sinks.directory(config))
+        assert values["sage_memory_scored_pages_total", "prefill"] > 0
+        assert ("sage_memory_attention_mass_covered_count", "prefill") in values
 
 
 def test_unknown_head_sizes_are_refused_by_name(tmp_path: Path) -> None:

@@ -2,16 +2,15 @@
 """Pages in host memory, in an engine: whatever it does, its answers are those of an engine with all pages in its own memory."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from engines import (
     NEAR_TIE,
     NGRAM_DRAFTS,
@@ -24,16 +23,12 @@ from engines import (
     greedy,
     heldout_prompts,
     metric,
-    save_random_model,
 )
 from recording import scraped
 
-from sage_backend import plugin
-from sage_backend.demo import MODEL_DIR
 from sage_backend.demo.passkey import make_passkey
-from sage_backend.engine import checks, host_pages
+from sage_backend.engine import host_pages
 from sage_backend.observability import sinks
-from sage_backend.options import SageOptions
 from sage_kernels import PageCache, PagedBatch, RopeShift
 from sage_paged import PageLayout
 
@@ -147,6 +142,7 @@ def test_damage_is_found(hosted: Any) -> None:
 def test_metrics(hosted: Any) -> None:
     """Pages are counted within 16 steps. What is fetched before the first step of a user's request does not count."""
     [prompt] = heldout_prompts(hosted, [2500])
+    began = time.monotonic()
     greedy(hosted, [prompt], 1, read_cache=False)
     before = fetched(hosted) - FETCHED_AT_START[-1]
     greedy(hosted, [prompt[:700]], 18)
@@ -155,6 +151,7 @@ def test_metrics(hosted: Any) -> None:
     assert values["sage_memory_device_pages",] == FRAMES
     assert 0 < before <= values["sage_memory_fetched_pages_total",] <= fetched(hosted) - FETCHED_AT_START[-1]
     assert values["sage_memory_fetched_bytes_total",] == values["sage_memory_fetched_pages_total",] * LAYOUT.page_bytes
+    assert 0 < values["sage_memory_fetch_seconds_total",] < time.monotonic() - began
 
 
 @pytest.mark.parametrize("selected", [False, True])
@@ -366,98 +363,19 @@ def test_too_little_memory_for_a_query_block(alone: Alone) -> None:
 
 @pytest.mark.engine
 def test_a_pool_too_small_for_a_context() -> None:
-    told = r'^option "host_gib" .* has room for 4992 tokens, fewer than the 8192 of --max-model-len; change one of them$'
+    told = r'^option "host_gib" .* has room for 4864 tokens, fewer than the 8192 of --max-model-len; change one of them$'
     with pytest.raises(ValueError, match=told), engine(f"{RUN},memory.host_gib=0.01", **SMALL):
         pass
 
 
-@pytest.mark.parametrize("value", [0, -1, "x", True, None])
-def test_wrong_values(value: Any) -> None:
-    with pytest.raises(ValueError, match=r'^"host_gib" in option "memory" .* must be a number of GiB above 0$'):
-        SageOptions.parse({"sage": {"memory": {"host_gib": value}}})
-
-
-def test_layers_that_read_everything() -> None:
-    with pytest.raises(ValueError, match=r'^"host_gib" in option .* does not go with "dense_layers", .*; leave one out$'):
-        SageOptions.parse({"sage": {"memory": {"host_gib": 1, "dense_layers": [0]}}})
-
-
-def refusal(host_gib: float = 0.1, model: Path = MODEL_DIR, **arguments: Any) -> str:
-    """The message that an engine with host pages would end with; empty if it would start."""
-    memory = {"local_tokens": 128, "topk_pages": 1, "query_block": 128, "host_gib": host_gib}
-    with environment():
-        from vllm.engine.arg_utils import EngineArgs
-
-        plugin.register()
-        options: dict[str, Any] = {"additional_config": {"sage": {"memory": memory}}, "skip_tokenizer_init": True, **arguments}
-        try:
-            EngineArgs(model=str(model), attention_backend="SAGE", **options).create_engine_config()
-        except ValueError as error:
-            return str(error)
-    return ""
-
-
-REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
-    "connector": (
-        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-        "a KV connector would move pages that are in host memory; leave it out",
-    ),
-    "sleep mode": ({"enable_sleep_mode": True}, "--enable-sleep-mode would lose what the GPU knows of them; leave it out"),
-    "drafter": (
-        {"speculative_config": {"method": "draft_model", "model": str(MODEL_DIR), "num_speculative_tokens": 3}},
-        "a drafter's pages cannot be in host memory; leave --speculative-config out, or choose ngram",
-    ),
-    "host memory": ({"host_gib": 2.5}, "2.5 GiB are asked for, and 2.0 are free in the host's memory; lower it"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one line, before anything is loaded."""
-    monkeypatch.setattr(checks, "free_host_memory", lambda: 2 << 30)
-    with environment():
-        from vllm.platforms import current_platform
-    monkeypatch.setattr(current_platform, "is_sleep_mode_available", lambda: True, raising=False)
-    arguments, message = REFUSED[case]
-    assert refusal(**arguments) == (
-        f'option "host_gib" in option "memory" in --additional-config "sage" cannot be served: {message}'
-    )
-
-
-def test_what_goes_with_host_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts without a model, and all of what is free."""
-    monkeypatch.setattr(checks, "free_host_memory", lambda: 2 << 30)
-    assert refusal(2, speculative_config=NGRAM_DRAFTS) == ""
-
-
-BASE: dict[str, Any] = {
-    "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64,
-    "vocab_size": 512, "intermediate_size": 64, "max_position_embeddings": 1024,
-}  # fmt: skip
-MODELS = {
-    "all layers": transformers.MistralConfig(**BASE, sliding_window=100),
-    "some layers": transformers.Gemma2Config(**BASE, sliding_window=100, layer_types=["sliding_attention", "full_attention"]),
-}
-
-
-@pytest.mark.parametrize("layers", MODELS)
-def test_sliding_windows(layers: str, tmp_path: Path) -> None:
-    save_random_model(tmp_path, MODELS[layers])
-    assert refusal(model=tmp_path).endswith(
-        "cannot be served: the model has layers that do not attend to whole contexts, whose pages cannot be in host memory"
-    )
-
-
-@pytest.mark.parametrize(
-    ("limit", "free"), [(None, 5000), ("max\n", 5000), ("9000\n", 5000), ("4000\n", 1300)],
-    ids=["no container", "no limit", "more than is available", "less than is available"],
-)  # fmt: skip
-def test_free_host_memory(limit: str | None, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """5000 bytes are available, and a container has used 3000 of those that it may have, 300 of them for files."""
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=5000))
-    monkeypatch.setattr(checks, "CGROUP", tmp_path)
-    if limit is not None:
-        (tmp_path / "memory.current").write_text("3000\n")
-        (tmp_path / "memory.stat").write_text("anon 2600\nactive_file 100\ninactive_file 200\n")
-        (tmp_path / "memory.max").write_text(limit)
-    assert checks.free_host_memory() == free
+@pytest.mark.engine
+def test_a_pool_of_one_context() -> None:
+    """vLLM keeps a page for itself. With --max-model-len auto, it takes the longest context that there is room for."""
+    sixteen = 16 * LAYERS * KV_HEADS * LAYOUT.page_bytes / 2**30
+    arguments = {"kv_cache_memory_bytes": device_bytes(NEEDED), "max_num_batched_tokens": 1024}
+    run = "SAGE:memory.local_tokens=1024,memory.topk_pages=1,memory.host_gib="
+    told = r"has room for 1920 tokens, fewer than the 2048 of --max-model-len; change one of them$"
+    with pytest.raises(ValueError, match=told), engine(f"{run}{sixteen}", **arguments):
+        pass
+    with engine(f"{run}{sixteen}", **arguments, max_model_len=-1) as llm:
+        assert 1024 < llm.llm_engine.vllm_config.model_config.max_model_len <= 1920

@@ -208,7 +208,7 @@ def test_mass_covered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_pat
     recorder = Recorder(FileValues(tmp_path, "sage-1", ("a model", "0")))
     recorder.paused = False
     layout = PageLayout(64, tokens=64, has_summary=True)
-    recorder.add_layers(["layers.0"], layout, 2, 4, torch.device("cpu"))
+    recorder.add_layers(["layers.0"], "layers.0", layout, 2, 4, torch.device("cpu"))
     assert recorder.coverage is None
     assert not [name for name, *_ in scraped(tmp_path) if "covered" in name]
     recorder.coverage = Coverage(MEMORY, 64, torch.device("cuda"), recorder._add_covered)

@@ -69,6 +69,10 @@ def test_what_is_read_is_in_frames(kernels, which, window: int, monkeypatch: pyt
                     assert torch.equal(cache.frames[held[row, head, nth].long(), head].cpu(), pages[page, head])
             total[head] += len(wanted - resident[head])
         assert cache.fetched.tolist() == total, step
+        began, ended, before = cache.times.tolist()
+        if device != "cpu" or callable(which):  # the interpreter has no clock
+            assert ended > began > before >= 0
+            assert (before > 0) == (step > 0)
     assert cache.clock.tolist() == [9] * HEADS
 
 
@@ -172,10 +176,10 @@ def test_attention_through_frames_is_that_to_pages(kernels, shifted: bool) -> No
 
 
 def test_bytes_on_the_device() -> None:
-    """`block_bytes` and `frame_bytes` are what is allocated, but for what each KV head has once."""
+    """`block_bytes` and `frame_bytes` are what is allocated, but for what each KV head or the layer has once."""
     cache = PageCache.allocate(BLOCKS, HEADS, LAYOUT, 12)
     allocated = sum(x.nbytes for x in vars(cache).values())
-    once = HEADS * (4 + 4 + 2 * 4 + 8)
+    once = HEADS * (4 + 4 + 2 * 4 + 8) + 3 * 8
     counted = BLOCKS * PageCache.block_bytes(LAYOUT, HEADS) + 12 * PageCache.frame_bytes(LAYOUT, HEADS)
     assert allocated == counted + once
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,7 +57,7 @@ def config(rank: int = 0) -> Any:
 @pytest.fixture
 def recorder(tmp_path: Path) -> Recorder:
     recorder = Recorder(FileValues(tmp_path, "sage-1", ("a model", "0")))
-    recorder.add_layers(LAYERS, PageLayout(64), 2, 4, torch.device("cpu"))
+    recorder.add_layers(LAYERS, LAYERS[-1], PageLayout(64), 2, 4, torch.device("cpu"))
     recorder.paused = False
     return recorder
 
@@ -94,6 +95,10 @@ def test_rows_are_those_that_are_read(lengths: tuple[int, int], query_block: int
     requests = PagedBatch(table, ends, starts)
     lists = reference.select_pages(query, layout.empty(20, 1), layout, requests, memory, query_block)
     rows = QueryBlocks.of(memory, 64, np.array([queries, 0]), np.array([tokens, 0]), query_block)
+    own = torch.tensor([1, 3], dtype=torch.int32)
+    fewer = reference.select_pages(query, layout.empty(20, 1), layout, replace(requests, topk_pages=own), memory, query_block)
+    rows_of_own = QueryBlocks.of(memory, 64, np.array([queries, 0]), np.array([tokens, 0]), query_block, own.numpy())
+    assert rows_of_own.read.tolist() == [length for length in fewer.seq_lens.tolist() if length]
     read = [length for length in lists.seq_lens.tolist() if length]
     assert rows.read.tolist() == read
     assert (rows.end - rows.first).tolist() == [n for n in lists.query_start_loc.diff().tolist() if n]
@@ -107,7 +112,7 @@ def test_rows_are_those_that_are_read(lengths: tuple[int, int], query_block: int
 def test_memory_is_counted(tmp_path: Path) -> None:
     recorder = Recorder(FileValues(tmp_path, "sage-1", ("a model", "0")))
     memory = Memory(64, 130, 3, 64)
-    recorder.add_layers(LAYERS, PageLayout(64, tokens=64, has_summary=True), 2, 4, torch.device("cpu"), memory)
+    recorder.add_layers(LAYERS, LAYERS[-1], PageLayout(64, tokens=64, has_summary=True), 2, 4, torch.device("cpu"), memory)
     recorder.paused = False
     recorder.step(LAYERS, batch((1, 1000), (1, 100)), 2)
     values = scraped(tmp_path)
@@ -116,6 +121,29 @@ def test_memory_is_counted(tmp_path: Path) -> None:
     assert values["sage_memory_scored_pages_total", "decode"] == 12
     assert values["sage_memory_recalled_pages_total", "decode"] == 3
     assert values["sage_memory_context_tokens_total", "prefill"] == 0
+
+
+def test_memory_is_counted_in_the_layers_that_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layers of a model may have a sliding window. They are counted and timed, and others' coverage is measured."""
+    monkeypatch.setitem(SAMPLE_EVERY, "decode", 1)
+    recorder = Recorder(FileValues(tmp_path, "sage-1", ("a model", "0")))
+    layout, whole = PageLayout(64, tokens=64, has_summary=True), ["full.0", "full.1"]
+    recorder.add_layers(LAYERS, LAYERS[-1], layout, 2, 4, torch.device("cpu"))
+    recorder.add_layers(whole, "full.0", layout, 2, 4, torch.device("cpu"), Memory(64, 130, 3, 64))
+    recorder.add_layers(["a drafter's"], "a drafter's", layout, 2, 4, torch.device("cpu"), Memory(64, 130, 3, 64))
+    assert recorder.coverage is not None
+    recorder.paused = False
+    first, second, third = (recorder.step(names, batch((1, 1000)), 1) for names in (LAYERS, whole, ["a drafter's"]))
+    assert first is not None
+    assert second is not None
+    assert third is None
+    assert (first.layer, first.times, second.layer, second.times) == (LAYERS[-1], True, "full.0", False)
+    for sample in (first, second):
+        with recording.timed(sample, "decode", SimpleNamespace(layer_name=sample.layer, impl=IMPL), torch.device("cpu")):
+            pass
+    values = scraped(tmp_path)
+    assert values["sage_memory_context_tokens_total", "decode"] == 1000
+    assert values["sage_attention_steps_total", "decode"] == values["sage_attention_samples_total", "decode"] == 1
 
 
 def test_steps(recorder: Recorder, tmp_path: Path) -> None:
@@ -140,7 +168,7 @@ def test_prompts_that_get_a_slower_kernel(tmp_path: Path, monkeypatch: pytest.Mo
     for smooth_q in (True, False):
         values = FileValues(tmp_path, f"sage-{int(smooth_q)}", ("a model", "0"))
         recorder = Recorder(values, SageOptions(smooth_q=smooth_q))
-        recorder.add_layers(LAYERS, PageLayout(64), 2, 4, torch.device("cuda"))
+        recorder.add_layers(LAYERS, LAYERS[-1], PageLayout(64), 2, 4, torch.device("cuda"))
         recorder.paused = False
         recorder.step(LAYERS, batch((1, 10), (20, 20)), 1)
         recorder.step(LAYERS, batch((1, 11)), 1)
@@ -212,7 +240,7 @@ def test_bytes_of_a_token(recorder: Recorder, tmp_path: Path) -> None:
 
 
 def test_the_build_is_that_of_the_first_group(recorder: Recorder, tmp_path: Path) -> None:
-    recorder.add_layers(["others"], PageLayout(128, k_bits=4), 1, 4, torch.device("cpu"))
+    recorder.add_layers(["others"], "others", PageLayout(128, k_bits=4), 1, 4, torch.device("cpu"))
     [build] = [key for key in scraped(tmp_path) if key[0] == "sage_build_info"]
     assert {"k_int8_v_e4m3_page128", "torch"} < set(build)
 
@@ -230,7 +258,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def write(config: Any, tokens: int) -> None:
     recorder = recording.recorder(config)
     assert recorder is not None
-    recorder.add_layers(LAYERS, PageLayout(64), 2, 4, torch.device("cpu"))
+    recorder.add_layers(LAYERS, LAYERS[-1], PageLayout(64), 2, 4, torch.device("cpu"))
     recorder.set_cache(cache(128 * TOKEN_BYTES, (LAYERS, keys_and_values(2, 64, 128))))
     with recording.paused():
         recorder.step(LAYERS, batch((1000, 1000)), 0)
@@ -395,7 +423,7 @@ def step_seconds(folder: Path, layers: int, requests: int) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = [f"layers.{i}" for i in range(layers)]
     recorder = Recorder(FileValues(folder, "sage-overhead", ("a model", "0")))
-    recorder.add_layers(names, PageLayout(64), 2, 4, torch.device("cpu"))
+    recorder.add_layers(names, names[-1], PageLayout(64), 2, 4, torch.device("cpu"))
     recorder.paused = False
     common, seconds, steps = batch(*[(1, 1000)] * requests), [], 4 * SAMPLE_EVERY["decode"]
     clock = time.perf_counter if device.type == "cuda" else time.thread_time  # without the time of other processes

@@ -9,11 +9,12 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import globaltimer
 
 from sage_kernels.batch import PagedBatch
 from sage_kernels.device import dependent_launch
 from sage_kernels.page_cache import PageCache
-from sage_kernels.portable.primitives import TABLE_STRIDES, TABLES, await_previous_kernel
+from sage_kernels.portable.primitives import INTERPRETED, TABLE_STRIDES, TABLES, await_previous_kernel
 from sage_kernels.reference import EVICTION_WINDOW
 from sage_kernels.reference import MAX_AGE as _MAX_AGE
 from sage_paged import PageLayout
@@ -43,12 +44,17 @@ def _entries(table, seq_lens, head, part, rows, width, row_stride, head_stride, 
 
 @triton.jit(do_not_specialize=["rows", "width", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _find_kernel(
-    block_table, seq_lens, frame_of, last_use, clock, queue, queued, rows, width, frames, table_stride, table_head_stride,
-    PAGE: tl.constexpr, ENTRIES: tl.constexpr, PDL: tl.constexpr,
+    block_table, seq_lens, frame_of, last_use, clock, queue, queued, times, rows, width, frames, table_stride,
+    table_head_stride, PAGE: tl.constexpr, ENTRIES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (parts of the page lists, KV heads). Note the time in frames that are read, and queue pages that have none."""
     await_previous_kernel(PDL)
     head, heads = tl.program_id(1), tl.num_programs(1)
+    if tl.program_id(0) + head == 0:
+        tl.store(times + 2, tl.load(times + 2) + tl.load(times + 1) - tl.load(times))
+        began = _nanoseconds()
+        tl.store(times, began)
+        tl.store(times + 1, began)
     _, page, read = _entries(
         block_table, seq_lens, head, tl.program_id(0), rows, width, table_stride, table_head_stride, PAGE, ENTRIES
     )  # fmt: skip
@@ -60,6 +66,15 @@ def _find_kernel(
     first = missing & (tl.atomic_min(entry, QUEUED, mask=missing) > QUEUED)
     place = tl.atomic_add(queued + head + tl.zeros([ENTRIES], tl.int32), 1, mask=first)
     tl.store(queue + head * frames + place, page, mask=first & (place < frames))
+
+
+@triton.jit
+def _nanoseconds():
+    """The GPU's clock, int64. The interpreter has none."""
+    if INTERPRETED:
+        return tl.full([], 0, tl.int64)
+    else:
+        return globaltimer()
 
 
 @triton.jit
@@ -110,7 +125,7 @@ def _evict_kernel(
 
 @triton.jit(do_not_specialize=["rows", "width", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _copy_kernel(
-    pages, frames_i32, block_table, framed_table, seq_lens, frame_of, queue, queued, rows, width, frames,
+    pages, frames_i32, block_table, framed_table, seq_lens, frame_of, queue, queued, times, rows, width, frames,
     block_stride, head_stride, table_stride, table_head_stride,
     PAGE: tl.constexpr, PAGE_WORDS: tl.constexpr, WORDS: tl.constexpr, COPIERS: tl.constexpr, ENTRIES: tl.constexpr,
     PDL: tl.constexpr,
@@ -127,6 +142,8 @@ def _copy_kernel(
             word = piece % PIECES * WORDS + tl.arange(0, WORDS)
             copied = tl.load(pages + page * block_stride + head * head_stride + word, mask=word < PAGE_WORDS, other=0)
             tl.store(frames_i32 + (frame * heads + head) * PAGE_WORDS + word, copied, mask=word < PAGE_WORDS)
+        tl.debug_barrier()  # so that the clock is read once all threads have their words
+        tl.atomic_max(times + 1, _nanoseconds())
     else:
         place, page, read = _entries(
             block_table, seq_lens, head, program - COPIERS, rows, width, table_stride, table_head_stride, PAGE, ENTRIES
@@ -144,7 +161,8 @@ def fetch_pages(cache: PageCache, pages: torch.Tensor, layout: PageLayout, batch
     shape = rows, width, frames
     parts, pdl = triton.cdiv(rows * width, _ENTRIES), dependent_launch(pages.device)
     _find_kernel[(parts, kv_heads)](
-        *lists, cache.frame_of, cache.last_use, cache.clock, cache.queue, cache.queued, *shape, *batch.table_strides,
+        *lists, cache.frame_of, cache.last_use, cache.clock, cache.queue, cache.queued, cache.times, *shape,
+        *batch.table_strides,
         PAGE=layout.tokens, ENTRIES=_ENTRIES, num_warps=4, **pdl,
     )  # fmt: skip
     _evict_kernel[(kv_heads,)](
@@ -155,7 +173,7 @@ def fetch_pages(cache: PageCache, pages: torch.Tensor, layout: PageLayout, batch
     words = pages.view(torch.int32)
     _copy_kernel[(_COPIERS + parts, kv_heads)](
         words, cache.frames.view(torch.int32), batch.block_table, framed, batch.seq_lens, cache.frame_of, cache.queue,
-        cache.queued, *shape, words.stride(0), words.stride(1), *batch.table_strides,
+        cache.queued, cache.times, *shape, words.stride(0), words.stride(1), *batch.table_strides,
         PAGE=layout.tokens, PAGE_WORDS=layout.page_bytes // 4, WORDS=_WORDS, COPIERS=_COPIERS, ENTRIES=_ENTRIES, num_warps=8,
         **pdl,
     )  # fmt: skip

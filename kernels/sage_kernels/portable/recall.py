@@ -372,6 +372,18 @@ def _list_kernel(
             tl.store(shifts + entry, tl.where(shifting, local - 1 - page, 0), mask=chosen)
 
 
+def scratch_bytes(
+    layout: PageLayout, memory: Memory, tokens: int, requests: int, kv_heads: int, context_pages: int
+) -> int:
+    """The bytes that `select_pages` allocates for a step of `tokens` query tokens of `requests` requests, whose block tables
+    have context_pages columns."""
+    rows = max(requests, max_query_blocks(tokens, requests, memory.query_block))
+    lists = memory.list_pages(layout.tokens, memory.query_block, context_pages) * (2 if memory.trained_tokens else 1)
+    scores, folded = max(1, context_pages - memory.sink_pages(layout.tokens)), 2 * layout.head_dim
+    finalists = 2 * triton.cdiv(scores, _CHUNK_PAGES) * memory.most_pages if scores > _CHUNK_PAGES else 0
+    return 4 * (rows * kv_heads * (lists + scores + finalists + folded) + 2 * rows + 1)
+
+
 def select_pages(
     query: torch.Tensor,
     pages: torch.Tensor,

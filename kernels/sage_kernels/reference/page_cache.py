@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages into frames, in plain torch (`sage_kernels.page_cache`)."""
 
+import time
 from dataclasses import replace
 
 import torch
@@ -29,6 +30,8 @@ def fetch_pages(cache: PageCache, pages: torch.Tensor, layout: PageLayout, batch
     already. batch: with one page list for all heads or with one for each; it reads at most as many pages as there are frames.
     What was not used for longest makes room, among EVICTION_WINDOW frames at a time, from the hand on.
     """
+    cache.times[2] += cache.times[1] - cache.times[0]
+    cache.times[0] = time.perf_counter_ns()
     kv_heads = pages.shape[1]
     table = batch.block_table if batch.block_table.dim() == 3 else batch.block_table[:, None].expand(-1, kv_heads, -1)
     read = torch.arange(table.shape[2])[None, :] * layout.tokens < batch.seq_lens[:, None]
@@ -41,6 +44,7 @@ def fetch_pages(cache: PageCache, pages: torch.Tensor, layout: PageLayout, batch
         _bring(cache, pages, head, wanted[frames < 0].tolist(), now)
         cache.clock[head] = now + 1
         result[:, head] = torch.where(read, frame_of[table[:, head].long()], 0)
+    cache.times[1] = time.perf_counter_ns()
     return replace(batch, block_table=result)
 
 

@@ -43,12 +43,16 @@ def _in_host_memory(determine: Any) -> Any:
     return determine_available_memory
 
 
-@functools.cache
 def _replace_allocation() -> None:
     for module in _RUNNERS:
-        if module in sys.modules:  # a worker has imported that of its runner
-            owner = find(__name__, module)
-            wrap(__name__, owner, "allocate_kv_cache", lambda allocate: functools.partial(host_pages.allocate, allocate))
+        if module in sys.modules:  # a worker has imported that of its runner, and a process's next worker may have the other
+            _replace_in(module)
+
+
+@functools.cache
+def _replace_in(module: str) -> None:
+    owner = find(__name__, module)
+    wrap(__name__, owner, "allocate_kv_cache", lambda allocate: functools.partial(host_pages.allocate, allocate))
 
 
 def _with_caches(initialize: Any) -> Any:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepares a model once its weights are there: RoPE frequencies, compression plugins on FFNs, and requests' own page numbers.
+"""Prepares a model once its weights are there: which layers are a drafter's, RoPE frequencies, compression plugins on FFNs, and
+requests' own numbers of pages.
 
 What: adds `load_model` to `WorkerWrapperBase`, in front of the worker's own.
 Why: layers that read pages at other positions need the frequencies of the model's RoPE, and the option `variator` replaces
@@ -16,7 +17,7 @@ from sage_backend.engine.page_budgets import PAGE_BUDGETS, PageBudgets
 from sage_backend.engine.patches import cache_declaration, model_runner, nixl_handshake
 from sage_backend.engine.patches.target import wrap_worker_method
 from sage_backend.features import positions
-from sage_backend.features.layers import own_impls
+from sage_backend.features.layers import of_drafter, own_impls
 
 
 @functools.cache
@@ -31,7 +32,11 @@ def _prepared(load: Any) -> Any:
             cache_declaration.apply_in_worker()
             nixl_handshake.apply_for(config)
         load(self, *args, **kwargs)
-        if any(impl.rotates_pages for impl in own_impls(config).values()):
+        impls = own_impls(config)
+        if impls and config.speculative_config is not None:
+            for name in of_drafter(self.worker):
+                impls[name].drafts = True
+        if any(impl.rotates_pages for impl in impls.values()):
             positions.find_frequencies(self.worker)
         memory = checks.memory(config)
         if memory is not None and memory.max_topk_pages is not None:
