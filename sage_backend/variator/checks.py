@@ -25,7 +25,6 @@ def check_compression(config: Any, options: VariatorOptions) -> None:
     parallel, scheduler, compilation = config.parallel_config, config.scheduler_config, config.compilation_config
     chunk = min(scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold or CHUNK)
     rows = [
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported; use --tensor-parallel-size"),
         (parallel.use_ubatching, "batches that overlap are not supported; leave --enable-dbo and --ubatch-size out"),
         (config.lora_config is not None, "LoRA is not supported; leave --enable-lora out"),
         (

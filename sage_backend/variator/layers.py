@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from sage_backend.features.layers import own_impls
@@ -106,6 +107,8 @@ def attach(worker: Any, config: Any, options: VariatorOptions, ratios: list[int]
     layers, _ = files.contents(options.plugins)
     ours = own_impls(config)
     for layer in layers:
+        if isinstance(modules.get(layer.removesuffix(".mlp")), PPMissingLayer):
+            continue  # another worker of the pipeline has it
         ffn: Any = modules.get(layer)
         attention = layer.removesuffix("mlp") + "self_attn.attn"
         if not (attention in ours and hasattr(ffn, "gate_up_proj") and hasattr(ffn, "down_proj")):

@@ -14,6 +14,7 @@ from engines import (
     NEAR_TIE,
     NGRAM_DRAFTS,
     PLAIN,
+    WARMED_UP,
     Answer,
     assert_same_tokens,
     capacity,
@@ -143,11 +144,6 @@ def test_compiled_model(eager: tuple[list[list[int]], list[Answer]]) -> None:
     prompts, answers = eager
     with engine(dtype=EXACT, enforce_eager=False) as llm:
         assert_same_tokens(greedy(llm, prompts), answers, NEAR_TIE)
-
-
-# vLLM's CPU runner allocates buffers for what the first half of the layers sends during its warm-up, and it warms up only
-# compiled models. In this mode (DYNAMO_TRACE_ONCE) and with this backend of torch.compile, nothing is actually compiled.
-WARMED_UP: dict[str, Any] = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
 
 
 @pytest.mark.parametrize(

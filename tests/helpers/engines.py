@@ -33,6 +33,11 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERR
 NGRAM_DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 """A `speculative_config` that takes drafts from the prompt."""
 
+WARMED_UP: dict[str, Any] = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+"""For pipeline parallelism: vLLM's CPU runner allocates buffers for what the first half of the layers sends during its warm-up,
+and it warms up only compiled models. In this mode (DYNAMO_TRACE_ONCE) and with this backend of torch.compile, nothing is
+actually compiled."""
+
 NEAR_TIE = 0.375
 """In nats: three steps of a BF16 logit above 16. Margins of an eager and a compiled engine differed by up to 0.31."""
 

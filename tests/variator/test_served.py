@@ -14,6 +14,7 @@ from engines import (
     EXACT,
     NEAR_TIE,
     NGRAM_DRAFTS,
+    WARMED_UP,
     Answer,
     assert_same_tokens,
     engine,
@@ -26,9 +27,11 @@ from engines import (
 )
 from loud_plugins import LAYERS, loud_plugins
 from prometheus_client import REGISTRY
+from recording import scraped
 
 from sage_backend.demo import PLUGINS
 from sage_backend.engine.patches import block_hash
+from sage_backend.observability import sinks
 from sage_backend.options import MIN_TAIL
 from sage_backend.tools import quality
 from sage_backend.variator import files, train
@@ -350,6 +353,19 @@ def test_tensor_parallel(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> None
     give_two_workers_cores(monkeypatch)
     with compressing(plugins, tensor_parallel_size=2) as llm:
         assert_same(ask_all(llm, prompts, 4), expected, 0.05)
+
+
+@pytest.mark.engine
+def test_pipeline_parallel(
+    plugins: Path, answers: dict[int, list[Answer]], plain: tuple[list[list[int]], list[Answer]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Two workers, each with half of the layers and their plugins."""
+    give_two_workers_cores(monkeypatch)
+    with compressing(plugins, pipeline_parallel_size=2, **WARMED_UP) as llm:
+        assert_same(ask_all(llm, plain[0], 4), answers[4])
+        values = scraped(sinks.directory(llm.llm_engine.vllm_config))
+        assert values["sage_variator_compressed_tokens_total", "4"] > 0
 
 
 @pytest.mark.engine

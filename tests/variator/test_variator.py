@@ -332,7 +332,6 @@ def test_an_engine_can_be_forked_after_a_file_was_checked(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism is not supported; use --tensor-parallel-size"),
         ({"enable_lora": True}, "LoRA is not supported"),
         ({"max_num_batched_tokens": 8, "max_num_seqs": 8, "max_model_len": 8}, "chunks of 8 tokens have no room for groups"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "blocks that leave the engine"),
@@ -343,8 +342,6 @@ def test_an_engine_can_be_forked_after_a_file_was_checked(tmp_path: Path) -> Non
 )
 def test_settings(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     """Refused where the configuration is made, in one line."""
-    if "pipeline_parallel_size" in arguments and torch.cuda.device_count() == 1:
-        pytest.skip("vLLM refuses it itself on one GPU")
     ratio = {"ratio": arguments.pop("ratio")} if "ratio" in arguments else {}
     options = {"smooth_k": False, "variator": {"plugins": str(loud_plugins(tmp_path)), **ratio}}
     with environment():
