@@ -105,12 +105,12 @@ def selection_scratch_bytes(
     return recall.scratch_bytes(layout, memory, tokens, requests, kv_heads, context_pages)
 
 
-def max_decode_rows() -> int:
+def max_decode_rows(device: torch.device, layout: PageLayout) -> int:
     """Most query rows (query tokens times query heads per KV head) of a request in `attend_decode` on a GPU, if it has several
     tokens."""
-    from sage_kernels.portable.decode import MAX_ROWS
+    from sage_kernels.portable.decode import max_rows
 
-    return MAX_ROWS
+    return max_rows(device, layout)
 
 
 def decode_workspace(
@@ -161,6 +161,7 @@ def store(
     for name, x in (("key", key), ("value", value)):
         if x.dim() != 3 or tuple(x.shape[1:]) != shape or len(x) < slots.numel():
             raise ValueError(f"{name} is {list(x.shape)}; these pages and slots take {[slots.numel(), *shape]}")
+    _check_heads(key=key, value=value)
     calibration.check(*shape)
     if key.device.type == "cpu":
         tokens = slots.numel()
@@ -372,7 +373,16 @@ def _check_pages(pages: torch.Tensor, layout: PageLayout) -> int:
             f"pages are {pages.dtype} {list(shape)}; this layout takes uint8 [blocks, kv_heads, {layout.page_bytes}] "
             "(PageLayout.pages views a serving engine's cache so)"
         )
+    _check_heads(pages=pages)
     return shape[1]
+
+
+def _check_heads(**tensors: torch.Tensor) -> None:
+    """Raises ValueError for tensors [_, heads, _] whose heads are so far apart that kernels, which count elements from one head
+    to another in 32 bits, would miss them."""
+    for name, x in tensors.items():
+        if x.stride(1) * (x.shape[1] - 1) >= 1 << 31:
+            raise ValueError(f"{name} has {x.stride(1)} elements from one head to the next; all heads must be within 2**31")
 
 
 def _check_summary(layout: PageLayout, cache: PageCache | None) -> None:
@@ -393,6 +403,7 @@ def _check_batch(query: torch.Tensor, pages: torch.Tensor, layout: PageLayout, b
             f"the batch has {requests} seq_lens, {starts} query_start_loc and {table[0]} rows of block_table; "
             f"it must have {requests}, {requests + 1} and {requests}"
         )
+    _check_heads(query=query)
     topk = batch.topk_pages
     if topk is not None and (topk.dtype is not torch.int32 or topk.numel() != requests):
         raise ValueError(f"topk_pages is {topk.dtype} {list(topk.shape)}; it must be int32 [{requests}], one for each request")
@@ -406,6 +417,7 @@ def _check_attention(
 ) -> int:
     """Returns the number of query heads per KV head."""
     kv_heads, shape = _check_batch(query, pages, layout, batch), query.shape
+    _check_heads(out=out)
     if out.shape != shape:
         raise ValueError(f"out is {list(out.shape)}; it must have the shape of query, {list(shape)}")
     if modifiers.sinks is not None and modifiers.sinks.numel() != shape[1]:

@@ -11,14 +11,16 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def fp8_path(device: torch.device) -> str:
-    """How P @ V is computed: with FP8 instructions ("native", sm_89 and later) or in float16 from decoded codes ("half").
+    """How P @ V is computed: with FP8 instructions ("native", sm_89 and later) or in float16 from decoded codes ("half"), also
+    on sm_121, for which Triton 3.6 makes no FP8 instructions.
 
     Off the GPU, which is Triton's interpreter, P is rounded in integer arithmetic ("emulated"): the interpreter's own
     conversion to e4m3 loses the carry where rounding up reaches the next power of two (Triton 3.6).
     """
     if device.type != "cuda":
         return "emulated"
-    return "native" if torch.cuda.get_device_capability(device) >= (8, 9) else "half"
+    capability = torch.cuda.get_device_capability(device)
+    return "native" if capability >= (8, 9) and capability != (12, 1) else "half"
 
 
 @functools.cache

@@ -19,6 +19,10 @@ from sage_backend.variator import files
 from sage_backend.variator.checks import check_compression
 from sage_paged import HEAD_DIMS, MAX_V_INT4_DIM
 
+SMALL_HALF = ((8, 6), (12, 1))
+"""Compute capabilities with 99 KiB of shared memory for a program and no FP8 instructions that Triton makes
+(`sage_kernels.device.fp8_path`)."""
+
 _INSTEAD = "use vLLM's default backend for it"
 
 UNQUANTIZED = ("auto", "bfloat16", "float16")
@@ -89,8 +93,8 @@ def reasons(
         (capability is not None and capability < (8, 0), f"compute capability {capability} is below 8.0; {_INSTEAD}"),
         (
             # Its shared memory is smaller than that of 8.0, and it multiplies V in FP16, which takes twice the room of FP8.
-            capability is not None and capability == (8, 6) and head_size > 256 and options.page_tokens > 64,
-            f"head size {head_size} needs pages of 64 tokens on compute capability 8.6; add "
+            capability is not None and tuple(capability) in SMALL_HALF and head_size > 256 and options.page_tokens > 64,
+            f"head size {head_size} needs pages of 64 tokens on compute capability {'.'.join(map(str, capability or ()))}; add "
             '--additional-config \'{"sage": {"page_tokens": 64}}\'',
         ),
     ]

@@ -93,12 +93,13 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         self.reorder_batch_threshold: int = max_decode_query_len(vllm_config)
         self.workspace = None
         if device_.type != "cpu":
-            limit = max(1, max_decode_rows() * self.kv_heads // self.heads)
+            layout = layers[layer_names[0]].impl.layout
+            limit = max(1, max_decode_rows(device_, layout) * self.kv_heads // self.heads)
             self.reorder_batch_threshold = min(self.reorder_batch_threshold, limit)
             memory = options.current().memory
             self.workspace = decode_workspace(
                 device_,
-                layers[layer_names[0]].impl.layout,
+                layout,
                 self.reorder_batch_threshold * (self.heads // self.kv_heads),
                 shifted=memory is not None and bool(memory.extrapolate),
             )

@@ -107,7 +107,8 @@ def test_layers() -> None:
     assert reasons(**config, capability=(8, 0)) == []
     assert "compute capability" in reasons(**config, capability=(7, 5))[0]
     large = config | {"head_size": 512}
-    assert "needs pages of 64 tokens" in reasons(**large, capability=(8, 6))[0]
+    assert "needs pages of 64 tokens on compute capability 8.6" in reasons(**large, capability=(8, 6))[0]
+    assert "needs pages of 64 tokens on compute capability 12.1" in reasons(**large, capability=(12, 1))[0]
     narrow = large | {"options": SageOptions(v_bits=4)}
     assert reasons(**narrow) == ['head size 512 has no 4-bit values; leave out option "v_bits"']
     assert reasons(**large | {"options": SageOptions(page_tokens=64)}, capability=(8, 6)) == []

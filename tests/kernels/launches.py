@@ -34,7 +34,7 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     import torch
 
     from sage_kernels import LayerCalibration, Memory, Modifiers, PageCache, PagedBatch, PageLayout, RopeShift
-    from sage_kernels.portable import page_cache, prefill, recall, store
+    from sage_kernels.portable import decode, page_cache, prefill, recall, store
     from sage_paged import MAX_V_INT4_DIM
 
     starts, lengths, table = (torch.zeros(*shape, dtype=torch.int32) for shape in ((2,), (1,), (1, 2)))
@@ -62,9 +62,10 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     cases: dict[str, tuple[PagedBatch, Modifiers]] = {"": (batch, Modifiers(calibration=keys))}
     if head_dim >= 256:  # whose tiles leave the least shared memory
         cases["means"] = batch, Modifiers(calibration=keys, q_block=block)
+    most = replace(batch, max_query_len=decode.max_rows(query.device, layout) // 4)
+    yield "drafts", partial(attentions[1], query, pages, layout, most, 0.1, torch.empty_like(query), Modifiers())
     if head_dim == 128:
-        most_rows, sinks = replace(batch, max_query_len=16), torch.zeros(8)
-        yield "drafts", partial(attentions[1], query, pages, layout, most_rows, 0.1, torch.empty_like(query), Modifiers())
+        sinks = torch.zeros(8)
         cases["sinks"] = batch, Modifiers(sinks=sinks, calibration=keys)
         cases["values"] = batch, Modifiers(calibration=values)
         cases["all"] = batch, Modifiers(100, 30.0, sinks, values)
@@ -82,6 +83,8 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
         for query_block in (0, 512):
             trained = Memory(trained_tokens=8192)
             yield f"long {query_block}", partial(recall.select_pages, query, *cache, long, Memory(), query_block)
+            own, room = replace(long, topk_pages=lengths), Memory(max_topk_pages=128, whole=True)
+            yield f"own {query_block}", partial(recall.select_pages, query, *cache, own, room, query_block)
             selection = partial(recall.select_pages, query, *cache, batch, trained, query_block, torch.zeros(2, 128))
             yield f"trained {query_block}", selection
 

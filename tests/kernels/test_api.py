@@ -25,7 +25,8 @@ from sage_kernels import (
     device,
     reference,
 )
-from sage_kernels.portable import widen
+from sage_kernels.portable import decode as portable_decode
+from sage_kernels.portable import query_tile, widen
 from sage_paged import K_BITS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -52,7 +53,7 @@ def test_a_cpu_takes_torch(k_bits: int, smooth_q: bool) -> None:
     assert api.smoothing_block(CPU, layout, 4) == reference.tile_tokens(4) == 16
     assert api.prefill_scratch_bytes(CPU, layout, 4, smooth_q) == 0
     assert api.decode_workspace(CPU, layout, 8) is None
-    assert api.max_decode_rows() == 64
+    assert api.max_decode_rows(CPU, layout) == 64
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,47 @@ def test_kernels_of_a_gpu(
     assert api.prefill_scratch_bytes(GPU, PageLayout(256, 8), 4, smooth_q) == 0
     monkeypatch.setattr(decode, "supports", lambda _: False)
     assert api.choose_kernels(*arguments) == KernelChoice(kernel, "portable", reason)
+
+
+@pytest.mark.parametrize(
+    ("capability", "path"), [((8, 0), "half"), ((8, 9), "native"), ((9, 0), "native"), ((12, 0), "native"), ((12, 1), "half")]
+)
+def test_which_devices_multiply_fp8(capability: tuple[int, int], path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert device.fp8_path.__wrapped__(GPU) == path
+
+
+@pytest.mark.parametrize(("kib", "head_dim", "tokens", "rows"), [
+    (99, 512, 128, 32), (99, 512, 64, 64), (99, 256, 128, 64), (163, 512, 128, 64),
+])  # fmt: skip
+def test_rows_of_a_decode(kib: int, head_dim: int, tokens: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, probabilities and values of a page must fit into shared memory."""
+    monkeypatch.setattr(query_tile, "fp8_path", lambda _: "native")
+    monkeypatch.setattr(query_tile, "multiplies_by_warp", lambda _: True)
+    monkeypatch.setattr(portable_decode, "shared_memory", lambda _: kib * 1024)
+    layout = PageLayout(head_dim, tokens=tokens)
+    assert portable_decode.max_rows.__wrapped__(GPU, layout) == rows
+    monkeypatch.setattr(portable_decode, "max_rows", portable_decode.max_rows.__wrapped__)
+    assert portable_decode.check_rows(GPU, layout, 1, 128) == 128
+    assert portable_decode.check_rows(GPU, layout, rows // 8, 8) == rows
+    with pytest.raises(ValueError, match=f"9 heads exceed the decode kernel's {rows} rows"):
+        portable_decode.check_rows(GPU, layout, rows // 8, 9)
+
+
+def test_heads_that_are_too_far_apart_are_refused() -> None:
+    """For offsets of 32 bits. A tensor with heads outermost may be as large."""
+    layout = PageLayout(128)
+    pages, table = layout.empty(4, 4, "meta"), torch.zeros(1, 4, dtype=torch.int32, device="meta")
+    lengths, starts = (torch.zeros(n, dtype=torch.int32, device="meta") for n in (1, 2))
+    batch = PagedBatch(table, lengths, starts)
+    near = torch.empty(1, 4, 128, device="meta")
+    far = torch.empty_strided((1, 4, 128), (128, 1 << 30, 1), device="meta")
+    for name, tensors in {"query": (far, near), "out": (near, far)}.items():
+        with pytest.raises(ValueError, match=rf"^{name} has 1073741824 elements from one head to the next"):
+            api.attend_prefill(tensors[0], pages, layout, batch, 0.1, tensors[1])
+    slots = torch.zeros(1, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"^value has 1073741824 elements"):
+        api.store(near, far, pages, slots, layout)
 
 
 def test_missing_gluon_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

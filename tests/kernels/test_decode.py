@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kernel_cases import KERNEL_ERROR, batches, build, many
 from paged_batch import make_batch, poisoned, relative_error
 
+from sage_kernels.portable.decode import max_rows
 from sage_paged import PageLayout
 
 
@@ -16,6 +17,8 @@ from sage_paged import PageLayout
 @hypothesis.given(batches(max_query=8), st.sampled_from([1, 2, 3, 5, 17, 40]))
 def test_decode(kernels, case, programs: int) -> None:
     batch, modifiers, expected = build(*case, kernels.device)
+    rows = (batch.requests.max_query_len or 1) * batch.query.shape[1] // batch.pages.shape[1]
+    hypothesis.assume(rows <= max_rows(batch.query.device, batch.layout))
     out = poisoned(batch.query)
     kernels.decode(*batch.attention_args(), out, modifiers, programs=programs)
     assert relative_error(out, expected) < KERNEL_ERROR

@@ -137,6 +137,19 @@ def test_pages_that_tma_cannot_address_are_refused() -> None:
         descriptors(pages, layout)
 
 
+def test_heads_may_be_further_apart_than_blocks() -> None:
+    """TMA reads zeros behind the extent that its descriptor has."""
+    from sage_kernels.hopper.copy import descriptors
+
+    layout = PageLayout(128)
+    for blocks, heads in ((3, 2), (1, 4)):
+        pages = torch.zeros(heads, blocks, layout.page_bytes, dtype=torch.uint8).transpose(0, 1)
+        for pages_of in (pages, layout.empty(blocks, heads)):
+            found = descriptors(pages_of, layout)
+            assert found.k.shape[0] * found.k.shape[1] == pages.numel()
+            assert found.scales.shape[0] * found.scales.shape[1] * 4 == pages.numel()
+
+
 @pytest.mark.parametrize(("k_bits", "v_bits"), [(4, 8), (4, 4), (8, 4)])
 def test_scratch_memory_for_one_context(kernels, k_bits: int, v_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages are widened for one KV head of one request at a time."""

@@ -189,6 +189,16 @@ def test_select_pages(kernels, topk: int, shifted: bool, query_block: int) -> No
         assert chosen.rope_shift is None
 
 
+def test_a_request_without_queries_comes_first(kernels) -> None:
+    memory, batch = Memory(64, 150, 3, 128), make([(100, 0), (300, 127)])
+    expected = select(batch, memory, 128)
+    batch = batch.to(kernels.device)
+    chosen = kernels.select_pages(batch.query, batch.pages, LAYOUT, batch.requests, memory, 128).to("cpu")
+    assert chosen.query_start_loc.tolist() == expected.query_start_loc.tolist()
+    assert chosen.seq_lens.tolist() == expected.seq_lens.tolist()
+    assert expected.query_start_loc[0] == 0
+
+
 @pytest.mark.parametrize("query_block", [0, 128])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_requests_with_numbers_of_pages_of_their_own(kernels, shifted: bool, query_block: int) -> None:
@@ -230,7 +240,7 @@ def test_requests_with_numbers_of_pages_of_their_own(kernels, shifted: bool, que
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("pages", [1100, 1300, 2500])
-@pytest.mark.parametrize("topk", [3, 128])
+@pytest.mark.parametrize("topk", [3, 128, 1100])
 def test_the_best_of_many_pages(kernels, topk: int, pages: int, own: bool) -> None:
     """Contexts whose best pages are found chunk by chunk; many scores are equal, and the earlier page wins. own: both requests
     have numbers of pages of their own."""

@@ -50,6 +50,33 @@ def test_values_of_all_sizes(kernels, k_bits: int, v_bits: int) -> None:
         assert relative_error(out, expected) < KERNEL_ERROR
 
 
+@pytest.mark.parametrize(("head_dim", "k_bits", "v_bits"), [(64, 8, 8), (80, 4, 8), (128, 8, 4), (128, 4, 4)])
+def test_nan_in_a_channel_stays(kernels, head_dim: int, k_bits: int, v_bits: int) -> None:
+    """Attention to such a token is NaN, and to others it is not."""
+    layout, slots = PageLayout(head_dim, k_bits, v_bits=v_bits), torch.arange(40, device=kernels.device)
+    key, value = torch.randn(2, 40, 1, head_dim)
+    key[2, 0, 5] = value[30, 0, head_dim - 1] = float("nan")
+    pages = layout.empty(1, 1, kernels.device)
+    kernels.store(key.to(kernels.device), value.to(kernels.device), pages, slots, layout)
+    codes, k_scale, v, v_exponent = reference.load(pages.cpu(), torch.tensor([0]), layout)
+    keys = reference.code_product(torch.eye(head_dim), codes, k_scale).transpose(-1, -2)[0, :40]
+    values = (v * v_exponent.exp2()[..., None])[0, :40]
+    assert keys.isnan().any(1).nonzero().flatten().tolist() == [2]
+    assert values.isnan().any(1).nonzero().flatten().tolist() == [30]
+
+
+def test_padding_in_front_of_the_first_slot(kernels) -> None:
+    """A run of negative slots that looks like the tokens of one page."""
+    layout, slots = PageLayout(64, tokens=64), torch.arange(-16, 16)
+    key, value = torch.randn(2, 32, 1, 64)
+    expected = torch.zeros(4, 1, layout.page_bytes, dtype=torch.uint8)
+    reference.store(key, value, expected[2:], slots, layout)
+    memory = torch.zeros_like(expected).to(kernels.device)
+    kernels.store(*(x.to(kernels.device) for x in (key, value)), memory[2:], slots.to(kernels.device), layout)
+    assert not memory[:2].any()
+    assert torch.equal(memory.cpu(), expected) or ON_GPU
+
+
 @pytest.mark.parametrize("triton", [False, True])
 @pytest.mark.parametrize("k_bits", K_BITS)
 @pytest.mark.parametrize("head_dim", [64, 80, 256])

@@ -100,11 +100,13 @@ def page_rows(pages: torch.Tensor, layout: PageLayout) -> tuple[int, int]:
 def descriptors(pages: torch.Tensor, layout: PageLayout) -> PageDescriptors:
     """The TMA descriptors of a cache, uint8 [blocks, kv_heads, page_bytes]. Raises ValueError where its strides are none that
     TMA can address."""
-    return _descriptors(pages.data_ptr(), pages.shape[0], pages.stride(0), pages.stride(1), layout)
+    return _descriptors(pages.data_ptr(), *pages.shape[:2], pages.stride(0), pages.stride(1), layout)
 
 
 @functools.lru_cache(maxsize=1024)
-def _descriptors(data: int, blocks: int, block_stride: int, head_stride: int, layout: PageLayout) -> PageDescriptors:
+def _descriptors(
+    data: int, blocks: int, kv_heads: int, block_stride: int, head_stride: int, layout: PageLayout
+) -> PageDescriptors:
     page = layout.tokens
     if block_stride % (4 * page) or head_stride % (4 * page):
         raise ValueError(
@@ -112,8 +114,12 @@ def _descriptors(data: int, blocks: int, block_stride: int, head_stride: int, la
             f"multiples of {4 * page}"
         )
 
+    # Heads may be further apart than blocks. What lies behind the extent reads as zeros.
+    last = (blocks - 1) * block_stride + (kv_heads - 1) * head_stride
+    extent = max(blocks * block_stride, last + -(-layout.page_bytes // (4 * page)) * 4 * page)
+
     def descriptor(dtype: torch.dtype, gl_dtype: gl.dtype, block: list[int], tiled: bool = True) -> TensorDescriptor:
-        shape = [blocks * block_stride // (block[1] * dtype.itemsize), block[1]]
+        shape = [extent // (block[1] * dtype.itemsize), block[1]]
         row_by_row = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * dtype.itemsize, rank=2)
         shared = gl.NVMMASharedLayout.get_default_for(block, gl_dtype) if tiled else row_by_row
         return TensorDescriptor(_Address(data, dtype), shape, [block[1], 1], block, shared)

@@ -449,7 +449,7 @@ def decode(
     modifiers = modifiers or Modifiers()
     group, head_dim, kv_heads = query.shape[1] // pages.shape[1], query.shape[2], pages.shape[1]
     calibration = modifiers.calibration_for(batch, layout.k_bits)
-    rows = check_rows(batch.max_query_len or 1, group)
+    rows = check_rows(query.device, layout, batch.max_query_len or 1, group)
     programs = programs or count_programs(query.device, layout)
     workspace = workspace or Workspace.allocate(programs, rows, head_dim, query.device)
     workspace.check(programs, rows, head_dim)

@@ -6,6 +6,7 @@ kernel combines the partial results of split segments. All grids follow from sha
 workspace is allocated once: both kernels can be captured in a CUDA graph and replayed with other lengths.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,13 @@ import triton
 import triton.language as tl
 
 from sage_kernels.batch import Modifiers, PagedBatch
-from sage_kernels.device import dependent_launch, fp8_path, multiprocessors
+from sage_kernels.device import dependent_launch, fp8_path, multiprocessors, shared_memory
 from sage_kernels.portable.primitives import LOG2E, TABLE_STRIDES, TABLES, add_v_anchor, await_previous_kernel, v_inverse_bits
 from sage_kernels.portable.query_tile import (
     PageRange,
     QueryRows,
     attend_pages,
+    bytes_beside_pages,
     cache_views,
     calibration_constants,
     calibration_tensors,
@@ -38,7 +40,7 @@ _PARTS_AT_ONCE = 32
 _MERGE_PROGRAMS = 8
 """Most programs that share the rows of one request in the merge kernel."""
 
-MAX_ROWS = 64
+_MOST_ROWS = 64
 """Query rows (tokens times query heads per KV head) of one program. Requests of several tokens with more rows take prefill."""
 
 
@@ -208,11 +210,18 @@ def count_programs(device: torch.device) -> int:
     return _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device)
 
 
-def check_rows(max_query_len: int, group: int) -> int:
-    """The query rows of a program. Raises ValueError where several query tokens need more than MAX_ROWS rows."""
+@functools.cache  # asked for in every launch
+def max_rows(device: torch.device, layout: PageLayout) -> int:
+    """Most query rows of a request with several tokens: 64, or 32 for heads of 512 channels where shared memory is small."""
+    fits = bytes_beside_pages(device, layout, _MOST_ROWS) <= shared_memory(device)
+    return _MOST_ROWS if fits else _MOST_ROWS // 2
+
+
+def check_rows(device: torch.device, layout: PageLayout, max_query_len: int, group: int) -> int:
+    """The query rows of a program. Raises ValueError where several query tokens need more than `max_rows`."""
     rows = max_query_len * group
-    if max_query_len > 1 and rows > MAX_ROWS:
-        raise ValueError(f"{max_query_len} query tokens x {group} heads exceed the decode kernel's {MAX_ROWS} rows")
+    if max_query_len > 1 and rows > (most := max_rows(device, layout)):
+        raise ValueError(f"{max_query_len} query tokens x {group} heads exceed the decode kernel's {most} rows")
     return rows
 
 
@@ -238,7 +247,7 @@ def decode(
     modifiers = modifiers or Modifiers()
     group, head_dim, kv_heads = query.shape[1] // pages.shape[1], query.shape[2], pages.shape[1]
     calibration = modifiers.calibration_for(batch, layout.k_bits)
-    rows = check_rows(batch.max_query_len or 1, group)
+    rows = check_rows(query.device, layout, batch.max_query_len or 1, group)
     programs = programs or count_programs(query.device)
     workspace = workspace or Workspace.allocate(programs, rows, head_dim, query.device)
     workspace.check(programs, rows, head_dim)

@@ -189,10 +189,17 @@ def turn_back(low, high, shift, mask, HALF: tl.constexpr):
 
 
 @triton.jit
+def largest_magnitude(x):
+    """The largest |x| of each row of float32 [rows, channels]; NaN if there is one, which tl.max leaves out. As integers,
+    magnitudes have the order of the numbers, and NaN comes last."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def quantize_q(low, high, scale):
     """Two halves of query rows, float32 [rows, channels] each, which share a scale -> int8 codes of both, and float32 [rows],
     the factor from code products to base-2 logits."""
-    amax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+    amax = tl.maximum(largest_magnitude(low), largest_magnitude(high), propagate_nan=tl.PropagateNan.ALL)
     factor = inverse_or_zero(amax, 127.0)[:, None]
     return to_int(low * factor).to(tl.int8), to_int(high * factor).to(tl.int8), amax * (scale * LOG2E / 127.0)
 

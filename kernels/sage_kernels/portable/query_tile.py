@@ -192,8 +192,14 @@ def pipeline_stages(
 
     block_m: rows of a query tile, in `terms` terms; whole_rows: see `prefill.tile`.
     """
+    page = layout.offset("end") * triton.next_power_of_2(layout.head_dim) // layout.head_dim
+    other = bytes_beside_pages(device, layout, block_m, terms, whole_rows)
+    return 1 + 2 * max(0, min(buffers, (shared_memory(device) - other) // page))
+
+
+def bytes_beside_pages(device: torch.device, layout: PageLayout, block_m: int, terms: int = 1, whole_rows: bool = False) -> int:
+    """Shared memory that `attend_pages` needs beside its buffers of pages. Arguments are those of `pipeline_stages`."""
     block_d, half = triton.next_power_of_2(layout.head_dim), fp8_path(device) == "half"
-    page = layout.offset("end") * block_d // layout.head_dim
     other = 512 + terms * block_m * block_d
     if not whole_rows:
         other += block_m * layout.tokens * (2 if half else 1)
@@ -203,7 +209,7 @@ def pipeline_stages(
         other += 32 * layout.tokens * whole_rows + 2 * layout.tokens * block_d * (layout.v_bits == 4)
     else:  # V without what is behind the last token, or in float16 for tiles that are too small for FP8 instructions
         other += layout.tokens * block_d * (1 if multiplies_by_warp(device) or block_m >= 64 else 2)
-    return 1 + 2 * max(0, min(buffers, (shared_memory(device) - other) // page))
+    return other
 
 
 # Arguments of launches. A kernel is passed any tensor for an argument that it does not read.

@@ -109,9 +109,7 @@ def store_summaries(
 
 
 @triton.jit
-def _locate(
-    query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK: tl.constexpr, LOCAL: tl.constexpr, PAGE: tl.constexpr
-):
+def _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK: tl.constexpr, LOCAL: tl.constexpr, PAGE: tl.constexpr):
     """Where a query block is. Returns its request, the position of its first query and the one past its last, its first local
     page, and the index of its first query token."""
     if QUERY_BLOCK > 0:
@@ -359,7 +357,7 @@ def _list_kernel(
         candidate = tl.arange(0, CANDIDATES)
         source = (row * tl.num_programs(1) + head).to(tl.int64) * width + candidate
         if CHUNK > 0:
-            valid = candidate % TOPK < local - SINK_PAGES - candidate // TOPK * CHUNK
+            valid = candidate % TOPK < tl.minimum(local - SINK_PAGES - candidate // TOPK * CHUNK, CHUNK)
         else:
             valid = candidate < local - SINK_PAGES
         chosen, place = _top_k(tl.load(scores + source, mask=valid, other=0.0), valid, topk)
@@ -372,9 +370,7 @@ def _list_kernel(
             tl.store(shifts + entry, tl.where(shifting, local - 1 - page, 0), mask=chosen)
 
 
-def scratch_bytes(
-    layout: PageLayout, memory: Memory, tokens: int, requests: int, kv_heads: int, context_pages: int
-) -> int:
+def scratch_bytes(layout: PageLayout, memory: Memory, tokens: int, requests: int, kv_heads: int, context_pages: int) -> int:
     """The bytes that `select_pages` allocates for a step of `tokens` query tokens of `requests` requests, whose block tables
     have context_pages columns."""
     rows = max(requests, max_query_blocks(tokens, requests, memory.query_block))

@@ -21,6 +21,7 @@ from sage_kernels.portable.primitives import (
     fine_exponent,
     hadamard,
     inverse_or_zero,
+    largest_magnitude,
     next_power_of_two,
     rope_pairs,
     rotation_signs,
@@ -92,7 +93,7 @@ def _quantize_v_int4(v, FP8: tl.constexpr):
     """`reference.quantize_v_int4`. v: rotated values, float32 [tokens, channels]. Returns packed bytes, int8 [tokens, channels
     // 2], and exponents, float32 [tokens]."""
     magnitude = tl.abs(v)
-    amax = tl.max(magnitude, 1)
+    amax = largest_magnitude(v)
     inverse = tl.minimum(tl.maximum(tl.math.div_rn(V_INT4_INVERSE, amax), V_INT4_LEAST), 448.0)
     inverse = _from_e4m3(_to_e4m3(inverse, FP8), FP8) / 32.0
     scaled = magnitude * (inverse * 512.0)[:, None]
@@ -252,7 +253,7 @@ def _write_tokens(
     lanes = tl.arange(0, BLOCK_T)
     used = slot >= 0
     v_rows = tl.arange(0, v.shape[1])
-    if (first % BLOCK_T == 0) & (tl.min((slot == first + v_token(lanes)).to(tl.int32), 0) == 1):
+    if (first >= 0) & (first % BLOCK_T == 0) & (tl.min((slot == first + v_token(lanes)).to(tl.int32), 0) == 1):
         same_page = (first // PAGE).to(tl.int64) * block_stride + head_offset
         first_row = tl.multiple_of((first % PAGE).to(tl.int32), BLOCK_T)
         _write_rows(
@@ -310,7 +311,7 @@ def _store_kernel(
     low, high = _prepare_keys(
         low, high, k_anchor + first_channel, equalizer + first_channel, pair, HALF, K_ANCHOR, EQUALIZE
     )  # fmt: skip
-    amax = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+    amax = tl.maximum(largest_magnitude(low), largest_magnitude(high), propagate_nan=tl.PropagateNan.ALL)
     inverse = inverse_or_zero(amax, 127.0)[:, None]
     k_scale = tl.math.div_rn(amax, 127.0)
     if K_BITS == 8:

@@ -81,7 +81,7 @@ def select_pages(
     table = torch.zeros(blocks, kv_heads, width, dtype=torch.int32)
     shifts = torch.zeros_like(table)
     lengths = torch.zeros(blocks, dtype=torch.int32)
-    starts = torch.full((blocks + 1,), int(batch.query_start_loc[-1]), dtype=torch.int32)
+    starts = torch.full((blocks + 1,), first_token, dtype=torch.int32)
     for r in range(batch.num_requests):
         start, length = int(batch.query_start_loc[r]), int(batch.seq_lens[r])
         begin = length - (int(batch.query_start_loc[r + 1]) - start)  # the position of the first query
