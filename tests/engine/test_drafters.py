@@ -173,7 +173,8 @@ def eagle3(folder: Path) -> tuple[Path, dict[str, Any]]:
     hidden = config["hidden_size"]
     own = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "attention_bias": False}
     own |= {"draft_vocab_size": config["vocab_size"], "tie_word_embeddings": False}
-    own["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}  # vLLM's own choice needs more than four layers
+    layers = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}  # vLLM's own choice needs more than four layers
+    own |= {"eagle_config": layers, **layers}  # its two model runners look in different places
     shapes = layer("midlayer", hidden, 2 * hidden, 4, 2, config["head_dim"], config["intermediate_size"])
     shapes |= {"midlayer.hidden_norm.weight": (hidden,), "norm.weight": (hidden,), "fc.weight": (hidden, 3 * hidden)}
     save_weights(folder, config | own, shapes | {"lm_head.weight": (config["vocab_size"], hidden)})

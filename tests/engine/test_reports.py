@@ -197,32 +197,6 @@ def test_chunks_while_others_decode(plain: Any, drafting: Any, monkeypatch: pyte
         assert_same(answers, expected)
 
 
-LONG_DRAFTS = NGRAM_DRAFTS | {"num_speculative_tokens": 40}
-"""With two query heads for a KV head, more rows than a decode kernel takes: they go through the prefill kernel."""
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, for CUDA graphs")
-@pytest.mark.parametrize(
-    ("run", "drafts"),
-    [("SAGE:k_bits=4", LONG_DRAFTS), ("SAGE:k_bits=4,v_bits=4", LONG_DRAFTS), ("SAGE:k_bits=4,v_bits=4", None)],
-)
-def test_graphs_fit_contexts_longer_than_those_of_their_capture(run: str, drafts: Any) -> None:
-    """A graph captured long drafts with memory for the widened pages of short contexts, and later read behind it. The text
-    repeats itself, so that most drafts are whole, and such steps replay a graph."""
-    tokens = (drafts or {}).get("num_speculative_tokens", 0) + 1
-    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [tokens, 2 * tokens, 4 * tokens]}
-    arguments = {"dtype": EXACT, "speculative_config": drafts, "max_num_seqs": 4}
-    with engine(run, **arguments) as llm:
-        prompts = [(text * 9)[: 1700 + i] for i, text in enumerate(heldout_prompts(llm, [150, 200, 250, 300]))]
-        expected = greedy(llm, prompts, 160)
-    with engine(run, enforce_eager=False, compilation_config=graphs, **arguments) as llm:
-        answers = greedy(llm, prompts, 160)
-        if drafts:
-            assert metric(llm, "vllm:spec_decode_num_draft_tokens") > 30 * metric(llm, "vllm:spec_decode_num_drafts")
-    assert_same(answers, expected)
-
-
 CHUNKS = (63, 64, 65, 127, 129)
 
 
@@ -285,3 +259,29 @@ def test_earlier_owners_of_summaries(remembering: Any) -> None:
     prompt, *rest = heldout_prompts(remembering, [600, 560, 300, 300, 560])
     answers = owned_before(remembering, prompt, lambda turn: rest[2 * (turn - 3) : 2 * (turn - 2)], 5)
     assert answers == answers[:1] * 5
+
+
+LONG_DRAFTS = NGRAM_DRAFTS | {"num_speculative_tokens": 40}
+"""With two query heads for a KV head, more rows than a decode kernel takes: they go through the prefill kernel."""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, for CUDA graphs")
+@pytest.mark.parametrize(
+    ("run", "drafts"),
+    [("SAGE:k_bits=4", LONG_DRAFTS), ("SAGE:k_bits=4,v_bits=4", LONG_DRAFTS), ("SAGE:k_bits=4,v_bits=4", None)],
+)
+def test_graphs_fit_contexts_longer_than_those_of_their_capture(run: str, drafts: Any) -> None:
+    """A graph captured long drafts with memory for the widened pages of short contexts, and later read behind it. The text
+    repeats itself, so that most drafts are whole, and such steps replay a graph."""
+    tokens = (drafts or {}).get("num_speculative_tokens", 0) + 1
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [tokens, 2 * tokens, 4 * tokens]}
+    arguments = {"dtype": EXACT, "speculative_config": drafts, "max_num_seqs": 4}
+    with engine(run, **arguments) as llm:
+        prompts = [(text * 9)[: 1700 + i] for i, text in enumerate(heldout_prompts(llm, [150, 200, 250, 300]))]
+        expected = greedy(llm, prompts, 160)
+    with engine(run, enforce_eager=False, compilation_config=graphs, **arguments) as llm:
+        answers = greedy(llm, prompts, 160)
+        if drafts:
+            assert metric(llm, "vllm:spec_decode_num_draft_tokens") > 30 * metric(llm, "vllm:spec_decode_num_drafts")
+    assert_same(answers, expected)

@@ -65,28 +65,25 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     most = replace(batch, max_query_len=decode.max_rows(query.device, layout) // 4)
     yield "drafts", partial(attentions[1], query, pages, layout, most, 0.1, torch.empty_like(query), Modifiers())
     if head_dim == 128:
-        sinks = torch.zeros(8)
-        cases["sinks"] = batch, Modifiers(sinks=sinks, calibration=keys)
+        cases["sinks"] = batch, Modifiers(sinks=torch.zeros(8), calibration=keys)
         cases["values"] = batch, Modifiers(calibration=values)
-        cases["all"] = batch, Modifiers(100, 30.0, sinks, values)
+        cases["all"] = batch, Modifiers(100, 30.0, torch.zeros(8), values)
         shifted = replace(batch, rope_shift=RopeShift(table.expand(2, 2).unsqueeze(0), torch.zeros(2, 128)))
         cases["turns"] = shifted, Modifiers(calibration=keys)
         cases["turned means"] = shifted, Modifiers(calibration=keys, q_block=block)
-        with_summary = PageLayout(head_dim, k_bits, has_summary=True)
-        cache = with_summary.empty(2, 2), with_summary
+        cache = (with_summary := PageLayout(head_dim, k_bits, has_summary=True)).empty(2, 2), with_summary
         yield "", partial(recall.store_summaries, *cache, batch, 1, torch.zeros(2, 128), keys)
         yield "", partial(recall.select_pages, query, *cache, batch, Memory(), 512)
         held = PageCache.allocate(2, 2, layout, 2)
         yield "frames", partial(store.store, key, key, pages, slots, layout, keys, held)
         yield "", partial(page_cache.fetch_pages, held, pages, layout, batch)
         long = replace(batch, block_table=torch.zeros(1, 2000, dtype=torch.int32))
+        own, room = replace(long, topk_pages=lengths), Memory(max_topk_pages=128, whole=True)
         for query_block in (0, 512):
-            trained = Memory(trained_tokens=8192)
             yield f"long {query_block}", partial(recall.select_pages, query, *cache, long, Memory(), query_block)
-            own, room = replace(long, topk_pages=lengths), Memory(max_topk_pages=128, whole=True)
             yield f"own {query_block}", partial(recall.select_pages, query, *cache, own, room, query_block)
-            selection = partial(recall.select_pages, query, *cache, batch, trained, query_block, torch.zeros(2, 128))
-            yield f"trained {query_block}", selection
+            trained = batch, Memory(trained_tokens=8192), query_block, torch.zeros(2, 128)
+            yield f"trained {query_block}", partial(recall.select_pages, query, *cache, *trained)
 
     for name, (where, modifiers) in cases.items():
         # Only the portable kernels rotate queries, and of these only that for prefill smooths them.
