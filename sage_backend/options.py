@@ -139,7 +139,7 @@ class MemoryOptions:
     trained for, within which distances are kept; False to leave positions as they are. dense_layers: indices of layers that
     read everything. host_gib: GiB of host memory, of all workers together, that hold all pages, while GPUs hold those that were
     read last (`engine.host_pages`); None to have all pages on GPUs. max_topk_pages: the most pages that a request may ask for
-    in place of topk_pages (`engine.page_budgets`), or "all", with which it may also ask to read everything; None: requests
+    in place of topk_pages (`engine.request_topk`), or "all", with which it may also ask to read everything; None: requests
     may not ask."""
 
     sink_tokens: int = 128

@@ -34,7 +34,8 @@ class PageCache:
     queue: int32 [kv_heads, frames], the pages that a fetch brings in. queued: int32 [2, kv_heads], how many there are: while
         they are found, and while they are copied.
     fetched: int64 [kv_heads], pages brought in so far.
-    times: int64 [3], in nanoseconds: when the last fetch began and when it ended, and how long those before it took in all.
+    times: int64 [3], in nanoseconds: when the last fetch began and when it had its pages, and how long those before it took in
+        all. A fetch that finds all pages in frames counts nothing.
     summaries: float16 [blocks, kv_heads, 2, head_dim], those of all pages (see `sage_paged.layout`).
     """
 

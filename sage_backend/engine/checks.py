@@ -92,7 +92,7 @@ def reasons(
         ),
         (capability is not None and capability < (8, 0), f"compute capability {capability} is below 8.0; {_INSTEAD}"),
         (
-            # Its shared memory is smaller than that of 8.0, and it multiplies V in FP16, which takes twice the room of FP8.
+            # V in FP16 takes twice the room of FP8.
             capability is not None and tuple(capability) in SMALL_HALF and head_size > 256 and options.page_tokens > 64,
             f"head size {head_size} needs pages of 64 tokens on compute capability {'.'.join(map(str, capability or ()))}; add "
             '--additional-config \'{"sage": {"page_tokens": 64}}\'',
@@ -143,6 +143,7 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
     options, model = SageOptions.parse(config.additional_config), config.model_config
     if found := reasons_of(model, config.cache_config.cache_dtype, config, options):
         raise ValueError(f"--attention-backend sage cannot serve {model.model}: {'; '.join(found)}")
+    _check_front_end(options)
     if options.memory is not None:
         _check_memory(options, options.memory, model)
         if options.memory.max_topk_pages is not None and config.parallel_config.use_ubatching:
@@ -163,6 +164,20 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
         check_compression(config, options.variator)
     if config.kv_transfer_config is not None:
         _check_connector(config, options)
+
+
+def _check_front_end(options: SageOptions) -> None:
+    """Raises ValueError for options that requests may override, if vLLM's front end is the one in which nothing checks them."""
+    from vllm import envs  # as in `reasons_of`
+
+    asks = {"variator": options.variator is not None}
+    asks["max_topk_pages"] = options.memory is not None and options.memory.max_topk_pages is not None
+    if any(asks.values()) and getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
+        names = " and ".join(f'"{name}"' for name, asked in asks.items() if asked)
+        raise ValueError(
+            f"{names} in --additional-config \"sage\": vLLM's front end in Rust does not check what requests ask for; unset "
+            "VLLM_USE_RUST_FRONTEND"
+        )
 
 
 def reasons_of(model: Any, cache_dtype: str, config: Any, options: SageOptions) -> list[str]:
@@ -318,6 +333,11 @@ def _check_connector(config: Any, options: SageOptions) -> None:
             has_example and block != options.page_tokens,
             f"ExampleConnector takes a block of {block} tokens for a page of {options.page_tokens}; add --block-size "
             f"{options.page_tokens}",
+        ),
+        (
+            has_example and options.memory is not None and options.memory.max_topk_pages is not None,
+            'ExampleConnector finds pages by tokens alone, whatever else these have read; leave "max_topk_pages" in option '
+            '"memory" out',
         ),
         (
             has_example and config.scheduler_config.enable_chunked_prefill,

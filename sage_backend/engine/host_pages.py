@@ -99,7 +99,10 @@ def allocate(allocate_kv_cache: Any, config: Any, device: torch.device, *args: A
 def _pinned(size: int, device: torch.device) -> torch.Tensor:
     """int8 [size] of zeros in host memory, as a tensor of `device`. Raises RuntimeError, in one line, if it cannot be had."""
     if (free := free_host_memory()) < size:  # the kernel would end a process of this container
-        raise RuntimeError(_refused(size, "allocated", f"{free / _GIB:.1f} GiB are free"))
+        raise RuntimeError(
+            f"{size / _GIB:.1f} GiB of host memory are asked for, and {free / _GIB:.1f} are free; lower option \"host_gib\" in "
+            '--additional-config "sage", "memory", or give the container more memory'
+        )
     try:
         memory = _mapped(size)
     except OSError as error:

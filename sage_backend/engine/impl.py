@@ -92,9 +92,9 @@ class SageImpl(AttentionImpl[SageMetadata]):
         self.max_pages = 0
         """Pages of the longest context, if pages are rotated."""
         config = get_current_vllm_config_or_none()
-        self.most_requests: int = config.scheduler_config.max_num_seqs if config else 0
+        self.max_num_seqs: int = config.scheduler_config.max_num_seqs if config else 0
         """Requests of a step, at most."""
-        self.longest: int = config.model_config.max_model_len if config else 0
+        self.max_model_len: int = config.model_config.max_model_len if config else 0
         """Tokens of a context, at most."""
         self.drafts = False
         """Whether this is a layer of a drafter (`sage_backend.engine.patches.load_model` sets it)."""
@@ -204,8 +204,8 @@ class SageImpl(AttentionImpl[SageMetadata]):
         peak of this run free when it sizes the cache."""
         scratch = prefill_scratch_bytes(query.device, self.layout, self.group, self.smooth_q)
         if self.memory_options is not None:
-            tokens, pages = len(query), -(-self.longest // self.layout.tokens)
-            batch = min(tokens, self.most_requests), self.num_kv_heads, pages
+            tokens, pages = len(query), -(-self.max_model_len // self.layout.tokens)
+            batch = min(tokens, self.max_num_seqs), self.num_kv_heads, pages
             scratch += selection_scratch_bytes(query.device, self.layout, self.memory_options.policy, tokens, *batch)
         torch.empty(scratch, dtype=torch.uint8, device=query.device)
         return output.zero_()

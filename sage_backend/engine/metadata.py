@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from sage_backend import options
-from sage_backend.engine.page_budgets import PAGE_BUDGETS, BudgetTensor
+from sage_backend.engine.request_topk import REQUEST_TOPK, TopkTensor
 from sage_backend.observability.definitions import DECODE, PREFILL
 from sage_backend.observability.observer import NOT_OBSERVED, StepObserver
 from sage_backend.observability.recorder import recorder
@@ -87,9 +87,9 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         if self.recorder is not None:
             self._record_layers(layer_names, layers, device_)
         self.compressor = layers.get(COMPRESSOR)
-        self.budgets = None
-        if (budgets := layers.get(PAGE_BUDGETS)) is not None:
-            self.budgets = BudgetTensor(budgets, vllm_config.scheduler_config.max_num_seqs, device_)
+        self.topk = None
+        if (topk := layers.get(REQUEST_TOPK)) is not None:
+            self.topk = TopkTensor(topk, vllm_config.scheduler_config.max_num_seqs, device_)
         self.reorder_batch_threshold: int = max_decode_query_len(vllm_config)
         self.workspace = None
         if device_.type != "cpu":
@@ -124,8 +124,8 @@ class SageMetadataBuilder(AttentionMetadataBuilder[SageMetadata]):
         num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
         others: dict[str, Any] = {"workspace": self.workspace}
         topk_pages, topk = None, None
-        if self.budgets is not None:
-            topk_pages, topk = self.budgets.of_step(common.seq_lens.numel())
+        if self.topk is not None:
+            topk_pages, topk = self.topk.of_step(common.seq_lens.numel())
             others["least_topk"] = min(topk)
         if not fast_build:  # vLLM's first model runner builds the steps of drafts so, which are not counted
             if self.recorder is not None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the requests of a worker's steps ask for. Metadata builders see no request ids: a worker's model runner tells of its
-steps through `engine.patches.model_runner`."""
+steps through `engine.patches.model_runner`. Models that draft run outside of these steps, as if requests asked for nothing,
+which changes how many drafts are accepted and no answer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,9 +27,10 @@ class StepRequests(Generic[T]):
         for request in scheduled.finished_req_ids:
             self.asked.pop(request, None)
         for request in scheduled.scheduled_new_reqs:
+            if request.req_id in self.asked:  # it was preempted, or is a session with its next prompt
+                continue
             asked = self._read((request.sampling_params and request.sampling_params.extra_args) or {})
-            if request.req_id not in self.asked:
-                self.began(asked)
+            self.began(asked)
             self.asked[request.req_id] = asked
         self._in_step = True
         try:

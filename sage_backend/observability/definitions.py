@@ -69,7 +69,7 @@ HOST_PAGES = Metric("sage_memory_host_pages", "Pages in host memory, of one KV h
 DEVICE_PAGES = Metric("sage_memory_device_pages", "Those of them that the GPU can hold at a time.")
 FETCHED = Metric("sage_memory_fetched_pages_total", "Pages of one KV head of a layer that the GPU fetched from host memory.")
 FETCHED_BYTES = Metric("sage_memory_fetched_bytes_total", "Bytes of these pages.")
-FETCH_SECONDS = Metric("sage_memory_fetch_seconds_total", "Seconds that layers waited for pages to be looked up and fetched.")
+FETCH_SECONDS = Metric("sage_memory_fetch_seconds_total", "Seconds that layers waited for pages that were fetched.")
 CANARY_ERROR = Metric(
     "sage_canary_relative_error",
     "Relative L2 error of attention over quantized pages, in checks of one KV head.",

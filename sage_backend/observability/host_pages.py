@@ -39,6 +39,7 @@ class HostPages:
             self._reported = totals
         if self._steps % _READ_EVERY == 0 and not self._readout.pending:
             counts = torch.cat(self._fetched)
-            began, ended, before = torch.stack(self._times).sum(0)
-            self._readout.put(torch.stack([counts.sum(), (counts * self._page_bytes).sum(), before + ended - began]))
+            began, ended, before = torch.stack(self._times).unbind(1)
+            took = (before + ended - began).sum()
+            self._readout.put(torch.stack([counts.sum(), (counts * self._page_bytes).sum(), took]))
         self._steps += 1

@@ -146,7 +146,7 @@ def test_bounds_of_a_step_hold_for_all_that_runs_with_it() -> None:
 
         config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=32768))
         builder: Any = SimpleNamespace(
-            reorder_batch_threshold=4, recorder=None, compressor=None, budgets=None, workspace=None, vllm_config=config,
+            reorder_batch_threshold=4, recorder=None, compressor=None, topk=None, workspace=None, vllm_config=config,
             layer_names=[],
         )  # fmt: skip
         builder.build = partial(SageMetadataBuilder.build, builder)

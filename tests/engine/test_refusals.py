@@ -72,6 +72,18 @@ def test_settings(arguments: dict[str, Any], message: str) -> None:
     assert re.search(message, refusal(MODEL_DIR, **arguments))
 
 
+def test_requests_with_wishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody would check, or a store of pages would not notice, is refused."""
+    memory = {"local_tokens": 128, "topk_pages": 1, "query_block": 128, "max_topk_pages": 2}
+    asking: dict[str, Any] = {"additional_config": {"sage": {"memory": memory}}}
+    connector = {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}
+    assert "ExampleConnector finds pages by tokens alone" in refusal(MODEL_DIR, **asking, **connector)
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    message = refusal(MODEL_DIR, **asking)
+    assert message.startswith('"max_topk_pages" in --additional-config "sage": vLLM')
+    assert message.endswith("unset VLLM_USE_RUST_FRONTEND")
+
+
 MLA = {"kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64}
 MODELS = {
     "BertModel": (TINY, "attention of type encoder_only keeps no KV pages"),

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, 121: 99}
 """Shared memory that a program may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 HEAD_DIMS = (64, 80, 128, 192, 256, 512)
 
@@ -23,7 +23,7 @@ def imitate_device(capability: int) -> None:
     from sage_kernels import device
 
     early = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
-    device.fp8_path = lambda _: "native" if capability >= 89 else "half"  # type: ignore[assignment]
+    device.fp8_path = lambda _: "native" if capability >= 89 and capability != 121 else "half"  # type: ignore[assignment]
     device.multiplies_by_warp = lambda _: capability < 90 or capability >= 120  # type: ignore[assignment]
     device.dependent_launch = lambda _: early  # type: ignore[assignment]
     device.shared_memory = lambda _: SHARED_KIB[capability] * 1024  # type: ignore[assignment]
@@ -39,7 +39,7 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
 
     starts, lengths, table = (torch.zeros(*shape, dtype=torch.int32) for shape in ((2,), (1,), (1, 2)))
     batch = PagedBatch(table, lengths, starts)
-    layout = PageLayout(head_dim, k_bits, 64 if (capability, head_dim) == (86, 512) else 128)
+    layout = PageLayout(head_dim, k_bits, 64 if head_dim == 512 and capability in (86, 121) else 128)
     pages = layout.empty(2, 2)
     key, query = torch.zeros(1, 2, head_dim, dtype=torch.bfloat16), torch.zeros(1, 8, head_dim, dtype=torch.bfloat16)
     anchor, equalizer, order = torch.zeros(2, head_dim), torch.ones(2, head_dim), torch.zeros(2, head_dim // 2).int()

@@ -74,7 +74,8 @@ def test_padding_in_front_of_the_first_slot(kernels) -> None:
     memory = torch.zeros_like(expected).to(kernels.device)
     kernels.store(*(x.to(kernels.device) for x in (key, value)), memory[2:], slots.to(kernels.device), layout)
     assert not memory[:2].any()
-    assert torch.equal(memory.cpu(), expected) or ON_GPU
+    differ = (memory.cpu() != expected).float().mean()
+    assert differ <= (1e-3 if ON_GPU else 0.0), "a GPU's codes on a boundary may be one off"
 
 
 @pytest.mark.parametrize("triton", [False, True])

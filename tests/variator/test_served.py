@@ -236,7 +236,9 @@ def test_cached_prompts_under_load(served: Any, plain: tuple[list[list[int]], li
 
 @pytest.mark.engine
 def test_requests_for_what_there_is_not(served: Any, plain: tuple[list[list[int]], list[Answer]]) -> None:
-    with pytest.raises(ValueError, match="sage_ratio is 8; this server has 1, 2, 4"):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="sage_ratio is 8; this server has 1, 2, 4"):
         ask(served, plain[0][:1], [{RATIO: 8}])
 
 

@@ -136,14 +136,16 @@ def _copy_kernel(
     program, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if program < COPIERS:
         PIECES: tl.constexpr = (PAGE_WORDS + WORDS - 1) // WORDS
-        for piece in range(program, tl.load(queued + heads + head) * PIECES, COPIERS):
+        pieces = tl.load(queued + heads + head) * PIECES
+        for piece in range(program, pieces, COPIERS):
             page = tl.load(queue + head * frames + piece // PIECES).to(tl.int64)
             frame = tl.load(frame_of + page * heads + head).to(tl.int64)
             word = piece % PIECES * WORDS + tl.arange(0, WORDS)
             copied = tl.load(pages + page * block_stride + head * head_stride + word, mask=word < PAGE_WORDS, other=0)
             tl.store(frames_i32 + (frame * heads + head) * PAGE_WORDS + word, copied, mask=word < PAGE_WORDS)
-        tl.debug_barrier()  # so that the clock is read once all threads have their words
-        tl.atomic_max(times + 1, _nanoseconds())
+        if pieces > 0:
+            tl.debug_barrier()  # so that the clock is read once all threads have their words
+            tl.atomic_max(times + 1, _nanoseconds())
     else:
         place, page, read = _entries(
             block_table, seq_lens, head, program - COPIERS, rows, width, table_stride, table_head_stride, PAGE, ENTRIES

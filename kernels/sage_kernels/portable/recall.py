@@ -128,10 +128,10 @@ def _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK: tl.constexpr,
 
 
 @triton.jit
-def _recalled(topk_pages, request, TOPK: tl.constexpr, OWN: tl.constexpr):
-    """How many pages are recalled for a request. OWN: whether requests have numbers of their own, `topk_pages`, which then are
-    TOPK at most, or ALL_PAGES."""
-    if OWN:
+def _recalled(topk_pages, request, TOPK: tl.constexpr, PER_REQUEST: tl.constexpr):
+    """How many pages are recalled for a request. PER_REQUEST: whether requests have numbers of their own, `topk_pages`,
+    which then are TOPK at most, or ALL_PAGES."""
+    if PER_REQUEST:
         topk = tl.load(topk_pages + request)
     else:
         topk = TOPK
@@ -188,7 +188,7 @@ def _fold_kernel(
     query, folded, row_starts, row_lens, seq_lens, query_start_loc, topk_pages, shift_table, num_reqs, q_token_stride,
     q_head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, OWN: tl.constexpr,
+    BLOCK_T: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, PER_REQUEST: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, KV heads). folded: float32 [blocks, kv_heads, 2, HEAD_DIM], the means of a block's queries and of
@@ -198,7 +198,7 @@ def _fold_kernel(
     row = tl.program_id(0)
     head = tl.program_id(1)
     request, begin, end, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
-    far = SINK_PAGES + _recalled(topk_pages, request, TOPK, OWN)
+    far = SINK_PAGES + _recalled(topk_pages, request, TOPK, PER_REQUEST)
     if head == 0:
         _store_row(row_starts, row_lens, row, tl.num_programs(0), begin, end, local, start, far, PAGE)
     if local <= far:
@@ -230,7 +230,7 @@ def _score_kernel(
     query, folded, scores, row_starts, row_lens, summaries, block_table, seq_lens, query_start_loc, topk_pages, shift_table,
     num_reqs, width, q_token_stride, q_head_stride, table_stride, summary_stride, summary_head_stride,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, OWN: tl.constexpr,
+    BLOCK_T: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, PER_REQUEST: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Grid: (parts of a context, KV heads, query blocks). scores: float32 [blocks, kv_heads, width], of the pages behind the
@@ -245,7 +245,7 @@ def _score_kernel(
     head = tl.program_id(1)
     row = tl.program_id(2)
     request, begin, end, local, start = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
-    far = SINK_PAGES + _recalled(topk_pages, request, TOPK, OWN)
+    far = SINK_PAGES + _recalled(topk_pages, request, TOPK, PER_REQUEST)
     if QUERY_BLOCK == 0 and part + head == 0:
         _store_row(row_starts, row_lens, row, tl.num_programs(2), begin, end, local, start, far, PAGE)
     page = SINK_PAGES + part * PART + tl.arange(0, PART)
@@ -304,7 +304,7 @@ def _top_k(score, valid, topk):
 @triton.jit(do_not_specialize=["num_reqs", "width", "finalists"], do_not_specialize_on_alignment=TABLES)
 def _finalists_kernel(
     scores, best, best_pages, seq_lens, query_start_loc, topk_pages, num_reqs, width, finalists,
-    PAGE: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, OWN: tl.constexpr,
+    PAGE: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, PER_REQUEST: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (chunks of a context, KV heads, query blocks). best, best_pages: float32 and int32 [blocks, kv_heads, finalists],
@@ -314,7 +314,8 @@ def _finalists_kernel(
     row = tl.program_id(2)
     request, _, _, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
     page = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    if local <= SINK_PAGES + _recalled(topk_pages, request, TOPK, OWN) or SINK_PAGES + tl.program_id(0) * CHUNK >= local:
+    far = SINK_PAGES + _recalled(topk_pages, request, TOPK, PER_REQUEST)
+    if local <= far or SINK_PAGES + tl.program_id(0) * CHUNK >= local:
         return
     valid = page < local - SINK_PAGES
     score = tl.load(scores + (row * tl.num_programs(1) + head).to(tl.int64) * width + page, mask=valid, other=0.0)
@@ -328,7 +329,7 @@ def _finalists_kernel(
 def _list_kernel(
     scores, scored_pages, lists, shifts, block_table, seq_lens, query_start_loc, topk_pages, num_reqs, width, list_width,
     table_stride,
-    PAGE: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, OWN: tl.constexpr,
+    PAGE: tl.constexpr, SINK_PAGES: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, PER_REQUEST: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, TRAINED: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -341,7 +342,7 @@ def _list_kernel(
     request, begin, end, local, _ = _locate(query_start_loc, seq_lens, row, num_reqs, QUERY_BLOCK, LOCAL, PAGE)
     target = (row * tl.num_programs(1) + head).to(tl.int64) * list_width
     table = block_table + request.to(tl.int64) * table_stride
-    topk = _recalled(topk_pages, request, TOPK, OWN)
+    topk = _recalled(topk_pages, request, TOPK, PER_REQUEST)
     far = tl.minimum(local, SINK_PAGES + topk)
     pages = tl.where(end > begin, far + tl.cdiv(end, PAGE) - local, 0)
     choosing = local > SINK_PAGES + topk
@@ -401,7 +402,8 @@ def select_pages(
     row_lens, row_starts = (torch.empty(n, dtype=torch.int32, device=device) for n in (blocks, blocks + 1))
     constants = {
         "PAGE": layout.tokens, "SINK_PAGES": memory.sink_pages(layout.tokens), "LOCAL": memory.local_tokens,
-        "TOPK": memory.topk_pages if batch.topk_pages is None else memory.most_pages, "OWN": batch.topk_pages is not None,
+        "PER_REQUEST": batch.topk_pages is not None,
+        "TOPK": memory.topk_pages if batch.topk_pages is None else memory.most_pages,
         "QUERY_BLOCK": query_block, **dependent_launch(device),
     }  # fmt: skip
     topk_pages = batch.seq_lens if batch.topk_pages is None else batch.topk_pages

@@ -32,6 +32,7 @@ def fetch_pages(cache: PageCache, pages: torch.Tensor, layout: PageLayout, batch
     """
     cache.times[2] += cache.times[1] - cache.times[0]
     cache.times[0] = time.perf_counter_ns()
+    fetched = int(cache.fetched.sum())
     kv_heads = pages.shape[1]
     table = batch.block_table if batch.block_table.dim() == 3 else batch.block_table[:, None].expand(-1, kv_heads, -1)
     read = torch.arange(table.shape[2])[None, :] * layout.tokens < batch.seq_lens[:, None]
@@ -44,7 +45,7 @@ def fetch_pages(cache: PageCache, pages: torch.Tensor, layout: PageLayout, batch
         _bring(cache, pages, head, wanted[frames < 0].tolist(), now)
         cache.clock[head] = now + 1
         result[:, head] = torch.where(read, frame_of[table[:, head].long()], 0)
-    cache.times[1] = time.perf_counter_ns()
+    cache.times[1] = time.perf_counter_ns() if int(cache.fetched.sum()) > fetched else cache.times[0]
     return replace(batch, block_table=result)
 
 

@@ -13,8 +13,9 @@
 | engine_core       | EngineCore.__init__, run_busy_loop of EngineCoreProc                     | at start                      |
 | load_model        | load_model of workers                                                    | at start                      |
 | scheduler         | Scheduler.__init__, a scheduler's prefix lookup and chunk split          | at start                      |
-| input_processor   | InputProcessor.__init__                                                  | at start                      |
-| block_hash        | generate_block_hash_extra_keys                                           | with variator, by scheduler   |
+| input_processor   | InputProcessor.__init__, _validate_params of a processor                 | at start                      |
+| block_hash        | generate_block_hash_extra_keys                                           | with variator or              |
+|                   |                                                                          | max_topk_pages, by scheduler  |
 | model_runner      | execute_model and prepare_inputs of a model runner                       | with variator or              |
 |                   |                                                                          | max_topk_pages, by load_model |
 | pages_gauge       | PrometheusStatLogger.__init__ and record                                 | by config_check and plugin    |

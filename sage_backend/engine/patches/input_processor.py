@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses requests that ask for a compression ratio, or for a number of pages, that there is not, as they come.
+"""Refuses requests that ask for an unavailable compression ratio or number of recalled pages, as they come.
 
-What: wraps `InputProcessor.__init__`; with this backend, also the new processor's `_validate_params`, and with the option
-    `max_topk_pages` of memory its `process_inputs`.
+What: wraps `InputProcessor.__init__`; with this backend, also the new processor's `_validate_params`.
 Why: `vllm_xargs` are not validated; the scheduler and workers, which read them, have no way to refuse a request with a message.
-    Requests that read other pages than most get a `cache_salt`.
 Releases: 0.31 to 0.33.
 Remove when: plugins can validate the parameters of requests.
 """
@@ -12,7 +10,7 @@ Remove when: plugins can validate the parameters of requests.
 import functools
 from typing import Any
 
-from sage_backend.engine import checks, page_budgets
+from sage_backend.engine import checks, request_topk
 from sage_backend.engine.patches.target import find, wrap
 from sage_backend.options import MemoryOptions
 from sage_backend.variator import admission
@@ -37,25 +35,16 @@ def attach(processor: Any, compression: Any, memory: MemoryOptions | None) -> No
 
     def checked(validate: Any) -> Any:
         def check_and_validate(params: Any, *args: Any, **kwargs: Any) -> Any:
-            if compression is not None:
-                admission.check_request(params, compression[1])
-            page_budgets.check_request(params, memory)
+            try:
+                if compression is not None:
+                    admission.check_request(params, compression[1])
+                request_topk.check_request(params, memory)
+            except ValueError as error:
+                from vllm.exceptions import VLLMValidationError  # vLLM loads this package before its own modules
+
+                raise VLLMValidationError(str(error)) from None  # for status 400: other errors become 500, without a message
             return validate(params, *args, **kwargs)
 
         return check_and_validate
 
     wrap(__name__, processor, "_validate_params", checked)
-    if memory is not None and memory.max_topk_pages is not None:
-        wrap(__name__, processor, "process_inputs", _salted(memory))
-
-
-def _salted(memory: MemoryOptions) -> Any:
-    def salting(process: Any) -> Any:
-        def process_and_salt(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-            request = process(request_id, prompt, params, *args, **kwargs)
-            request.cache_salt = page_budgets.salted(request.cache_salt, params, memory)
-            return request
-
-        return process_and_salt
-
-    return salting

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepares a model once its weights are there: which layers are a drafter's, RoPE frequencies, compression plugins on FFNs, and
-requests' own numbers of pages.
+"""Prepares a worker once its model is loaded: which layers are a drafter's, RoPE frequencies, compression plugins on FFNs, and
+per-request top-k.
 
 What: adds `load_model` to `WorkerWrapperBase`, in front of the worker's own.
-Why: layers that read pages at other positions need the frequencies of the model's RoPE, and the option `variator` replaces
-    FFNs. Both need a loaded model, and have to be done before anything is compiled or captured.
+Why: layers that read pages at other positions need the frequencies of the model's RoPE, the option `variator` replaces FFNs,
+    and metrics are not of a drafter's layers: all need loaded modules, before anything is compiled or captured. A model runner
+    tells of its requests from then on.
 Releases: 0.31 to 0.33.
 Remove when: vLLM calls plugins or the attention backend with a model that has been loaded.
 """
@@ -13,9 +14,9 @@ import functools
 from typing import Any
 
 from sage_backend.engine import checks
-from sage_backend.engine.page_budgets import PAGE_BUDGETS, PageBudgets
 from sage_backend.engine.patches import cache_declaration, model_runner, nixl_handshake
 from sage_backend.engine.patches.target import wrap_worker_method
+from sage_backend.engine.request_topk import REQUEST_TOPK, RequestTopk
 from sage_backend.features import positions
 from sage_backend.features.layers import of_drafter, own_impls
 
@@ -40,9 +41,8 @@ def _prepared(load: Any) -> Any:
             positions.find_frequencies(self.worker)
         memory = checks.memory(config)
         if memory is not None and memory.max_topk_pages is not None:
-            budgets = PageBudgets(memory)
-            config.compilation_config.static_forward_context[PAGE_BUDGETS] = budgets
-            model_runner.apply(self.worker.model_runner, budgets)
+            topk = config.compilation_config.static_forward_context[REQUEST_TOPK] = RequestTopk(memory)
+            model_runner.apply(self.worker.model_runner, topk)
         if found := checks.compression(config):
             # Importing it registers a custom op and takes vLLM's compiler, which only engines with this option need.
             from sage_backend.variator import layers

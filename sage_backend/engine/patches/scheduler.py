@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives requests their compression ratio, and ends chunks of prompts between groups.
+"""Gives requests their compression ratio, ends chunks of prompts between groups, and has block hashes tell how tokens are read.
 
 What: wraps `Scheduler.__init__`; with the option `variator`, replaces the new scheduler's `_get_local_prefix_cache_hit` and
     `_mamba_block_aligned_split`.
@@ -30,6 +30,9 @@ def apply() -> None:
 
 def _attached(init: Any) -> Any:
     def init_and_attach(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        memory = checks.memory(vllm_config)
+        if memory is not None and memory.max_topk_pages is not None:
+            block_hash.apply()  # before a KV connector, which the scheduler makes, takes vLLM's function
         init(self, vllm_config, *args, **kwargs)
         if found := checks.compression(vllm_config):
             attach(self, *found)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests with a number of recalled pages of their own, with the option `max_topk_pages` of memory."""
+"""Per-request top-k: requests that ask for another number of recalled pages, with the option `max_topk_pages` of memory."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -14,8 +14,11 @@ from sage_paged import ALL_PAGES
 TOPK_PAGES = "sage_topk_pages"
 """What requests may ask for in `vllm_xargs` (`SamplingParams.extra_args`): a number of pages, or "all" to read everything."""
 
-PAGE_BUDGETS = "sage.page_budgets"
-"""The name under which an engine's layers (`static_forward_context`) hold its `PageBudgets`, if requests may ask for pages."""
+REQUEST_TOPK = "sage.request_topk"
+"""The name under which an engine's layers (`static_forward_context`) hold its `RequestTopk`, if requests may ask for pages."""
+
+_FIXED = "sage_fixed_topk"
+"""The attribute of a request (vLLM's Request) with what it asked for when it came."""
 
 
 def check_request(parameters: Any, memory: MemoryOptions | None) -> None:
@@ -33,18 +36,20 @@ def check_request(parameters: Any, memory: MemoryOptions | None) -> None:
 
 def asked_for(arguments: Mapping[str, Any], memory: MemoryOptions) -> int:
     """The pages that a request with these `extra_args` has recalled, or ALL_PAGES."""
-    asked = arguments.get(TOPK_PAGES, memory.topk_pages)
-    return ALL_PAGES if asked == ALL else int(asked)
+    asked = arguments.get(TOPK_PAGES)
+    return ALL_PAGES if asked == ALL else memory.topk_pages if asked is None else int(asked)
 
 
-def salted(salt: str | None, parameters: Any, memory: MemoryOptions) -> str | None:
-    """The `cache_salt` of a request: keys behind tokens that have read other pages are not those of this server's other
-    requests, and must not be found in their place by the prefix cache."""
-    topk = asked_for(getattr(parameters, "extra_args", None) or {}, memory)
-    return salt if topk == memory.topk_pages else f"{salt or ''}|{TOPK_PAGES}={topk}"
+def of_blocks(request: Any) -> Any:
+    """What the hashes of a request's blocks have to say of the pages that its tokens have read: what it asks for, or None. It
+    is that of its first prompt, also in a session whose later prompts bring other parameters, as for `StepRequests`."""
+    if not hasattr(request, _FIXED):
+        parameters = getattr(request, "sampling_params", None)
+        setattr(request, _FIXED, ((parameters and parameters.extra_args) or {}).get(TOPK_PAGES))
+    return getattr(request, _FIXED)
 
 
-class PageBudgets(StepRequests[int]):
+class RequestTopk(StepRequests[int]):
     """The pages that requests have recalled."""
 
     def __init__(self, memory: MemoryOptions) -> None:
@@ -52,19 +57,19 @@ class PageBudgets(StepRequests[int]):
         self.default = memory.topk_pages
 
 
-class BudgetTensor:
+class TopkTensor:
     """The pages of a step's requests as kernels read them: one tensor for all steps, which CUDA graphs are captured with."""
 
-    def __init__(self, budgets: PageBudgets, requests: int, device: torch.device) -> None:
+    def __init__(self, topk: RequestTopk, requests: int, device: torch.device) -> None:
         """requests: the most of a step."""
-        self._budgets = budgets
-        self._tensor = torch.full((requests,), budgets.default, dtype=torch.int32, device=device)
-        self._values = [budgets.default] * requests
+        self._topk = topk
+        self._tensor = torch.full((requests,), topk.default, dtype=torch.int32, device=device)
+        self._values = [topk.default] * requests
 
     def of_step(self, requests: int) -> tuple[torch.Tensor, list[int]]:
         """int32 [requests], of the step whose metadata are being built, padding included, and the same values."""
-        values = self._budgets.in_order()[:requests]
-        values += [self._budgets.default] * (requests - len(values))
+        values = self._topk.in_order()[:requests]
+        values += [self._topk.default] * (requests - len(values))
         if values != self._values[:requests]:
             source = torch.tensor(values, dtype=torch.int32, pin_memory=self._tensor.is_cuda)
             self._tensor[:requests].copy_(source, non_blocking=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that ask for a number of recalled pages of their own, with the option `max_topk_pages` of memory."""
+"""Per-request top-k: requests that ask for another number of recalled pages, with the option `max_topk_pages` of memory."""
 
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from engines import EXACT, NEAR_TIE, NGRAM_DRAFTS, Answer, assert_same_tokens, engine, greedy, heldout_prompts
+from engines import EXACT, NEAR_TIE, NGRAM_DRAFTS, Answer, assert_same_tokens, engine, environment, greedy, heldout_prompts
 from recording import scraped
 
-from sage_backend.engine.page_budgets import BudgetTensor, PageBudgets, check_request, salted
+from sage_backend.engine.patches import block_hash
+from sage_backend.engine.request_topk import RequestTopk, TopkTensor, check_request
 from sage_backend.observability import sinks
 from sage_backend.options import MemoryOptions, SageOptions
 from sage_paged import ALL_PAGES
@@ -73,9 +74,9 @@ def test_the_prefix_cache_tells_them_apart(serving: Any) -> None:
     [prompt] = heldout_prompts(serving, [800])
     assert serving.reset_prefix_cache()
     cached = [ask(serving, [prompt], [each], 1)[0].cached for each in (None, 2, "all", "all", 6, None)]
-    whole = cached[1]
+    whole = cached[3]
     assert whole >= 700
-    assert cached == [0, whole, 0, whole, 0, whole], "2 is what requests have that do not ask"
+    assert cached == [0, 0, 0, whole, 0, whole]
 
 
 @pytest.mark.engine
@@ -97,8 +98,10 @@ def test_metrics_count_what_is_read(serving: Any) -> None:
 
 @pytest.mark.engine
 def test_what_is_not_to_be_had_is_refused(serving: Any) -> None:
+    from vllm.exceptions import VLLMValidationError  # a front end answers with status 400
+
     for asked in (0, 129, "every", True, 1.5):
-        with pytest.raises(ValueError, match=r"^sage_topk_pages is .*; this server has 1 to 128, and \"all\"$"):
+        with pytest.raises(VLLMValidationError, match=r"^sage_topk_pages is .*; this server has 1 to 128, and \"all\"$"):
             ask(serving, [[1, 2, 3]], [asked], 1)
 
 
@@ -122,12 +125,27 @@ def test_requests_that_are_refused(memory: MemoryOptions | None, asked: Any, mes
     check_request(SimpleNamespace(), memory)  # of pooling
 
 
-def test_salts() -> None:
-    memory = MemoryOptions(topk_pages=8, max_topk_pages="all")
-    found = [salted(salt, parameters(asked), memory) for salt in (None, "user") for asked in (8, 4, "all")]
-    assert found[0] is None
-    assert found[3] == "user"
-    assert len(set(found)) == 6
+def test_hashes_of_blocks() -> None:
+    """All blocks of a request tell what its first prompt asked for."""
+    with environment():
+        from vllm.v1.core import kv_cache_utils
+
+        block_hash.apply()
+
+        def keys(request: Any, first: int = 128) -> Any:
+            return kv_cache_utils.generate_block_hash_extra_keys(request, first, first + 128, 0)[0]
+
+        def request(**asked: Any) -> Any:
+            own = SimpleNamespace(extra_args=asked or None)
+            return SimpleNamespace(mm_features=[], lora_request=None, cache_salt=None, prompt_embeds=None, sampling_params=own)
+
+        assert keys(request()) is None
+        assert keys(request(sage_topk_pages=None)) is None
+        session = request(sage_topk_pages=8)
+        assert keys(session) == (("sage_topk_pages", "8"),)
+        session.sampling_params = SimpleNamespace(extra_args={"sage_topk_pages": "all"})
+        assert keys(session, 0) == (("sage_topk_pages", "8"),)
+        assert keys(request(sage_topk_pages="all")) == (("sage_topk_pages", "all"),)
 
 
 @pytest.mark.parametrize(
@@ -145,23 +163,27 @@ def test_refused_options(section: Any, message: str) -> None:
 
 def test_the_tensor_of_a_step() -> None:
     """It stays where it is, and has the default for padding, for dummy steps, and once a request has ended."""
-    budgets = PageBudgets(MemoryOptions(topk_pages=8, max_topk_pages="all"))
-    tensor = BudgetTensor(budgets, 4, torch.device("cpu"))
+    topk = RequestTopk(MemoryOptions(topk_pages=8, max_topk_pages="all"))
+    tensor = TopkTensor(topk, 4, torch.device("cpu"))
 
     def new(name: str, **asked: Any) -> Any:
         return SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(extra_args=asked or None))
 
     first = tensor.of_step(4)[0]
     assert first.tolist() == [8] * 4
-    budgets.order = lambda: ["b", "a"]
+    topk.order = lambda: ["b", "a"]
     requests = [new("a", sage_topk_pages=3), new("b", sage_topk_pages="all")]
-    with budgets.step(SimpleNamespace(finished_req_ids=[], scheduled_new_reqs=requests)):
+    with topk.step(SimpleNamespace(finished_req_ids=[], scheduled_new_reqs=requests)):
         step, values = tensor.of_step(3)
         assert values == step.tolist() == [ALL_PAGES, 3, 8]
     assert step.data_ptr() == first.data_ptr()
     assert tensor.of_step(3)[1] == [8] * 3, "a dummy step"
-    budgets.order = lambda: ["a"]
-    with budgets.step(SimpleNamespace(finished_req_ids=["b"], scheduled_new_reqs=[])):
+    topk.order = lambda: ["a"]
+    with topk.step(SimpleNamespace(finished_req_ids=["b"], scheduled_new_reqs=[])):
         assert tensor.of_step(2)[0].tolist() == [3, 8]
         assert first.tolist() == [3, 8, 8, 8]
-    assert list(budgets.asked) == ["a"]
+    later = [new("a", sage_topk_pages=5), new("c", sage_topk_pages=None)]
+    topk.order = lambda: ["a", "c"]
+    with topk.step(SimpleNamespace(finished_req_ids=[], scheduled_new_reqs=later)):
+        assert tensor.of_step(2)[1] == [3, 8], "a session keeps what it asked for first"
+    assert list(topk.asked) == ["a", "c"]
