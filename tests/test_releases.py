@@ -273,7 +273,9 @@ READ = {
     "vllm.v1.worker.gpu_input_batch:InputBatch": "req_ids",
     "vllm.v1.worker.worker_base:WorkerBase": "get_model model_runner",
     "vllm.v1.worker.worker_base:WorkerWrapperBase": "__getattr__ vllm_config worker",
-    "vllm.config.parallel:ParallelConfig": "has_unfinished_dp",
+    "vllm.config.model:ModelConfig": "original_max_model_len",
+    "vllm.config.parallel:ParallelConfig": "has_unfinished_dp nnodes_within_dp data_parallel_size_local _api_process_count "
+    "_api_process_rank distributed_executor_backend use_ubatching",
     "vllm.config.vllm:VllmConfig": "additional_config attention_config cache_config compilation_config instance_id "
     "kv_transfer_config load_config model_config parallel_config scheduler_config speculative_config",
 }
