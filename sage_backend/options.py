@@ -274,6 +274,11 @@ class SageOptions:
             )
         return options
 
+    @property
+    def per_request_topk(self) -> bool:
+        """Whether requests may ask for a number of recalled pages."""
+        return self.memory is not None and self.memory.max_topk_pages is not None
+
     def layout(self, head_dim: int, k_bits: int | None = None, v_bits: int | None = None) -> PageLayout:
         """k_bits, v_bits: those of a layer for which a calibration has chosen them."""
         in_pages = self.memory is not None and not self.memory.host_gib  # with host pages, summaries are in a PageCache

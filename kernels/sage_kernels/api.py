@@ -161,7 +161,8 @@ def store(
     for name, x in (("key", key), ("value", value)):
         if x.dim() != 3 or tuple(x.shape[1:]) != shape or len(x) < slots.numel():
             raise ValueError(f"{name} is {list(x.shape)}; these pages and slots take {[slots.numel(), *shape]}")
-    _check_heads(key=key, value=value)
+    for name, x in (("key", key), ("value", value)):
+        _check_heads(name, x, shape[0])
     calibration.check(*shape)
     if key.device.type == "cpu":
         tokens = slots.numel()
@@ -373,16 +374,15 @@ def _check_pages(pages: torch.Tensor, layout: PageLayout) -> int:
             f"pages are {pages.dtype} {list(shape)}; this layout takes uint8 [blocks, kv_heads, {layout.page_bytes}] "
             "(PageLayout.pages views a serving engine's cache so)"
         )
-    _check_heads(pages=pages)
+    _check_heads("pages", pages, shape[1])
     return shape[1]
 
 
-def _check_heads(**tensors: torch.Tensor) -> None:
-    """Raises ValueError for tensors [_, heads, _] whose heads are so far apart that kernels, which count elements from one head
-    to another in 32 bits, would miss them."""
-    for name, x in tensors.items():
-        if x.stride(1) * (x.shape[1] - 1) >= 1 << 31:
-            raise ValueError(f"{name} has {x.stride(1)} elements from one head to the next; all heads must be within 2**31")
+def _check_heads(name: str, x: torch.Tensor, heads: int) -> None:
+    """Raises ValueError for x, [_, heads, _], if its heads are so far apart that kernels, which count elements from one head to
+    another in 32 bits, would miss them."""
+    if (apart := x.stride(1)) * (heads - 1) >= 1 << 31:
+        raise ValueError(f"{name} has {apart} elements from one head to the next; all heads must be within 2**31")
 
 
 def _check_summary(layout: PageLayout, cache: PageCache | None) -> None:
@@ -403,7 +403,7 @@ def _check_batch(query: torch.Tensor, pages: torch.Tensor, layout: PageLayout, b
             f"the batch has {requests} seq_lens, {starts} query_start_loc and {table[0]} rows of block_table; "
             f"it must have {requests}, {requests + 1} and {requests}"
         )
-    _check_heads(query=query)
+    _check_heads("query", query, shape[1])
     topk = batch.topk_pages
     if topk is not None and (topk.dtype is not torch.int32 or topk.numel() != requests):
         raise ValueError(f"topk_pages is {topk.dtype} {list(topk.shape)}; it must be int32 [{requests}], one for each request")
@@ -417,7 +417,7 @@ def _check_attention(
 ) -> int:
     """Returns the number of query heads per KV head."""
     kv_heads, shape = _check_batch(query, pages, layout, batch), query.shape
-    _check_heads(out=out)
+    _check_heads("out", out, shape[1])
     if out.shape != shape:
         raise ValueError(f"out is {list(out.shape)}; it must have the shape of query, {list(shape)}")
     if modifiers.sinks is not None and modifiers.sinks.numel() != shape[1]:

@@ -132,6 +132,12 @@ def memory(config: Any) -> MemoryOptions | None:
     return SageOptions.parse(config.additional_config).memory if is_chosen(config) else None
 
 
+def request_topk(config: Any) -> MemoryOptions | None:
+    """The option `memory` of an engine whose requests may ask for a number of recalled pages, or None."""
+    found = memory(config)
+    return found if found is not None and found.max_topk_pages is not None else None
+
+
 def check_config(config: Any, has_metrics: bool = True) -> None:
     """Check an engine's configuration (VllmConfig) as soon as it is made, if it chooses this backend. has_metrics: whether the
     engine has any.
@@ -146,7 +152,7 @@ def check_config(config: Any, has_metrics: bool = True) -> None:
     _check_front_end(options)
     if options.memory is not None:
         _check_memory(options, options.memory, model)
-        if options.memory.max_topk_pages is not None and config.parallel_config.use_ubatching:
+        if options.per_request_topk and config.parallel_config.use_ubatching:
             raise ValueError(
                 '"max_topk_pages" in option "memory" in --additional-config "sage" does not go with batches that overlap; '
                 "leave --enable-dbo and --ubatch-size out"
@@ -170,8 +176,7 @@ def _check_front_end(options: SageOptions) -> None:
     """Raises ValueError for options that requests may override, if vLLM's front end is the one in which nothing checks them."""
     from vllm import envs  # as in `reasons_of`
 
-    asks = {"variator": options.variator is not None}
-    asks["max_topk_pages"] = options.memory is not None and options.memory.max_topk_pages is not None
+    asks = {"variator": options.variator is not None, "max_topk_pages": options.per_request_topk}
     if any(asks.values()) and getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
         names = " and ".join(f'"{name}"' for name, asked in asks.items() if asked)
         raise ValueError(
@@ -335,7 +340,7 @@ def _check_connector(config: Any, options: SageOptions) -> None:
             f"{options.page_tokens}",
         ),
         (
-            has_example and options.memory is not None and options.memory.max_topk_pages is not None,
+            has_example and options.per_request_topk,
             'ExampleConnector finds pages by tokens alone, whatever else these have read; leave "max_topk_pages" in option '
             '"memory" out',
         ),

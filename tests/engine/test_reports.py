@@ -5,7 +5,6 @@ same request alone, without what the report is about. (Kernel tests of this kind
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
 from random import Random
 from statistics import mean
 from typing import Any
@@ -15,10 +14,10 @@ import torch
 import transformers
 from engines import (
     EXACT,
-    NEAR_TIE,
     NGRAM_DRAFTS,
     Answer,
-    assert_same_tokens,
+    assert_same_answers,
+    changes,
     engine,
     greedy,
     heldout_prompts,
@@ -31,24 +30,7 @@ from sage_backend.demo.passkey import make_passkey
 
 pytestmark = pytest.mark.engine
 
-NOISE = NEAR_TIE if torch.cuda.is_available() else 0.02
-"""Bound on the change of a token's log-probability by the other requests of a batch, in nats."""
 PAGE = 64
-
-
-def assert_same(actual: Sequence[Answer], expected: Sequence[Answer], noise: float = NOISE) -> None:
-    """Assert that the tokens are the same, and their log-probabilities nearly. A request may differ from a token on that is
-    hardly likelier than another one."""
-    assert_same_tokens(actual, expected, 2 * noise)
-    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        for j, change in enumerate(changes(a, b)):
-            assert change <= noise, f"request {i}, token {j}: its log-probability changes by {change:.3f}"
-
-
-def changes(a: Answer, b: Answer) -> list[float]:
-    """The changes of the log-probabilities of the tokens that two answers begin with, in nats."""
-    pairs = zip(a.tokens, b.tokens, a.logprobs, b.logprobs, strict=True)
-    return [abs(x - y) for _, _, x, y in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def scheduler(llm: Any) -> Any:
@@ -124,7 +106,7 @@ def test_a_pool_that_is_full_to_the_last_block(hybrid: Any, requests: int) -> No
     with allocations(hybrid) as found:
         together = greedy(hybrid, prompts, 8)
     assert min(free for free, _ in found) == 0
-    assert_same(together, greedy(hybrid, prompts, 8, together=False))
+    assert_same_answers(together, greedy(hybrid, prompts, 8, together=False))
 
 
 def owned_before(llm: Any, prompt: list[int], others: Callable[[int], list[list[int]]], turns: int) -> list[Answer]:
@@ -177,7 +159,7 @@ def test_every_length_behind_a_cached_prefix(plain: Any, drafting: Any) -> None:
     answers = greedy(drafting, prompts[: PAGE // 2], 4) + greedy(drafting, prompts[PAGE // 2 :], 4)
     assert [answer.cached for answer in answers] == [0] + [PAGE] * (PAGE - 1)
     assert metric(drafting, "vllm:spec_decode_num_accepted_tokens") > 3
-    assert_same(answers, expected)
+    assert_same_answers(answers, expected)
 
 
 def test_chunks_while_others_decode(plain: Any, drafting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +176,7 @@ def test_chunks_while_others_decode(plain: Any, drafting: Any, monkeypatch: pyte
         greedy(llm, [prompts[0]], 1)
         answers = greedy(llm, prompts, 8)
         assert answers[4].cached == PAGE
-        assert_same(answers, expected)
+        assert_same_answers(answers, expected)
 
 
 CHUNKS = (63, 64, 65, 127, 129)
@@ -221,14 +203,14 @@ def test_chunks_behind_a_cached_prefix(plain: Any, monkeypatch: pytest.MonkeyPat
     [prompt] = heldout_prompts(plain, [PAGE + 140])
     for part, chunks in ((prompt, CHUNKS), (prompt[: PAGE + 9], [1])):
         whole, chunked = changes_by_chunks(plain, part, PAGE, monkeypatch, chunks)
-        assert_same(list(chunked.values()), [whole] * len(chunked))
+        assert_same_answers(list(chunked.values()), [whole] * len(chunked))
     for layer in layers(plain):
         monkeypatch.setattr(layer.impl, "smooth_q", True)
     block = layer.impl.q_block(layer.kv_cache.device, layer.impl.layout)
     single, by_token = changes_by_chunks(plain, prompt[: PAGE + 9], PAGE, monkeypatch, [1])
     assert 0 < mean(changes(by_token[1], single)) < 0.1
     smoothed, chunked = changes_by_chunks(plain, prompt, PAGE, monkeypatch)
-    assert_same([chunked.pop(n) for n in CHUNKS if n % block == 0], [smoothed])
+    assert_same_answers([chunked.pop(n) for n in CHUNKS if n % block == 0], [smoothed])
     assert 0 < max(mean(changes(each, smoothed)) for each in chunked.values()) < 0.1
 
 
@@ -250,7 +232,7 @@ def test_chunks_with_memory(remembering: Any, monkeypatch: pytest.MonkeyPatch) -
     _, by_token = changes_by_chunks(remembering, tokenizer.encode(text), 768, monkeypatch, [1])
     for answer in (whole, *chunked.values(), by_token[1]):
         assert tokenizer.decode(answer.tokens).strip().startswith(key)
-    assert_same([chunked.pop(64)], [whole])
+    assert_same_answers([chunked.pop(64)], [whole])
     assert max(mean(changes(each, whole)) for each in chunked.values()) > 0
 
 
@@ -284,4 +266,4 @@ def test_graphs_fit_contexts_longer_than_those_of_their_capture(run: str, drafts
         answers = greedy(llm, prompts, 160)
         if drafts:
             assert metric(llm, "vllm:spec_decode_num_draft_tokens") > 30 * metric(llm, "vllm:spec_decode_num_drafts")
-    assert_same(answers, expected)
+    assert_same_answers(answers, expected)

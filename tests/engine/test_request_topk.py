@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import EXACT, NEAR_TIE, NGRAM_DRAFTS, Answer, assert_same_tokens, engine, environment, greedy, heldout_prompts
+from engines import EXACT, NGRAM_DRAFTS, NOISE, Answer, assert_same_answers, engine, environment, greedy, heldout_prompts
 from recording import scraped
 
 from sage_backend.engine.patches import block_hash
@@ -17,8 +17,6 @@ from sage_backend.options import MemoryOptions, SageOptions
 from sage_paged import ALL_PAGES
 
 MEMORY = "SAGE:page_tokens=64,memory.sink_tokens=64,memory.local_tokens=128,memory.query_block=64,memory.topk_pages="
-NOISE = NEAR_TIE if torch.cuda.is_available() else 0.02
-"""Bound on the change of a token's log-probability by the other requests of a batch, in nats."""
 LENGTHS = (1500, 700, 1501, 900, 400)
 ASKED = (None, 1, "all", 6, "all")
 TOKENS = 12
@@ -45,18 +43,12 @@ def ask(llm: Any, prompts: Sequence[list[int]], asked: Sequence[Any], tokens: in
     return greedy(llm, prompts, tokens, extra_args=arguments, **more)
 
 
-def assert_near(actual: Sequence[Answer], expected: Sequence[Answer], noise: float = NOISE) -> None:
-    assert_same_tokens(actual, expected, 2 * noise)
-    for a, b in zip(actual, expected, strict=True):
-        assert abs(a.logprobs[0] - b.logprobs[0]) <= noise
-
-
 @pytest.mark.engine
 def test_each_request_reads_its_own_pages(serving: Any) -> None:
     """Together, requests get the answers that they get alone, which differ by how much is read."""
     prompts = heldout_prompts(serving, LENGTHS)
     alone = [ask(serving, [prompt], [each], read_cache=False)[0] for prompt, each in zip(prompts, ASKED, strict=True)]
-    assert_near(ask(serving, prompts, ASKED, read_cache=False), alone)
+    assert_same_answers(ask(serving, prompts, ASKED, read_cache=False), alone)
     [least] = ask(serving, [prompts[2]], [1], read_cache=False)
     differences = [abs(a - b) for a, b in zip(least.logprobs, alone[2].logprobs, strict=True)]
     assert max(differences[:3]) > 0.1, "of a context that is read whole, more is read than one page"
@@ -66,7 +58,9 @@ def test_each_request_reads_its_own_pages(serving: Any) -> None:
 def test_all_is_what_is_read_without_memory(serving: Any, without_memory: list[Answer]) -> None:
     prompts = heldout_prompts(serving, LENGTHS)
     answers = ask(serving, prompts, ["all"] * 5, read_cache=False)
-    assert_near(answers, without_memory, max(NOISE, 0.05))  # keys are calibrated with what is read of the texts at start
+    assert_same_answers(
+        answers, without_memory, max(NOISE, 0.05)
+    )  # keys are calibrated with what is read of the texts at start
 
 
 @pytest.mark.engine

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import BuiltinFunctionType
 from typing import Any
@@ -40,6 +41,9 @@ actually compiled."""
 
 NEAR_TIE = 0.375
 """In nats: three steps of a BF16 logit above 16. Margins of an eager and a compiled engine differed by up to 0.31."""
+
+NOISE = NEAR_TIE if torch.cuda.is_available() else 0.02
+"""Bound on the change of a token's log-probability by the other requests of a batch, in nats."""
 
 
 @contextmanager
@@ -215,6 +219,21 @@ def assert_same_tokens(actual: Sequence[Answer], expected: Sequence[Answer], nea
         if where is not None:
             margin = max(a.margins[where], b.margins[where])
             assert margin <= near_tie, f"request {i} differs from token {where} on, where the margin is {margin:.3f} nats"
+
+
+def assert_same_answers(actual: Sequence[Answer], expected: Sequence[Answer], noise: float = NOISE) -> None:
+    """Assert that the tokens are the same, and their log-probabilities nearly. A request may differ from a token on that is
+    hardly likelier than another one."""
+    assert_same_tokens(actual, expected, 2 * noise)
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        for j, change in enumerate(changes(a, b)):
+            assert change <= noise, f"request {i}, token {j}: its log-probability changes by {change:.3f}"
+
+
+def changes(a: Answer, b: Answer) -> list[float]:
+    """The changes of the log-probabilities of the tokens that two answers begin with, in nats."""
+    pairs = zip(a.tokens, b.tokens, a.logprobs, b.logprobs, strict=True)
+    return [abs(x - y) for _, _, x, y in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def prompt_logprobs(llm: Any, prompts: Sequence[list[int]]) -> torch.Tensor:

@@ -20,6 +20,7 @@ from engines import (
     engine,
     environment,
     give_two_workers_cores,
+    greedy,
     heldout_prompts,
     metric,
     random_prompts,
@@ -44,17 +45,7 @@ OPTIONS = {"smooth_k": False}
 
 def ask(llm: Any, prompts: Sequence[list[int]], asked: Sequence[dict[str, int]], tokens: int = 16) -> list[Answer]:
     """Continue the prompts as one batch. asked: the extra arguments of each."""
-    from vllm import SamplingParams
-
-    fixed = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 2, "detokenize": False}
-    parameters = [SamplingParams(**fixed, extra_args=dict(each)) for each in asked]
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
-    answers = []
-    for output in outputs:
-        best = [sorted((each.logprob for each in at.values()), reverse=True) for at in output.outputs[0].logprobs]
-        margins = [first - second for first, second, *_ in best]
-        answers.append(Answer(list(output.outputs[0].token_ids), margins, output.num_cached_tokens))
-    return answers
+    return greedy(llm, prompts, tokens, extra_args=[dict(each) for each in asked])
 
 
 def ask_all(llm: Any, prompts: Sequence[list[int]], ratio: int) -> list[Answer]:

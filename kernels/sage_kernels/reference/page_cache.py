@@ -31,8 +31,8 @@ def fetch_pages(cache: PageCache, pages: torch.Tensor, layout: PageLayout, batch
     What was not used for longest makes room, among EVICTION_WINDOW frames at a time, from the hand on.
     """
     cache.times[2] += cache.times[1] - cache.times[0]
-    cache.times[0] = time.perf_counter_ns()
-    fetched = int(cache.fetched.sum())
+    cache.times[:2] = time.perf_counter_ns()
+    brings = False
     kv_heads = pages.shape[1]
     table = batch.block_table if batch.block_table.dim() == 3 else batch.block_table[:, None].expand(-1, kv_heads, -1)
     read = torch.arange(table.shape[2])[None, :] * layout.tokens < batch.seq_lens[:, None]
@@ -42,10 +42,13 @@ def fetch_pages(cache: PageCache, pages: torch.Tensor, layout: PageLayout, batch
         wanted = table[:, head][read].long().unique()
         frames = frame_of[wanted].long()
         cache.last_use[frames[frames >= 0], head] = now
-        _bring(cache, pages, head, wanted[frames < 0].tolist(), now)
+        missing = wanted[frames < 0].tolist()
+        _bring(cache, pages, head, missing, now)
+        brings |= bool(missing)
         cache.clock[head] = now + 1
         result[:, head] = torch.where(read, frame_of[table[:, head].long()], 0)
-    cache.times[1] = time.perf_counter_ns() if int(cache.fetched.sum()) > fetched else cache.times[0]
+    if brings:
+        cache.times[1] = time.perf_counter_ns()
     return replace(batch, block_table=result)
 
 

@@ -39,8 +39,7 @@ def _prepared(load: Any) -> Any:
                 impls[name].drafts = True
         if any(impl.rotates_pages for impl in impls.values()):
             positions.find_frequencies(self.worker)
-        memory = checks.memory(config)
-        if memory is not None and memory.max_topk_pages is not None:
+        if (memory := checks.request_topk(config)) is not None:
             topk = config.compilation_config.static_forward_context[REQUEST_TOPK] = RequestTopk(memory)
             model_runner.apply(self.worker.model_runner, topk)
         if found := checks.compression(config):

@@ -30,8 +30,7 @@ def apply() -> None:
 
 def _attached(init: Any) -> Any:
     def init_and_attach(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        memory = checks.memory(vllm_config)
-        if memory is not None and memory.max_topk_pages is not None:
+        if checks.request_topk(vllm_config) is not None:
             block_hash.apply()  # before a KV connector, which the scheduler makes, takes vLLM's function
         init(self, vllm_config, *args, **kwargs)
         if found := checks.compression(vllm_config):
