@@ -83,14 +83,16 @@ def smoothing_block(device: torch.device, layout: PageLayout, group: int) -> int
     return tile(device, layout, group, smooth_q=True)[0] // group
 
 
-def prefill_scratch_bytes(device: torch.device, layout: PageLayout, group: int, smooth_q: bool = False) -> int:
+def prefill_scratch_bytes(
+    device: torch.device, layout: PageLayout, group: int, smooth_q: bool = False, shifted: bool = False
+) -> int:
     """Memory that `attend_prefill` allocates while it runs, in bytes, unless one KV head of one request needs more. Only pages
-    that are widened need any, on a GPU (`portable.widen`)."""
+    that are widened need any, on a GPU (`portable.widen`), and those that are read at shifted positions."""
     if choose_kernels(device, layout, group, smooth_q).prefill == "torch":
         return 0
     from sage_kernels.portable.widen import SCRATCH, widens
 
-    return SCRATCH if widens(layout, device) else 0
+    return SCRATCH if shifted or widens(layout, device) else 0
 
 
 def selection_scratch_bytes(
@@ -113,9 +115,7 @@ def max_decode_rows(device: torch.device, layout: PageLayout) -> int:
     return max_rows(device, layout)
 
 
-def decode_workspace(
-    device: torch.device, layout: PageLayout, query_rows: int, shifted: bool = False
-) -> Any:
+def decode_workspace(device: torch.device, layout: PageLayout, query_rows: int, shifted: bool = False) -> Any:
     """The workspace that `attend_decode` reuses for every layer and step; None on a CPU, which needs none.
 
     query_rows: the most query tokens of a request times query heads per KV head. shifted: whether batches may have a RopeShift.
@@ -198,7 +198,7 @@ def attend_prefill(
         cpu.attention(query, pages, layout, batch, scale, out, modifiers)
         return
     choice = choose_kernels(device, layout, group, modifiers.q_block > 0)
-    if choice.prefill == "hopper" and batch.rope_shift is None:
+    if choice.prefill == "hopper":
         from sage_kernels.hopper.prefill import prefill
     else:
         from sage_kernels.portable.prefill import prefill

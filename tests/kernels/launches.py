@@ -33,8 +33,8 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     """Every launch of this head size and key precision. Call `imitate_device` first."""
     import torch
 
-    from sage_kernels import LayerCalibration, Memory, Modifiers, PageCache, PagedBatch, PageLayout, RopeShift
-    from sage_kernels.portable import decode, page_cache, prefill, recall, store
+    from sage_kernels import LayerCalibration, Modifiers, PageCache, PagedBatch, PageLayout, RopeShift
+    from sage_kernels.portable import decode, page_cache, prefill, store
     from sage_paged import MAX_V_INT4_DIM
 
     starts, lengths, table = (torch.zeros(*shape, dtype=torch.int32) for shape in ((2,), (1,), (1, 2)))
@@ -60,35 +60,46 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
 
     block = prefill.tile(query.device, layout, 4, smooth_q=True)[0] // 4
     cases: dict[str, tuple[PagedBatch, Modifiers]] = {"": (batch, Modifiers(calibration=keys))}
+    shifted = replace(batch, rope_shift=RopeShift(table.expand(2, 2).unsqueeze(0), torch.zeros(2, head_dim)))
     if head_dim >= 256:  # whose tiles leave the least shared memory
         cases["means"] = batch, Modifiers(calibration=keys, q_block=block)
+        cases["turned means"] = shifted, Modifiers(calibration=keys, q_block=block)
     most = replace(batch, max_query_len=decode.max_rows(query.device, layout) // 4)
     yield "drafts", partial(attentions[1], query, pages, layout, most, 0.1, torch.empty_like(query), Modifiers())
     if head_dim == 128:
         cases["sinks"] = batch, Modifiers(sinks=torch.zeros(8), calibration=keys)
         cases["values"] = batch, Modifiers(calibration=values)
         cases["all"] = batch, Modifiers(100, 30.0, torch.zeros(8), values)
-        shifted = replace(batch, rope_shift=RopeShift(table.expand(2, 2).unsqueeze(0), torch.zeros(2, 128)))
         cases["turns"] = shifted, Modifiers(calibration=keys)
         cases["turned means"] = shifted, Modifiers(calibration=keys, q_block=block)
-        cache = (with_summary := PageLayout(head_dim, k_bits, has_summary=True)).empty(2, 2), with_summary
-        yield "", partial(recall.store_summaries, *cache, batch, 1, torch.zeros(2, 128), keys)
-        yield "", partial(recall.select_pages, query, *cache, batch, Memory(), 512)
         held = PageCache.allocate(2, 2, layout, 2)
         yield "frames", partial(store.store, key, key, pages, slots, layout, keys, held)
         yield "", partial(page_cache.fetch_pages, held, pages, layout, batch)
-        long = replace(batch, block_table=torch.zeros(1, 2000, dtype=torch.int32))
-        own, room = replace(long, topk_pages=lengths), Memory(max_topk_pages=128, whole=True)
-        for query_block in (0, 512):
-            yield f"long {query_block}", partial(recall.select_pages, query, *cache, long, Memory(), query_block)
-            yield f"own {query_block}", partial(recall.select_pages, query, *cache, own, room, query_block)
-            trained = batch, Memory(trained_tokens=8192), query_block, torch.zeros(2, 128)
-            yield f"trained {query_block}", partial(recall.select_pages, query, *cache, *trained)
+        yield from selection_launches(query, k_bits, batch, keys)
 
     for name, (where, modifiers) in cases.items():
-        # Only the portable kernels rotate queries, and of these only that for prefill smooths them.
-        for attention in attentions[: 1 if modifiers.q_block else 2 if where.rope_shift else None]:
+        # Only portable prefill smooths queries, and for sm_90 decodes alone have no kernel that reads pages elsewhere.
+        for attention in attentions[: 1 if modifiers.q_block else 3 if where.rope_shift else None]:
             yield name, partial(attention, query, pages, layout, where, 0.1, torch.empty_like(query), modifiers)
+
+
+def selection_launches(query: Any, k_bits: int, batch: Any, keys: Any) -> Iterator[Launch]:
+    """Those of memory: summaries, and the choice of pages."""
+    import torch
+
+    from sage_kernels import Memory, PageLayout
+    from sage_kernels.portable import recall
+
+    cache = (layout := PageLayout(query.shape[2], k_bits, has_summary=True)).empty(2, 2), layout
+    yield "", partial(recall.store_summaries, *cache, batch, 1, torch.zeros(2, 128), keys)
+    yield "", partial(recall.select_pages, query, *cache, batch, Memory(), 512)
+    long = replace(batch, block_table=torch.zeros(1, 2000, dtype=torch.int32))
+    own, room = replace(long, topk_pages=batch.seq_lens), Memory(max_topk_pages=128, whole=True)
+    for query_block in (0, 512):
+        yield f"long {query_block}", partial(recall.select_pages, query, *cache, long, Memory(), query_block)
+        yield f"own {query_block}", partial(recall.select_pages, query, *cache, own, room, query_block)
+        trained = batch, Memory(trained_tokens=8192), query_block, torch.zeros(2, 128)
+        yield f"trained {query_block}", partial(recall.select_pages, query, *cache, *trained)
 
 
 def attention_functions(capability: int, layout: Any) -> list[Callable[..., Any]]:

@@ -90,7 +90,7 @@ def test_int4_prompts_in_parts(
             return self.launch
 
         def launch(self, query, out, k, v, pages, table, lengths, starts, *rest: Any, **constants: Any) -> None:
-            sinks, k_anchor, equalizer, order, v_anchor, _, scale, soft_cap, *_ = rest
+            sinks, k_anchor, equalizer, order, v_anchor, _, _, scale, soft_cap, *_ = rest
             layout = PageLayout(constants["HEAD_DIM"], 8, constants["PAGE"])
             if constants["ORDER"]:
                 # Queries come in the model's order. The kernel puts them into that of the keys, which these pages have.

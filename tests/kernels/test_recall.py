@@ -316,7 +316,9 @@ def test_attention_to_selected_pages(kernels, shifted: bool, smooth_q: bool, sof
         query, pages = batch.query.to(kernels.device), batch.pages.to(kernels.device)
         out = torch.full(query.shape, float("nan"), device=kernels.device)
         kernels.prefill(query, pages, layout, chosen, batch.scale, out, on_device)
-        assert relative_error(out, expected) < 2e-2
+        turned = reference.attention(batch.query, batch.pages, layout, select(batch, memory, query_block, table), batch.scale,
+                                     modifiers, turns_keys=True)  # fmt: skip
+        assert relative_error(out, turned) < 2e-3
         if smooth_q:
             continue  # decode does not smooth
         if query_block == 0:

@@ -59,6 +59,7 @@ from sage_kernels.hopper.scheduler import (
 )
 from sage_kernels.portable.primitives import LOG2E, TABLE_STRIDES, TABLES, inverse_or_zero, softmax_reference, v_inverse_bits
 from sage_kernels.portable.query_tile import calibration_constants, calibration_tensors, tensor_or
+from sage_kernels.portable.turn import bias_strides
 from sage_kernels.portable.widen import attend_wide_pages
 from sage_paged import PageLayout
 
@@ -108,13 +109,15 @@ class PageSource(NamedTuple):
 
 class Buffers(NamedTuple):
     """Shared memory. k: [STAGES + 1, PAGE, HEAD_DIM], the last slot for a tile's first page; v: [STAGES, HEAD_DIM, PAGE];
-    raw_scales: scales as copied; scales, inverses: what `_prepare_scales` makes of them."""
+    raw_scales: scales as copied; scales, inverses: what `_prepare_scales` makes of them; bias: [STAGES, BLOCK_M], the rows'
+    page_bias."""
 
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
     raw_scales: gl.shared_memory_descriptor
     scales: gl.shared_memory_descriptor
     inverses: gl.shared_memory_descriptor
+    bias: gl.shared_memory_descriptor
 
 
 class Barriers(NamedTuple):
@@ -143,15 +146,25 @@ class Tensors(NamedTuple):
     out_head_stride: gl.tensor
 
 
+class PageBias(NamedTuple):
+    """pointer: to `turn.page_bias`, with its strides from one page, request and KV head to the next."""
+
+    pointer: gl.tensor
+    stride: gl.tensor
+    request_stride: gl.tensor
+    head_stride: gl.tensor
+
+
 class SoftmaxState(NamedTuple):
     """Between two pages. started: Q K^T of page n + 1 in flight, a tuple of one (none if the head is wide); logits: of page n;
-    m_ref, m_i: see `primitives.softmax_reference`; decay: rescales acc and l_i, sums over the pages before page n, to m_ref;
-    acc: a tuple, one tensor per part of the channels."""
+    m_ref, m_i: see `primitives.softmax_reference`; m_page: m_ref less the bias of page n, which its logits lack; decay:
+    rescales acc and l_i, sums over the pages before page n, to m_ref; acc: a tuple, one tensor per part of the channels."""
 
     started: tuple[Any, ...]
     logits: gl.tensor
     m_ref: gl.tensor
     m_i: gl.tensor
+    m_page: gl.tensor
     decay: gl.tensor
     acc: tuple[Any, ...]
     l_i: gl.tensor
@@ -216,8 +229,12 @@ def _in_v_order(x, COUNT: gl.constexpr, PAGE: gl.constexpr):
 
 
 @gluon.jit
-def _prepare_scales(tile, n, buffers, barriers, V_BITS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr):
-    """Prepare a tile's scales for the softmax, once for both warpgroups. n: pages of this program's tiles before.
+def _prepare_scales(
+    tile, n, page_bias, buffers, barriers, GROUP: gl.constexpr, PAGE_BIAS: gl.constexpr, V_BITS: gl.constexpr,
+    PAGE: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Prepare a tile's scales for the softmax, once for both warpgroups, and bring its page_bias. n: pages of this program's
+    tiles before.
 
     buffers.scales: for each pair of tokens, both scales of K, then both exponents of V plus LOGIT_BIAS. buffers.inverses:
     2**-exponent as an e4m3 number (`v_inverse_bits`), in the order of V and in eight equal columns. It is the B operand of a
@@ -228,9 +245,17 @@ def _prepare_scales(tile, n, buffers, barriers, V_BITS: gl.constexpr, PAGE: gl.c
     COLUMNS: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     PAIRS: gl.constexpr = gl.BlockedLayout([PAGE // 16], [32], [1], [0])
     tokens = gl.arange(0, PAGE, COLUMNS)
+    if PAGE_BIAS:  # rows behind the last query take its numbers
+        row = gl.arange(0, 2 * ROWS, gl.BlockedLayout([2 * ROWS // 32], [32], [1], [0]))
+        own = page_bias.pointer + gl.minimum(tile.q_block * BLOCK_Q + row // GROUP, tile.q_len - 1) * GROUP + row % GROUP
+        own += tile.request.to(gl.int64) * page_bias.request_stride + tile.kv_head.to(gl.int64) * page_bias.head_stride
     for i in range(tile.pages):
         slot = (n + i) % STAGES
+        if PAGE_BIAS:
+            bias = gl.load(own + (tile.first_page + i) * page_bias.stride)
         wait_full(barriers.v_full, n + i, STAGES)
+        if PAGE_BIAS:
+            buffers.bias.index(slot).store(bias)
         raw = plain(buffers.raw_scales.index(slot), [2 * PAGE], gl.float32)
         k_scale = raw.slice(0, PAGE).load(COLUMNS)
         exponent = raw.slice(PAGE, PAGE).load(COLUMNS)
@@ -246,13 +271,16 @@ def _prepare_scales(tile, n, buffers, barriers, V_BITS: gl.constexpr, PAGE: gl.c
 
 
 @gluon.jit
-def _scale_partition(buffers, barriers, queue, V_BITS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr):
+def _scale_partition(
+    page_bias, buffers, barriers, queue, GROUP: gl.constexpr, PAGE_BIAS: gl.constexpr, V_BITS: gl.constexpr,
+    PAGE: gl.constexpr, BLOCK_Q: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """The warp that prepares scales."""
     tile_index = 0
     n = 0  # pages so far
     tile = get_tile(queue, 0, 1)
     while tile.pages > 0:
-        _prepare_scales(tile, n, buffers, barriers, V_BITS, PAGE, STAGES)
+        _prepare_scales(tile, n, page_bias, buffers, barriers, GROUP, PAGE_BIAS, V_BITS, PAGE, BLOCK_Q, STAGES)
         release_tile(queue, tile_index)
         n += tile.pages
         tile_index += 1
@@ -304,7 +332,7 @@ def _logits(
     HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr, S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Base-2 logits of page n, plus LOGIT_BIAS and V's exponents, and their row maxima. codes: Q K^T of the page, whose
-    prepared scales are in their slot."""
+    prepared scales are in their slot. q_bias: what a row's logits get before the soft cap."""
     STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     # Of each 16 numbers (8 columns), each of four threads holds the four of its two columns.
@@ -383,9 +411,26 @@ def _add_page(
 
 
 @gluon.jit
+def _bias_of_page(
+    buffers, n, q_bias, WARPGROUP: gl.constexpr, PAGE_BIAS: gl.constexpr, SOFT_CAP: gl.constexpr, STAGES: gl.constexpr
+):
+    """What the rows' logits in page n get before the soft cap, and, without one, what they lack until the softmax: both float32
+    [ROWS]."""
+    lacking = gl.zeros_like(q_bias)
+    if PAGE_BIAS:
+        bias = buffers.bias.index(n % STAGES).slice(WARPGROUP * ROWS, ROWS).load(q_bias.type.layout)
+        if SOFT_CAP:
+            q_bias += bias
+        else:
+            lacking = bias
+    return q_bias, lacking
+
+
+@gluon.jit
 def _attend_page(
     q, q_scale, q_bias, state, buffers, barriers, n, first_visible, last_visible, soft_cap,
-    HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr,
+    WARPGROUP: gl.constexpr, HEAD_DIM: gl.constexpr, PAGE: gl.constexpr, MASKED: gl.constexpr, SOFT_CAP: gl.constexpr,
+    PAGE_BIAS: gl.constexpr,
     S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, T_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Finish page n and begin page n + 1. first_visible, last_visible: tokens of page n + 1 that a row sees. Returns the
@@ -393,13 +438,14 @@ def _attend_page(
     STAGES: gl.constexpr = _stages(HEAD_DIM, PAGE)
     started, acc, l_i = state.started, state.acc, state.l_i
     if _is_wide(HEAD_DIM):
-        p = _weights(state.logits, state.m_ref, PAGE, MASKED, P_LAYOUT)
+        p = _weights(state.logits, state.m_page, PAGE, MASKED, P_LAYOUT)
         wait_full(barriers.v_full, n, STAGES)
         acc, l_i = _add_page(p, acc, l_i, state.decay, buffers, barriers, n, HEAD_DIM, PAGE, O_LAYOUT, T_LAYOUT)
         codes = _start_next(q, buffers, barriers, n, HEAD_DIM, PAGE, S_LAYOUT)
         wait_full(barriers.scales_full, n + 1, STAGES)
         codes = warpgroup_mma_wait(0, deps=[codes])
         mbarrier.arrive(barriers.empty.index(n % STAGES))
+        q_bias, lacking = _bias_of_page(buffers, n + 1, q_bias, WARPGROUP, PAGE_BIAS, SOFT_CAP, STAGES)
         logits, page_max = _logits(
             codes, q_scale, q_bias, buffers, n + 1, first_visible, last_visible, soft_cap,
             HEAD_DIM, PAGE, MASKED, SOFT_CAP, S_LAYOUT,
@@ -407,8 +453,9 @@ def _attend_page(
     else:
         wait_full(barriers.scales_full, n + 1, STAGES)
         # From here to the wait for V there is no branch, so that the compiler can interleave exponentials and logits.
-        p = _weights(state.logits, state.m_ref, PAGE, MASKED, P_LAYOUT)
+        p = _weights(state.logits, state.m_page, PAGE, MASKED, P_LAYOUT)
         codes = warpgroup_mma_wait(0, deps=[started[0]])
+        q_bias, lacking = _bias_of_page(buffers, n + 1, q_bias, WARPGROUP, PAGE_BIAS, SOFT_CAP, STAGES)
         logits, page_max = _logits(
             codes, q_scale, q_bias, buffers, n + 1, first_visible, last_visible, soft_cap,
             HEAD_DIM, PAGE, MASKED, SOFT_CAP, S_LAYOUT,
@@ -416,9 +463,14 @@ def _attend_page(
         wait_full(barriers.v_full, n, STAGES)
         acc, l_i = _add_page(p, acc, l_i, state.decay, buffers, barriers, n, HEAD_DIM, PAGE, O_LAYOUT, T_LAYOUT)
         started = (_start_next(q, buffers, barriers, n + 1, HEAD_DIM, PAGE, S_LAYOUT),)
+    if PAGE_BIAS:
+        page_max += lacking
     m_ref, m_i = softmax_reference(page_max, state.m_i, state.m_ref, MASKED)
     decay = gl.exp2(state.m_ref - _finite(m_ref, MASKED))
-    return SoftmaxState(started, logits, m_ref, m_i, decay, acc, l_i)
+    m_page = m_ref
+    if PAGE_BIAS:
+        m_page = m_ref - lacking
+    return SoftmaxState(started, logits, m_ref, m_i, m_page, decay, acc, l_i)
 
 
 @gluon.jit
@@ -485,8 +537,8 @@ def _codes(q, inverse):
 def _attend_tile(
     q, tensors, tile, tile_index, n, buffers, barriers, q_codes, scale, soft_cap,
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr,
-    K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, ORDER: gl.constexpr, HEAD_DIM: gl.constexpr, V_BITS: gl.constexpr,
-    PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
+    K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, ORDER: gl.constexpr, PAGE_BIAS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    V_BITS: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """Quantize a warpgroup's query rows q of a tile, and attend to all its pages. q_codes: where the codes of q go. n: pages of
     this program's tiles before. Returns acc, l_i and m_ref after the last page, and q_bias."""
@@ -522,8 +574,9 @@ def _attend_tile(
     wait_full(barriers.scales_full, n, STAGES)
     codes = warpgroup_mma_wait(0, deps=[codes])
     mbarrier.arrive(barriers.empty.index(STAGES))
+    page_bias, lacking = _bias_of_page(buffers, n, q_bias, WARPGROUP, PAGE_BIAS, SOFT_CAP, STAGES)
     logits, page_max = _logits(
-        codes, q_scale, q_bias, buffers, n, first_visible, position, soft_cap,
+        codes, q_scale, page_bias, buffers, n, first_visible, position, soft_cap,
         HEAD_DIM, PAGE, True, SOFT_CAP, S_LAYOUT,
     )  # fmt: skip
     started = ()
@@ -535,24 +588,24 @@ def _attend_tile(
         acc += (gl.zeros([ROWS, PART], gl.float32, O_LAYOUT),)  # type: ignore[assignment]
     l_i = gl.zeros([ROWS, 8], gl.float32, T_LAYOUT)  # eight equal columns
     nothing = gl.full([ROWS], float("-inf"), gl.float32, S_ROWS)
-    m_ref, m_i = softmax_reference(page_max, nothing, nothing, True)
-    state = SoftmaxState(started, logits, m_ref, m_i, gl.zeros_like(m_ref), acc, l_i)
+    m_ref, m_i = softmax_reference(page_max + lacking, nothing, nothing, True)
+    state = SoftmaxState(started, logits, m_ref, m_i, m_ref - lacking, gl.zeros_like(m_ref), acc, l_i)
     unmasked = gl.minimum(gl.maximum(tile.full_pages - 1, 0), last)
     for i in range(unmasked):
         state = _attend_page(
             q_codes, q_scale, q_bias, state, buffers, barriers, n + i, position, position, soft_cap,
-            HEAD_DIM, PAGE, False, SOFT_CAP, S_LAYOUT, O_LAYOUT, P_LAYOUT, T_LAYOUT,
+            WARPGROUP, HEAD_DIM, PAGE, False, SOFT_CAP, PAGE_BIAS, S_LAYOUT, O_LAYOUT, P_LAYOUT, T_LAYOUT,
         )  # fmt: skip
     for i in range(unmasked, last):
         last_visible = position - (i + 1) * PAGE
         first_visible = last_visible - WINDOW + 1 if WINDOW > 0 else gl.zeros_like(last_visible)
         state = _attend_page(
             q_codes, q_scale, q_bias, state, buffers, barriers, n + i, first_visible, last_visible, soft_cap,
-            HEAD_DIM, PAGE, True, SOFT_CAP, S_LAYOUT, O_LAYOUT, P_LAYOUT, T_LAYOUT,
+            WARPGROUP, HEAD_DIM, PAGE, True, SOFT_CAP, PAGE_BIAS, S_LAYOUT, O_LAYOUT, P_LAYOUT, T_LAYOUT,
         )  # fmt: skip
     if not _is_wide(HEAD_DIM):
         warpgroup_mma_wait(0, deps=[state.started[0]])  # type: ignore[misc]
-    p = _weights(state.logits, state.m_ref, PAGE, True, P_LAYOUT)
+    p = _weights(state.logits, state.m_page, PAGE, True, P_LAYOUT)
     n += last
     wait_full(barriers.v_full, n, STAGES)
     length = tile.seq_len - (tile.first_page + last) * PAGE
@@ -601,8 +654,8 @@ def _write_out(
 def _attend_partition(
     tensors, buffers, barriers, queue, q_buffers, scale, soft_cap,
     WARPGROUP: gl.constexpr, GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr,
-    K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, ORDER: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr,
-    V_BITS: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
+    K_ANCHOR: gl.constexpr, EQUALIZE: gl.constexpr, ORDER: gl.constexpr, V_ANCHOR: gl.constexpr, PAGE_BIAS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, V_BITS: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup that attends, number WARPGROUP of two."""
     tile_index = 0
@@ -612,7 +665,7 @@ def _attend_partition(
         q = _load_query(tensors, tile, WARPGROUP, GROUP, HEAD_DIM, BLOCK_Q, ORDER)
         acc, l_i, m_ref, q_bias = _attend_tile(
             q, tensors, tile, tile_index, n, buffers, barriers, q_buffers.index(WARPGROUP), scale, soft_cap,
-            WARPGROUP, GROUP, WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, V_BITS, PAGE, BLOCK_Q,
+            WARPGROUP, GROUP, WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, PAGE_BIAS, HEAD_DIM, V_BITS, PAGE, BLOCK_Q,
         )  # fmt: skip
         _write_out(acc, l_i, m_ref, q_bias, tensors, tile, WARPGROUP, GROUP, SOFT_CAP, SINKS, V_ANCHOR, HEAD_DIM, BLOCK_Q)
         release_tile(queue, tile_index)
@@ -624,12 +677,12 @@ def _attend_partition(
 @gluon.jit(do_not_specialize=["num_reqs", "q_blocks", "kv_heads", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _prefill_kernel(
     query, out, k_pages, v_pages, scale_rows, block_table, seq_lens, query_start_loc, sinks, k_anchor, equalizer, order,
-    v_anchor, counters, scale, soft_cap, num_reqs, q_blocks, kv_heads,
+    v_anchor, page_bias, counters, scale, soft_cap, num_reqs, q_blocks, kv_heads,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_rows,
-    head_rows,
+    head_rows, bias_stride, bias_request_stride, bias_head_stride,
     GROUP: gl.constexpr, WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, SINKS: gl.constexpr, K_ANCHOR: gl.constexpr,
-    EQUALIZE: gl.constexpr, ORDER: gl.constexpr, V_ANCHOR: gl.constexpr, HEAD_DIM: gl.constexpr, V_BITS: gl.constexpr,
-    PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
+    EQUALIZE: gl.constexpr, ORDER: gl.constexpr, V_ANCHOR: gl.constexpr, PAGE_BIAS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    V_BITS: gl.constexpr, PAGE: gl.constexpr, BLOCK_Q: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as run at a time. Each takes one tile (query block, KV head) after the other. V_BITS: of values
     before pages were widened."""
@@ -641,6 +694,9 @@ def _prefill_kernel(
     scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * PAGE], PLAIN)
     INVERSES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, PAGE], gl.float8e4nv)
     inverse_buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 8, PAGE], INVERSES)
+    bias_buffers = scale_buffers
+    if PAGE_BIAS:
+        bias_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * ROWS], PLAIN)
     q_buffers = gl.allocate_shared_memory(gl.int8, [2, ROWS, HEAD_DIM], k_pages.layout)
     tile_slots = gl.allocate_shared_memory(gl.int32, [QUEUE, 16], PLAIN)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
@@ -659,7 +715,7 @@ def _prefill_kernel(
         mbarrier.init(tile_full.index(i), count=1)
         mbarrier.init(tile_empty.index(i), count=3)  # both warpgroups and the warp of scales
 
-    buffers = Buffers(k_buffers, v_buffers, raw_buffers, scale_buffers, inverse_buffers)
+    buffers = Buffers(k_buffers, v_buffers, raw_buffers, scale_buffers, inverse_buffers, bias_buffers)
     barriers = Barriers(k_full, v_full, scales_full, empty)
     queue = TileQueue(tile_slots, tile_full, tile_empty)
     source = PageSource(k_pages, v_pages, scale_rows, block_rows, head_rows)
@@ -672,19 +728,22 @@ def _prefill_kernel(
         [
             (_attend_partition, (
                 tensors, buffers, barriers, queue, q_buffers, scale, soft_cap,
-                0, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, EQUALIZE, ORDER, V_ANCHOR, HEAD_DIM, V_BITS, PAGE,
-                BLOCK_Q,
+                0, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, EQUALIZE, ORDER, V_ANCHOR, PAGE_BIAS, HEAD_DIM, V_BITS,
+                PAGE, BLOCK_Q,
             )),
             (_attend_partition, (
                 tensors, buffers, barriers, queue, q_buffers, scale, soft_cap,
-                1, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, EQUALIZE, ORDER, V_ANCHOR, HEAD_DIM, V_BITS, PAGE,
-                BLOCK_Q,
+                1, GROUP, WINDOW, SOFT_CAP, SINKS, K_ANCHOR, EQUALIZE, ORDER, V_ANCHOR, PAGE_BIAS, HEAD_DIM, V_BITS,
+                PAGE, BLOCK_Q,
             )),
             (_copy_partition, (
                 source, buffers, barriers, queue, counters, tables, num_reqs, q_blocks, kv_heads,
                 WINDOW, HEAD_DIM, PAGE, BLOCK_Q,
             )),
-            (_scale_partition, (buffers, barriers, queue, V_BITS, PAGE, STAGES)),
+            (_scale_partition, (
+                PageBias(page_bias, bias_stride, bias_request_stride, bias_head_stride), buffers, barriers, queue,
+                GROUP, PAGE_BIAS, V_BITS, PAGE, BLOCK_Q, STAGES,
+            )),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -707,7 +766,8 @@ def prefill(
 ) -> None:
     """`reference.attention` with the same arguments, where `supports` holds; writes `out`, which has query's shape.
 
-    There is no kernel for batch.rope_shift and modifiers.q_block. Pages of 4-bit keys or values are widened first.
+    There is no kernel for modifiers.q_block. Pages of 4-bit keys or values, and those that are read at shifted positions, are
+    copied first (`portable.widen`, `portable.turn`).
     """
     attend_wide_pages(_launch, query, pages, layout, batch, scale, out, modifiers or Modifiers())
 
@@ -722,9 +782,10 @@ def _launch(
     modifiers: Modifiers,
     calibration: LayerCalibration,
     v_bits: int,
+    page_bias: torch.Tensor | None,
 ) -> None:
     """`prefill` for pages of INT8 keys and e4m3 values. calibration: in place of modifiers.calibration. v_bits: of values
-    before pages were widened."""
+    before pages were widened. page_bias: see `turn.page_bias`."""
     tokens, heads, head_dim = query.shape
     kv_heads, group = pages.shape[1], heads // pages.shape[1]
     q_blocks = tokens // (BLOCK_M // group) + batch.num_requests
@@ -732,10 +793,11 @@ def _launch(
     programs = min(q_blocks * kv_heads, multiprocessors(query.device))
     _prefill_kernel[(programs,)](
         query, out, source.k, source.v, source.scales, batch.block_table, batch.seq_lens, batch.query_start_loc,
-        tensor_or(modifiers.sinks, query), *calibration_tensors(calibration, query), counters(query.device), scale,
-        modifiers.soft_cap, batch.num_requests, q_blocks, kv_heads,
+        tensor_or(modifiers.sinks, query), *calibration_tensors(calibration, query), tensor_or(page_bias, query),
+        counters(query.device), scale, modifiers.soft_cap, batch.num_requests, q_blocks, kv_heads,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *batch.table_strides, *page_rows(pages, layout),
+        *bias_strides(page_bias),
         GROUP=group, WINDOW=modifiers.window, SOFT_CAP=modifiers.soft_cap > 0, SINKS=modifiers.sinks is not None,
-        **calibration_constants(calibration), HEAD_DIM=head_dim, V_BITS=v_bits, PAGE=layout.tokens,
-        BLOCK_Q=BLOCK_M // group, num_warps=4,
+        **calibration_constants(calibration), PAGE_BIAS=page_bias is not None, HEAD_DIM=head_dim, V_BITS=v_bits,
+        PAGE=layout.tokens, BLOCK_Q=BLOCK_M // group, num_warps=4,
     )  # fmt: skip

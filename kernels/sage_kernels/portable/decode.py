@@ -85,9 +85,9 @@ def _decode_kernel(
         state, q_bias = attend_pages(
             query, cache_i8, cache_v, cache_f32, k_anchor + kv_head * HEAD_DIM, equalizer + kv_head * HEAD_DIM,
             order + kv_head * (HEAD_DIM // 2), shift_table,
-            block_table + table_offset, shifts + table_offset, PageRange(first_page, full_pages, end_page, seq_len), rows,
-            kv_head.to(tl.int64) * head_stride, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
-            WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, SHIFT, 0,
+            block_table + table_offset, shifts + table_offset, None, PageRange(first_page, full_pages, end_page, seq_len), rows,
+            kv_head.to(tl.int64) * head_stride, block_stride, q_token_stride, q_head_stride, 0, scale, soft_cap,
+            WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, SHIFT, False, 0,
             v_inverse_bits(V_BITS), 1,
         )  # fmt: skip
         l_i, m_ref = state.l_i, state.m_ref

@@ -18,9 +18,9 @@ from sage_kernels.portable.query_tile import (
     calibration_constants,
     calibration_tensors,
     pipeline_stages,
-    shift_tensors,
     tensor_or,
 )
+from sage_kernels.portable.turn import bias_strides
 from sage_kernels.portable.widen import attend_wide_pages
 from sage_kernels.reference import TILE_ROWS, tile_rows, v_inverse_bits
 from sage_paged import SCRATCH_V_BITS, PageLayout
@@ -29,13 +29,13 @@ from sage_paged import SCRATCH_V_BITS, PageLayout
 @triton.jit(do_not_specialize=["num_reqs", "q_blocks", *TABLE_STRIDES], do_not_specialize_on_alignment=TABLES)
 def _prefill_kernel(
     query, out, cache_i8, cache_v, cache_f32, block_table, seq_lens, query_start_loc, sinks, k_anchor, equalizer,
-    order, v_anchor, shifts, shift_table, scale, soft_cap, num_reqs, q_blocks,
+    order, v_anchor, page_bias, scale, soft_cap, num_reqs, q_blocks,
     q_token_stride, q_head_stride, out_token_stride, out_head_stride, table_stride, table_head_stride, block_stride,
-    head_stride,
+    head_stride, bias_stride, bias_request_stride, bias_head_stride,
     GROUP: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, K_ANCHOR: tl.constexpr,
     EQUALIZE: tl.constexpr, ORDER: tl.constexpr, V_ANCHOR: tl.constexpr, HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr,
     V_BITS: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FP8: tl.constexpr, PAGE_BIAS: tl.constexpr, SMOOTH_Q: tl.constexpr,
     INVERSE_BITS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (query blocks, KV heads). The last blocks have the most keys, so they start first. INVERSE_BITS, SUMS: see
@@ -63,13 +63,15 @@ def _prefill_kernel(
     page_range = PageRange(first_page, full_pages, last_position // PAGE + 1, seq_len)
 
     table_offset = request.to(tl.int64) * table_stride + kv_head * table_head_stride
+    bias_row = q_block * (BLOCK_Q * GROUP) + row
     state, q_bias = attend_pages(
         query, cache_i8, cache_v, cache_f32, k_anchor + kv_head * HEAD_DIM, equalizer + kv_head * HEAD_DIM,
-        order + kv_head * (HEAD_DIM // 2), shift_table,
-        block_table + table_offset, shifts + table_offset, page_range, rows, kv_head.to(tl.int64) * head_stride, block_stride,
-        q_token_stride, q_head_stride, scale, soft_cap,
-        WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, SHIFT, SMOOTH_Q,
-        INVERSE_BITS, SUMS,
+        order + kv_head * (HEAD_DIM // 2), None, block_table + table_offset, None,
+        page_bias + request.to(tl.int64) * bias_request_stride + kv_head.to(tl.int64) * bias_head_stride + bias_row,
+        page_range, rows, kv_head.to(tl.int64) * head_stride, block_stride, q_token_stride, q_head_stride, bias_stride,
+        scale, soft_cap,
+        WINDOW, SOFT_CAP, K_ANCHOR, EQUALIZE, ORDER, HEAD_DIM, K_BITS, V_BITS, PAGE, BLOCK_D, BLOCK_M, FP8, False, PAGE_BIAS,
+        SMOOTH_Q, INVERSE_BITS, SUMS,
     )  # fmt: skip
     acc = add_v_anchor(state.acc, state.l_i, v_anchor + kv_head * HEAD_DIM, HEAD_DIM, V_ANCHOR)
     l_i, m_ref = state.l_i, state.m_ref
@@ -134,9 +136,10 @@ def _launch(
     modifiers: Modifiers,
     calibration: LayerCalibration,
     v_bits: int,
+    page_bias: torch.Tensor | None,
 ) -> None:
     """`prefill` with pages as they are. calibration: in place of modifiers.calibration. v_bits: of values before pages were
-    widened."""
+    widened. page_bias: see `turn.page_bias`."""
     tokens, heads, head_dim = query.shape
     kv_heads, group, smooth_q = pages.shape[1], heads // pages.shape[1], modifiers.q_block > 0
     block_m, warps, whole_rows = tile(query.device, layout, group, smooth_q)
@@ -147,16 +150,19 @@ def _launch(
     q_blocks = tokens // (block_m // group) + batch.num_requests
     _prefill_kernel[(q_blocks, kv_heads)](
         query, out, *cache_views(pages), batch.block_table, batch.seq_lens, batch.query_start_loc,
-        tensor_or(modifiers.sinks, query), *calibration_tensors(calibration, query), *shift_tensors(batch.rope_shift, query),
+        tensor_or(modifiers.sinks, query), *calibration_tensors(calibration, query), tensor_or(page_bias, query),
         scale, modifiers.soft_cap, batch.num_requests, q_blocks,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *batch.table_strides,
-        pages.stride(0), pages.stride(1),
+        pages.stride(0), pages.stride(1), *bias_strides(page_bias),
         GROUP=group, WINDOW=modifiers.window, SOFT_CAP=modifiers.soft_cap > 0, SINKS=modifiers.sinks is not None,
         **calibration_constants(calibration), HEAD_DIM=head_dim,
         K_BITS=layout.k_bits, V_BITS=layout.v_bits, PAGE=layout.tokens, BLOCK_D=block_d, BLOCK_M=block_m,
         FP8=fp8_path(query.device),
-        SHIFT=batch.rope_shift is not None, SMOOTH_Q=group if smooth_q else 0,
+        PAGE_BIAS=page_bias is not None, SMOOTH_Q=group if smooth_q else 0,
         INVERSE_BITS=v_inverse_bits(v_bits), SUMS=16 if whole_rows else 1,
         num_warps=warps,
-        num_stages=pipeline_stages(query.device, layout, buffers, block_m, terms=2 if smooth_q else 1, whole_rows=whole_rows),
+        num_stages=pipeline_stages(
+            query.device, layout, buffers, block_m, terms=2 if smooth_q else 1, whole_rows=whole_rows,
+            page_bias=page_bias is not None,
+        ),
     )  # fmt: skip

@@ -332,11 +332,11 @@ def tanh(x):
 def attend_page(
     q, page_bias, state, cache_i8, cache_v, cache_f32, page_offset, length, first_visible, last_visible, soft_cap,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
-    SOFT_CAP: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr, INVERSE_BITS: tl.constexpr,
+    SOFT_CAP: tl.constexpr, FP8: tl.constexpr, PAGE_BIAS: tl.constexpr, SMOOTH_Q: tl.constexpr, INVERSE_BITS: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: a query tile against one page. Returns the new SoftmaxState.
 
-    q: QuantizedQuery. page_bias: float32 [rows], added to base-2 logits if SOFT_CAP or SHIFT. state: SoftmaxState.
+    q: QuantizedQuery. page_bias: float32 [rows], added to base-2 logits if SOFT_CAP or PAGE_BIAS. state: SoftmaxState.
     page_offset: int64, bytes from the start of the cache. length: tokens of the page that are filled. first_visible,
     last_visible: int [rows], tokens of the page that a row sees. FP8: see `device.fp8_path`. INVERSE_BITS: `v_inverse_bits` of
     values as they were stored.
@@ -364,7 +364,7 @@ def attend_page(
     if SMOOTH_Q:
         means = integer_product(q.mean_low, q.mean_high, k_low, k_high, K_BITS, HEAD_DIM)
         logits += means * k_scale[None, :] * q.mean_scale[:, None]
-    if SOFT_CAP or SHIFT:
+    if SOFT_CAP or PAGE_BIAS:
         logits += page_bias[:, None]
     if SOFT_CAP:
         logits = (soft_cap * LOG2E) * tanh(logits / (soft_cap * LOG2E))

@@ -130,31 +130,34 @@ def quantize_query(
 
 @triton.jit
 def attend_pages(
-    query, cache_i8, cache_v, cache_f32, k_anchor, equalizer, order, shift_table, table, shifts, page_range, rows,
-    head_offset, block_stride, q_token_stride, q_head_stride, scale, soft_cap,
+    query, cache_i8, cache_v, cache_f32, k_anchor, equalizer, order, shift_table, table, shifts, page_bias, page_range, rows,
+    head_offset, block_stride, q_token_stride, q_head_stride, bias_stride, scale, soft_cap,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, K_ANCHOR: tl.constexpr, EQUALIZE: tl.constexpr, ORDER: tl.constexpr,
     HEAD_DIM: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, SMOOTH_Q: tl.constexpr, INVERSE_BITS: tl.constexpr,
-    SUMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, FP8: tl.constexpr, SHIFT: tl.constexpr, PAGE_BIAS: tl.constexpr, SMOOTH_Q: tl.constexpr,
+    INVERSE_BITS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """A query tile against a range of its request's pages. Returns SoftmaxState, whose acc is of the model's channels, and the
     bias of `QuantizedQuery`.
 
     page_range: PageRange; rows: QueryRows. k_anchor, equalizer, order: pointers to those of the KV head. table, shifts:
-    pointers to the request's list of blocks and, if SHIFT, to its list of shifts in pages. head_offset: int64, bytes from the
-    start of a block to the page of the KV head. INVERSE_BITS: `v_inverse_bits` of values as they were stored. SUMS: 16 for row
-    sums by tensor cores, which serves tiles whose warps have whole rows; 1 for sums in registers.
+    pointers to the request's list of blocks and, if SHIFT, to its list of shifts in pages. page_bias: if PAGE_BIAS, pointers to
+    what the rows' base-2 logits get in page 0 (`turn.page_bias`), bias_stride numbers before that of page 1. head_offset:
+    int64, bytes from the start of a block to the page of the KV head. INVERSE_BITS: `v_inverse_bits` of values as they were
+    stored. SUMS: 16 for row sums by tensor cores, which serves tiles whose warps have whole rows; 1 for sums in registers.
     """
     q = quantize_query(
         query, k_anchor, equalizer, order, shift_table, rows, q_token_stride, q_head_stride, scale,
         K_ANCHOR, EQUALIZE, ORDER, False, HEAD_DIM, K_BITS, BLOCK_D, SMOOTH_Q,
     )  # fmt: skip
     q_bias = q.bias
-    page_bias = q_bias
+    bias = q_bias
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M, SUMS], tl.float32)
     m_ref = tl.full([BLOCK_M], float("-inf"), tl.float32)
     state = SoftmaxState(acc, l_i, m_ref, m_ref)
+    if PAGE_BIAS:  # loaded a page ahead: the compiler's pipeline would take more shared memory, which pages need
+        bias_ahead = tl.load(page_bias + page_range.first * bias_stride, mask=rows.valid, other=0.0)
     for masked in tl.static_range(2):
         first = tl.maximum(page_range.first, page_range.full) if masked else page_range.first
         for page in range(first, page_range.end if masked else page_range.full):
@@ -166,13 +169,19 @@ def attend_pages(
                     query, k_anchor, equalizer, order, shift_table + tl.load(shifts + page) * HEAD_DIM, rows,
                     q_token_stride, q_head_stride, scale, K_ANCHOR, EQUALIZE, ORDER, True, HEAD_DIM, K_BITS, BLOCK_D, SMOOTH_Q,
                 )  # fmt: skip
-                page_bias = q.bias
+                bias = q.bias
                 if not SOFT_CAP:
-                    page_bias -= q_bias
+                    bias -= q_bias
+            elif PAGE_BIAS:
+                bias = bias_ahead
+                ahead = rows.valid & (page + 1 < page_range.end)
+                bias_ahead = tl.load(page_bias + (page + 1) * bias_stride, mask=ahead, other=0.0)
+                if SOFT_CAP:
+                    bias += q_bias
             state = attend_page(
-                q, page_bias, state, cache_i8, cache_v, cache_f32, offset, page_range.seq_len - page * PAGE,
+                q, bias, state, cache_i8, cache_v, cache_f32, offset, page_range.seq_len - page * PAGE,
                 first_visible, last_visible, soft_cap,
-                HEAD_DIM, K_BITS, V_BITS, PAGE, masked == 1, SOFT_CAP, FP8, SHIFT, SMOOTH_Q, INVERSE_BITS,
+                HEAD_DIM, K_BITS, V_BITS, PAGE, masked == 1, SOFT_CAP, FP8, SHIFT or PAGE_BIAS, SMOOTH_Q, INVERSE_BITS,
             )  # fmt: skip
     acc = state.acc
     if FP8 == "half":
@@ -184,23 +193,26 @@ def attend_pages(
 
 @functools.cache  # asked for in every launch
 def pipeline_stages(
-    device: torch.device, layout: PageLayout, buffers: int, block_m: int, terms: int = 1, whole_rows: bool = False
-) -> int:
+    device: torch.device, layout: PageLayout, buffers: int, block_m: int, terms: int = 1, whole_rows: bool = False,
+    page_bias: bool = False,
+) -> int:  # fmt: skip
     """The num_stages of `attend_pages` for that many buffers of a page in shared memory, or for as many as there is room for.
     The load of a page waits for its number in the block table, so each takes two stages. With two buffers, a page is loaded
     while another is computed; with one, other programs of the multiprocessor compute in the meantime.
 
-    block_m: rows of a query tile, in `terms` terms; whole_rows: see `prefill.tile`.
+    block_m: rows of a query tile, in `terms` terms; whole_rows: see `prefill.tile`; page_bias: whether there is one.
     """
     page = layout.offset("end") * triton.next_power_of_2(layout.head_dim) // layout.head_dim
-    other = bytes_beside_pages(device, layout, block_m, terms, whole_rows)
+    other = bytes_beside_pages(device, layout, block_m, terms, whole_rows, page_bias)
     return 1 + 2 * max(0, min(buffers, (shared_memory(device) - other) // page))
 
 
-def bytes_beside_pages(device: torch.device, layout: PageLayout, block_m: int, terms: int = 1, whole_rows: bool = False) -> int:
+def bytes_beside_pages(
+    device: torch.device, layout: PageLayout, block_m: int, terms: int = 1, whole_rows: bool = False, page_bias: bool = False
+) -> int:
     """Shared memory that `attend_pages` needs beside its buffers of pages. Arguments are those of `pipeline_stages`."""
     block_d, half = triton.next_power_of_2(layout.head_dim), fp8_path(device) == "half"
-    other = 512 + terms * block_m * block_d
+    other = 512 + terms * block_m * block_d + 4 * block_m * page_bias
     if not whole_rows:
         other += block_m * layout.tokens * (2 if half else 1)
     if layout.k_bits == 4:

@@ -429,7 +429,10 @@ def select_pages(
         TRAINED=0 if shift is None else memory.trained_tokens, CANDIDATES=triton.next_power_of_2(candidates), CHUNK=chunk,
         BLOCK=64, num_warps=4, **constants,
     )  # fmt: skip
-    return replace(batch, block_table=lists, seq_lens=row_lens, query_start_loc=row_starts, rope_shift=shift, topk_pages=None)
+    return replace(
+        batch, block_table=lists, seq_lens=row_lens, query_start_loc=row_starts,
+        max_query_len=query_block or batch.max_query_len, rope_shift=shift, topk_pages=None,
+    )  # fmt: skip
 
 
 def _scores(

@@ -5,6 +5,7 @@ without FP8 any page as one of INT8 keys and float16 values.
 INT4 keys stand for INT8 codes (`reference.unpack_int4`) and 4-bit values for e4m3 codes (`reference.v_levels`), so attention to
 either page gives the same result, bit for bit. Values stay rotated, and so is the output: `rotate_output_back` ends that.
 Prefill reads each page of the history once for every 64 or 128 query rows; widening it once before costs a fraction of that.
+Pages that are read at shifted RoPE positions are copied, too, whatever their codes, so that their keys can be rotated (`turn`).
 """
 
 import functools
@@ -15,15 +16,16 @@ import torch
 import triton
 import triton.language as tl
 
-from sage_kernels.batch import Modifiers, PagedBatch
+from sage_kernels.batch import Modifiers, PagedBatch, RopeShift
 from sage_kernels.device import fp8_path
 from sage_kernels.portable.codes import GROUP_BYTES, half_words, section_offset, v_exponent_in_scale, widen_k_int4, widen_v_int4
 from sage_kernels.portable.primitives import TABLE_STRIDES, TABLES, hadamard, rotation_signs, rotation_span
+from sage_kernels.portable.turn import longest_query, page_bias, turn
 from sage_kernels.reference import rotate_values
 from sage_paged import SCRATCH_V_BITS, PageLayout
 
 SCRATCH = 512 << 20
-"""Bytes of wide pages that exist at a time. One KV head of one request may take more."""
+"""Bytes of wide pages, and of their `page_bias`, that exist at a time. One KV head of one request may take more."""
 
 
 @triton.jit
@@ -230,19 +232,22 @@ def attend_wide_pages(
     out: torch.Tensor,
     modifiers: Modifiers,
 ) -> None:
-    """Attention by `launch`, to pages that are widened first if `widens` says so, SCRATCH bytes at a time. A batch with a
-    rope_shift, which is of the pages as they are, gets these.
+    """Attention by `launch`, to pages that are copied first if `widens` says so or the batch has a rope_shift, SCRATCH bytes at
+    a time.
 
-    launch: a function with these arguments and, at the end, the calibration to use in place of modifiers.calibration, and the
-    bits of values before pages were widened. It finds wide keys in the order of the calibration.
+    launch: a function with these arguments and, at the end, the calibration to use in place of modifiers.calibration, the bits
+    of values before pages were widened, and the `page_bias`. It finds wide keys in the order of the calibration, and rotated.
     """
-    if batch.rope_shift is not None or not widens(layout, query.device):
+    if batch.rope_shift is None and not widens(layout, query.device):
         calibration = modifiers.calibration_for(batch, layout.k_bits)
-        launch(query, pages, layout, batch, scale, out, modifiers, calibration, layout.v_bits)
+        launch(query, pages, layout, batch, scale, out, modifiers, calibration, layout.v_bits, None)
         return
     requests, kv_heads, group = batch.num_requests, pages.shape[1], query.shape[1] // pages.shape[1]
     longest = min(batch.max_seq_len or 1 << 31, batch.block_table.shape[-1] * layout.tokens)
-    context_bytes = -(-longest // layout.tokens) * _wide_layout(layout, fp8_path(query.device)).page_bytes
+    page_bytes = _wide_layout(layout, fp8_path(query.device)).page_bytes
+    if batch.rope_shift is not None and modifiers.calibration.k_anchor is not None:
+        page_bytes += 4 * group * longest_query(query, batch)
+    context_bytes = -(-longest // layout.tokens) * page_bytes
     contexts = max(1, SCRATCH // context_bytes)  # of one KV head, that fit into the scratch memory
     # Even parts: a small last one would leave most multiprocessors idle for as long as a large one takes.
     heads_at_once = _even_part(kv_heads, contexts // requests)
@@ -253,12 +258,17 @@ def attend_wide_pages(
             part = batch.requests(request, min(request + requests_at_once, requests))
             if part.block_table.dim() == 3:
                 part = replace(part, block_table=part.block_table[:, kv])
+            shift, part = part.rope_shift, replace(part, rope_shift=None)
             wide, wide_layout, part = widen(pages[:, kv], layout, part, longest, modifiers.window)
-            of_heads = modifiers.heads(kv, group)
+            of_heads, bias = modifiers.heads(kv, group), None
             calibration = of_heads.calibration_for(part, layout.k_bits)
+            if shift is not None:
+                shift = RopeShift(shift.pages[:, kv], shift.table)
+                turn(wide, wide_layout, part, shift, calibration.order)
+                bias = page_bias(query[:, own], wide_layout, part, shift, scale, of_heads.calibration.k_anchor)
             if layout.v_bits == 4 and calibration.v_anchor is not None:  # it joins an output that is still rotated
                 calibration = replace(calibration, v_anchor=calibration.v_anchor @ _rotation(layout.head_dim, query.device))
-            launch(query[:, own], wide, wide_layout, part, scale, out[:, own], of_heads, calibration, layout.v_bits)
-            del wide  # before the next part allocates its own
+            launch(query[:, own], wide, wide_layout, part, scale, out[:, own], of_heads, calibration, layout.v_bits, bias)
+            del wide, bias  # before the next part allocates its own
             if layout.v_bits == 4:
                 rotate_output_back(out[:, own], part)

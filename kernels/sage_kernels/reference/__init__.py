@@ -4,7 +4,7 @@
 Kernels are tested against it. It runs on the CPU; speed does not matter here.
 """
 
-from sage_kernels.reference.attention import attention, exact_attention, rope_shift_table, turn_back, visible_keys
+from sage_kernels.reference.attention import attention, exact_attention, rope_shift_table, turn_back, turn_keys, visible_keys
 from sage_kernels.reference.page_cache import EVICTION_WINDOW, MAX_AGE, fetch_pages
 from sage_kernels.reference.pages import key_codes, load, prepare_keys, prepare_queries, restore_keys, store
 from sage_kernels.reference.quantize import (
@@ -49,5 +49,5 @@ __all__ = [
     "pack_int4", "prepare_keys", "prepare_queries", "qk_product", "quantize_k", "quantize_p", "quantize_q",
     "quantize_v", "quantize_v_int4", "query_terms", "restore_keys", "rope_shift_table", "rotate_values",
     "rotate_values_back", "rotation_signs", "rotation_span", "select_pages", "store", "store_summaries", "tile_rows",
-    "tile_tokens", "turn_back", "unpack_int4", "v_int4_level", "v_inverse_bits", "v_levels", "visible_keys",
+    "tile_tokens", "turn_back", "turn_keys", "unpack_int4", "v_int4_level", "v_inverse_bits", "v_levels", "visible_keys",
 ]  # fmt: skip

@@ -5,7 +5,15 @@ import torch
 
 from sage_kernels.batch import LayerCalibration, Modifiers, PagedBatch, RopeShift
 from sage_kernels.reference.pages import load, prepare_queries
-from sage_kernels.reference.quantize import LOG2E, QueryTerms, qk_product, quantize_p, query_terms, rotate_values_back
+from sage_kernels.reference.quantize import (
+    LOG2E,
+    QueryTerms,
+    qk_product,
+    quantize_k,
+    quantize_p,
+    query_terms,
+    rotate_values_back,
+)
 from sage_paged import PageLayout
 
 
@@ -58,6 +66,18 @@ def turn_back(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return torch.cat([low * cos + high * sin, high * cos - low * sin], -1)
 
 
+def turn_keys(codes: torch.Tensor, k_scale: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate stored keys away from the start of the context, and quantize them again: attention to them is that of queries that
+    `turn_back` has rotated.
+
+    codes: int8 [..., head_dim]; k_scale: float32 [...]; shift: a row of a `rope_shift_table` [head_dim], its pairs in the order
+    of the keys. Returns codes and scales of the same shapes.
+    """
+    cos, sin = shift.chunk(2, -1)
+    turned, scale = quantize_k(turn_back(codes.float(), torch.cat([cos, -sin], -1)))
+    return turned, k_scale * scale
+
+
 def attention(
     query: torch.Tensor,
     pages: torch.Tensor,
@@ -65,11 +85,13 @@ def attention(
     batch: PagedBatch,
     scale: float,
     modifiers: Modifiers | None = None,
+    turns_keys: bool = False,
 ) -> torch.Tensor:
     """Causal attention of every request's query tokens over its pages.
 
-    query: [tokens, heads, head_dim]. pages: uint8 [blocks, kv_heads, page_bytes]. scale multiplies the logits. Returns float32
-    of query's shape; rows of no request are 0.
+    query: [tokens, heads, head_dim]. pages: uint8 [blocks, kv_heads, page_bytes]. scale multiplies the logits. turns_keys:
+    where pages are read at shifted positions, rotate keys (`turn_keys`), as the prefill kernels do, in place of queries.
+    Returns float32 of query's shape; rows of no request are 0.
     """
     modifiers = modifiers or Modifiers()
     heads, group = query.shape[1], query.shape[1] // pages.shape[1]
@@ -88,8 +110,9 @@ def attention(
             k, k_scale, v, v_exponent = (x[head // group] for x in kv)
             q = query[start:end, head].float()
             out[start:end, head] = _attend(
-                q, k, k_scale, v, v_exponent, visible, layout, scale, modifiers, calibration, shift, head, head // group
-            )
+                q, k, k_scale, v, v_exponent, visible, layout, scale, modifiers, calibration, shift, head, head // group,
+                turns_keys,
+            )  # fmt: skip
     return out
 
 
@@ -107,6 +130,7 @@ def _attend(
     shift: RopeShift | None,
     head: int,
     kv_head: int,
+    turns_keys: bool,
 ) -> torch.Tensor:
     """Attention of one request's queries of one head, float32 [queries, head_dim]. q, k, k_scale, v and v_exponent are those of
     that head."""
@@ -119,12 +143,21 @@ def _attend(
         k_anchor = calibration.k_anchor
         return torch.zeros(len(q), 1) if k_anchor is None else (q @ k_anchor[0])[:, None] * scale
 
+    def in_order(shift: torch.Tensor) -> torch.Tensor:
+        return shift if calibration.order is None else shift.view(2, -1)[:, calibration.order[0].long()].flatten()
+
     logits, bias = qk_product(terms(q), k, k_scale), of_anchor(q)
     if shift is not None:
         for page, pages_back in enumerate(shift.pages[kv_head].tolist()):
             rotated = turn_back(q, shift.table[pages_back])
             own = slice(page * layout.tokens, (page + 1) * layout.tokens)
-            logits[:, own] = qk_product(terms(rotated), k[own], k_scale[own]) + of_anchor(rotated) - bias
+            if not turns_keys:
+                product = qk_product(terms(rotated), k[own], k_scale[own])
+            elif pages_back:
+                product = qk_product(terms(q), *turn_keys(k[own], k_scale[own], in_order(shift.table[pages_back])))
+            else:
+                continue
+            logits[:, own] = product + of_anchor(rotated) - bias
     if modifiers.soft_cap:
         logits, bias = modifiers.soft_cap * torch.tanh((logits + bias) / modifiers.soft_cap), torch.zeros_like(bias)
     logits = (logits * LOG2E).masked_fill(~visible, float("-inf"))

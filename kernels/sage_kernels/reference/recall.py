@@ -102,7 +102,10 @@ def select_pages(
             starts[block + 1 :] = start + high - begin
             low, block = high, block + 1
     shift = None if shift_table is None else RopeShift(shifts, shift_table)
-    return replace(batch, block_table=table, seq_lens=lengths, query_start_loc=starts, rope_shift=shift, topk_pages=None)
+    return replace(
+        batch, block_table=table, seq_lens=lengths, query_start_loc=starts, max_query_len=query_block or batch.max_query_len,
+        rope_shift=shift, topk_pages=None,
+    )  # fmt: skip
 
 
 def _listed(
