@@ -252,6 +252,12 @@ def test_flags_of_the_selector() -> None:
 READ = {
     "vllm.config.kv_transfer:KVTransferConfig": "has_connector kv_connector kv_connector_extra_config",
     "vllm.distributed.kv_transfer.kv_transfer_state": "_KV_CONNECTOR_AGENT",
+    "vllm.lora.layers.base:BaseLayerWithLoRA": "punica_wrapper set_mapping",
+    "vllm.lora.layers.utils:LoRAMapping": "index_mapping",
+    "vllm.lora.model_manager:LoRAModelManager": "_last_mapping device lora_config lora_index_to_id lora_slots "
+    "max_num_batched_tokens max_num_seqs vocab_size",
+    "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase": "update_metadata",
+    "vllm.model_executor.models.interfaces:SupportsLoRA": "lora_manager",
     "vllm.v1.attention.backend:AttentionBackend": "forward_includes_kv_cache_update supports_sink supports_sliding_window",
     "vllm.v1.attention.backend:AttentionMetadataBuilder": "_cudagraph_support reorder_batch_threshold layer_names vllm_config",
     "vllm.v1.attention.backend:CommonAttentionMetadata": "block_table_tensor max_seq_len num_actual_tokens query_start_loc "
@@ -277,7 +283,7 @@ READ = {
     "vllm.config.parallel:ParallelConfig": "has_unfinished_dp nnodes_within_dp data_parallel_size_local _api_process_count "
     "_api_process_rank distributed_executor_backend use_ubatching",
     "vllm.config.vllm:VllmConfig": "additional_config attention_config cache_config compilation_config instance_id "
-    "kv_transfer_config load_config model_config parallel_config scheduler_config speculative_config",
+    "kv_transfer_config load_config lora_config model_config parallel_config scheduler_config speculative_config",
 }
 """What is read of vLLM's objects, where the code does not look whether it is there."""
 

@@ -26,7 +26,6 @@ def check_compression(config: Any, options: VariatorOptions) -> None:
     chunk = min(scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold or CHUNK)
     rows = [
         (parallel.use_ubatching, "batches that overlap are not supported; leave --enable-dbo and --ubatch-size out"),
-        (config.lora_config is not None, "LoRA is not supported; leave --enable-lora out"),
         (
             config.kv_transfer_config is not None,
             "blocks that leave the engine do not carry their ratio; leave --kv-transfer-config and --kv-offloading-size out",

@@ -6,7 +6,7 @@ number of rows that it computes depends on the step. A CUDA graph of a whole dec
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from sage_backend.options import VariatorOptions
 from sage_backend.variator import files
 from sage_backend.variator.admission import PLAN_KEY
 from sage_backend.variator.groups import COMPRESSOR, PLAIN, CompressionPlan, Segment, compressed, segments
+from sage_backend.variator.lora import AdaptersOfGroups
 from sage_backend.variator.plugin import CompressionPlugin, saved_operations
 
 _LIBRARY = torch.library.Library("sage", "FRAGMENT")
@@ -38,10 +39,16 @@ direct_register_custom_op("ffn", _ffn, mutates_args=["out"], fake_impl=lambda x,
 
 class CompressedFFN:
     """A FFN and its plugins by ratio. attention: vLLM's name of the same layer's attention, whose metadata have the
-    segments."""
+    segments. adapted: given the segments, the context in which `plain` computes their rows."""
 
-    def __init__(self, plain: Callable[[Tensor], Tensor], plugins: dict[int, CompressionPlugin], attention: str) -> None:
-        self.plain, self.plugins, self.attention = plain, plugins, attention
+    def __init__(
+        self,
+        plain: Callable[[Tensor], Tensor],
+        plugins: dict[int, CompressionPlugin],
+        attention: str,
+        adapted: Callable[[Sequence[Segment]], AbstractContextManager[Any]],
+    ) -> None:
+        self.plain, self.plugins, self.attention, self.adapted = plain, plugins, attention, adapted
 
     def compute(self, x: Tensor, out: Tensor) -> None:
         """x -> out, both [rows, hidden]. All rows, pooled or not, go through the FFN at once."""
@@ -52,7 +59,8 @@ class CompressedFFN:
             return
         inputs = [x[segment.first : segment.end] for segment in cut]
         pooled = [rows if s.ratio == 1 else self.plugins[s.ratio].pool(rows) for s, rows in zip(cut, inputs, strict=True)]
-        results = self.plain(torch.cat(pooled)).split([segment.rows for segment in cut])
+        with self.adapted(cut):
+            results = self.plain(torch.cat(pooled)).split([segment.rows for segment in cut])
         for segment, rows, y in zip(cut, inputs, results, strict=True):
             out[segment.first : segment.end] = y if segment.ratio == 1 else self.plugins[segment.ratio].expand(y, rows)
         out[cut[-1].end :] = 0  # padding
@@ -106,6 +114,7 @@ def attach(worker: Any, config: Any, options: VariatorOptions, ratios: list[int]
     modules = dict(model.named_modules())
     layers, _ = files.contents(options.plugins)
     ours = own_impls(config)
+    adapters = None if config.lora_config is None else AdaptersOfGroups(model.lora_manager)
     for layer in layers:
         if isinstance(modules.get(layer.removesuffix(".mlp")), PPMissingLayer):
             continue  # another worker of the pipeline has it
@@ -117,7 +126,7 @@ def attach(worker: Any, config: Any, options: VariatorOptions, ratios: list[int]
         plugins = files.load(options.plugins, layer, hf_config.hidden_size, ratios)
         for plugin in plugins.values():
             plugin.to(runner.device, config.model_config.dtype)
-        known[layer] = CompressedFFN(ffn.forward, plugins, attention)
+        known[layer] = CompressedFFN(ffn.forward, plugins, attention, adapters.of(ffn) if adapters else nullcontext)
         ffn.forward = _call(layer)
     compressor = known[COMPRESSOR] = Compressor(
         len(layers), hf_config.hidden_size, hf_config.intermediate_size, recorder(config)

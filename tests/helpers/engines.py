@@ -174,20 +174,22 @@ class Answer:
 
 def greedy(
     llm: Any, prompts: Sequence[list[int]], tokens: int = 32, together: bool = True, read_cache: bool = True,
-    extra_args: Sequence[dict[str, Any] | None] = (),
+    extra_args: Sequence[dict[str, Any] | None] = (), adapters: Sequence[Any] = (),
 ) -> list[Answer]:  # fmt: skip
     """Continue the prompts (token ids) by `tokens` tokens, as one batch or one after another. read_cache: whether their pages
-    may come from the prefix cache. extra_args: of each prompt's request, if any has some."""
+    may come from the prefix cache. extra_args, adapters: of each prompt's request, if any has some; an adapter is vLLM's
+    LoRARequest or None."""
     from vllm import SamplingParams
 
     same: dict[str, Any] = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 2, "detokenize": False}
     same["skip_reading_prefix_cache"] = not read_cache
     params = [SamplingParams(**same, extra_args=extra) for extra in extra_args or [None] * len(prompts)]
-    requests = [({"prompt_token_ids": prompt}, each) for prompt, each in zip(prompts, params, strict=True)]
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    requests = list(zip(inputs, params, adapters or [None] * len(prompts), strict=True))
     answers = []
     for batch in [requests] if together else [[request] for request in requests]:
-        inputs, of_each = zip(*batch, strict=True)
-        for output in llm.generate(list(inputs), list(of_each), use_tqdm=False):
+        batched, of_each, adapted = map(list, zip(*batch, strict=True))
+        for output in llm.generate(batched, of_each, use_tqdm=False, lora_request=adapted):
             best = [sorted((each.logprob for each in at.values()), reverse=True) for at in output.outputs[0].logprobs]
             margins = [first - second for first, second, *_ in best]
             ids = list(output.outputs[0].token_ids)

@@ -332,7 +332,6 @@ def test_an_engine_can_be_forked_after_a_file_was_checked(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"enable_lora": True}, "LoRA is not supported"),
         ({"max_num_batched_tokens": 8, "max_num_seqs": 8, "max_model_len": 8}, "chunks of 8 tokens have no room for groups"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "blocks that leave the engine"),
         ({"ratio": 8}, "has no plugins of ratio 8; there is 2 or 4"),
