@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Which representative of a page memory should select pages by: how well the selection by each agrees with attention, and
-whether it finds pass keys, on activations of the embedded model.
+whether it finds pass keys, on activations of the embedded model or of a checkpoint.
 
     python3 benchmarks/studies/representatives.py --out benchmarks/results/representatives.json
+    python3 benchmarks/studies/representatives.py --model FOLDER --out benchmarks/results/representatives-NAME.json
 
-A context is read as `sage_paged.memory` describes: sinks, local tokens and some of the pages in between. Past the trained
-length, these pages are read at positions right before the local ones. Keys are not quantized; representatives are float16. The
-study measures
+Without --model, a context of the embedded model is read as `sage_paged.memory` describes: sinks, local tokens and some of the
+pages in between. Past the trained length, these pages are read at positions right before the local ones. Keys are not
+quantized; representatives are float16. The study measures
 
 - on held-out text, for single queries (as in decoding) and for rows of 512 (as in prefill): how many of the pages with the most
   attention are selected (recall), and which share of the attention to all pages in between falls on the selected ones;
@@ -17,15 +18,21 @@ study measures
 Held-out text is read with the exact selection. Prompts with pass keys are read with sinks and local tokens only, up to the
 question. Each token of the question selects pages for itself, by the representative that is measured. Plain torch on a CPU;
 takes about 20 minutes of processor time.
+
+With --model, the study asks what limits the choice of pages of a model of transformers, within its trained length
+(`common/page_choice.py`): representatives, summaries of parts of pages, queries that choose together, layers, the number of
+pages, and keys among --text. Prompts are read densely, up to their last 64 tokens. Of each context, 1024 queries are measured;
+of the text, up to `WINDOWS` windows. Needs transformers, and a GPU for long contexts; on a CPU, `--lengths 4096 --prompts 3`
+takes minutes.
 """
 
+import argparse
 import functools
 import itertools
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -33,12 +40,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, whe
 
 import torch
 from common.activations import HEAD_DIM, load_model
+from common.page_summaries import METHODS, Context, Pages, best, following_logits
+from common.report import circumstances, save
 from common.study import study
 from torch import Tensor
 
 from sage_backend.demo import HELDOUT
 from sage_backend.demo.llama import Llama, Shape, rotary_tables, rotate
 from sage_backend.demo.passkey import KEY_DIGITS, QUESTION, PassKeys
+from sage_backend.tools.text import read_text, windows
 from sage_paged import Memory
 
 PAGE, SINKS, ROW = 128, 1, 512
@@ -52,8 +62,6 @@ DEPTHS = [0.05 + 0.65 * i / 19 for i in range(20)]
 KV_HEADS, GROUP = Shape.kv_heads, Shape.query_heads // Shape.kv_heads
 SCALE = 1 / math.sqrt(HEAD_DIM)
 COS, SIN = rotary_tables(Shape(context=2 * max(LENGTHS)))
-Pages = tuple[Tensor, ...]
-"""Representatives of pages, each [kv_heads, pages, ...]."""
 
 
 def at(x: Tensor, positions: Tensor) -> Tensor:
@@ -79,18 +87,14 @@ class Layer:
 
     def representatives(self, tokens: int) -> dict[str, Pages]:
         """The representatives of the full pages after the sinks, by name of the method."""
-        ahead = torch.arange(1, tokens + 1)
-        end = (ahead + MEMORY.local_tokens).clamp(max=tokens)
-        queries = at(self.q[:, :, :tokens], ahead - 1).mean(1)
-        sums = torch.nn.functional.pad(queries.cumsum(1, dtype=torch.float64), (0, 0, 1, 0))
-        following = (sums[:, end] - sums[:, ahead]) / (end - ahead).clamp(min=1)[:, None]
-        logits = (following * self.near[:, :tokens]).sum(-1)
+        queries = at(self.q[:, :, :tokens], torch.arange(tokens)).mean(1)
+        logits = following_logits(queries, self.near[:, :tokens], MEMORY.local_tokens)
 
         def paged(x: Tensor) -> Tensor:
             return x[:, SINKS * PAGE : tokens // PAGE * PAGE].unflatten(1, (-1, PAGE))
 
         context = Context(paged(self.far), paged(logits), paged(self.received))
-        return {name: tuple(x.half().float() for x in method.build(context)) for name, method in METHODS.items()}
+        return {name: method.represent(context) for name, method in METHODS.items()}
 
 
 class Row:
@@ -165,101 +169,6 @@ def read(model: Llama, ids: Tensor, layers: list[Layer], first: int, choose: Cho
     return torch.nn.functional.linear(model.norm(x), model.embed_tokens.weight)
 
 
-def best(scores: Tensor, count: int) -> Tensor:
-    """Which pages are among the `count` with the largest scores."""
-    found = scores.topk(min(count, scores.shape[-1]), -1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, found, True)
-
-
-# --- representatives --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Context:
-    """The pages in between. keys: [kv_heads, pages, PAGE, HEAD_DIM], each page as if it were the first. logits, received:
-    [kv_heads, pages, PAGE], the mean product with the queries of the local_tokens tokens that follow, and `Layer.received`."""
-
-    keys: Tensor
-    logits: Tensor
-    received: Tensor
-
-
-@dataclass(frozen=True)
-class Method:
-    """bytes: of a page's representatives, for one KV head. score: from queries [kv_heads, rows, queries, HEAD_DIM], times the
-    scale of logits, and representatives, the scores [kv_heads, rows, pages]."""
-
-    bytes: int
-    build: Callable[[Context], Pages]
-    score: Callable[..., Tensor]
-
-
-def mean(context: Context) -> Tensor:
-    return context.keys.mean(2)
-
-
-def half_range(context: Context) -> Tensor:
-    return (context.keys.amax(2) - context.keys.amin(2)) / 2
-
-
-def tokens(keys: Tensor, by: Tensor, count: int) -> Pages:
-    return (torch.take_along_dim(keys, by.topk(count, -1).indices[..., None], 2),)
-
-
-def summed(q: Tensor, representatives: Tensor) -> Tensor:
-    """The products with all representatives of a page, as the mean over the queries."""
-    return q.mean(2) @ representatives.sum(2).mT
-
-
-def largest(q: Tensor, representatives: Tensor) -> Tensor:
-    return torch.einsum("hrnd,hptd->hrnpt", q, representatives).amax(-1).mean(2)
-
-
-def in_box(q: Tensor, center: Tensor, radius: Tensor, reach: float = 1.0) -> Tensor:
-    """The largest logit in a box, as the mean over the queries."""
-    return q.mean(2) @ center.mT + reach * q.abs().mean(2) @ radius.mT
-
-
-def in_ellipsoid(q: Tensor, center: Tensor, radius: Tensor, reach: float) -> Tensor:
-    """The largest logit in an ellipsoid, as the mean over the queries; in its second term, the root mean square."""
-    return q.mean(2) @ center.mT + reach * (q.square().mean(2) @ radius.square().mT).sqrt()
-
-
-def normal(q: Tensor, center: Tensor, deviation: Tensor) -> Tensor:
-    """The logarithm of the mean exponential of logits if keys were normal and channels independent, as the mean over the
-    queries."""
-    return q.mean(2) @ center.mT + q.square().mean(2) @ deviation.square().mT / 2
-
-
-ROW_BYTES = 2 * HEAD_DIM
-METHODS = {
-    "mean": Method(ROW_BYTES, lambda c: (mean(c),), lambda q, m: q.mean(2) @ m.mT),
-    "1 token": Method(ROW_BYTES, lambda c: tokens(c.keys, c.logits, 1), summed),
-    "4 tokens": Method(4 * ROW_BYTES, lambda c: tokens(c.keys, c.logits, 4), summed),
-    "4 tokens, the largest": Method(4 * ROW_BYTES, lambda c: tokens(c.keys, c.logits, 4), largest),
-    "4 tokens by attention": Method(4 * ROW_BYTES, lambda c: tokens(c.keys, c.received, 4), summed),
-    "mean, deviation: normal": Method(2 * ROW_BYTES, lambda c: (mean(c), c.keys.std(2)), normal),
-    "bounds": Method(
-        2 * ROW_BYTES,
-        lambda c: (c.keys.amin(2), c.keys.amax(2)),
-        lambda q, least, most: in_box(q, (least + most) / 2, (most - least) / 2),
-    ),
-    "mean, range: box of 0.75": Method(
-        2 * ROW_BYTES, lambda c: (mean(c), half_range(c)), functools.partial(in_box, reach=0.75)
-    ),
-    **{
-        f"mean, range: ellipsoid of {reach}": Method(
-            2 * ROW_BYTES, lambda c: (mean(c), half_range(c)), functools.partial(in_ellipsoid, reach=reach)
-        )
-        for reach in (1, 2, 3)
-    },
-    "exact": Method(0, lambda _: (), lambda *_: torch.empty(0)),
-}
-"""`1 token`, `4 tokens`: InfLLM's (Xiao et al., NeurIPS 2024), the tokens of a page with the largest mean product
-with the queries that follow, and the sum of their logits; `by attention`: those that got most attention while they were local.
-`bounds`: Quest's. `exact`: attention itself, the ceiling."""
-
-
 # --- measurements -----------------------------------------------------------------------------------------------------------
 
 Figures = dict[tuple[str, int, int], list[tuple[float, float, float]]]
@@ -270,7 +179,7 @@ def results(figures: Figures, names: tuple[str, str]) -> list[dict[str, object]]
     found: list[dict[str, object]] = []
     for (method, length, count), samples in figures.items():
         first, part, whole = (sum(column) for column in zip(*samples, strict=True))
-        case = {"representative": method, "bytes": METHODS[method].bytes, "tokens": length, "pages": count}
+        case = {"representative": method, "bytes": METHODS[method].bytes(HEAD_DIM), "tokens": length, "pages": count}
         found.append({**case, names[0]: round(first / len(samples), 3), names[1]: round(part / whole, 3)})
     return found
 
@@ -359,19 +268,107 @@ def table(found: list[dict[str, object]]) -> str:
     lines = [f"{'':<32} bytes " + " ".join(f"{f'{count} of {length}':>11}" for length, count in columns)]
     for name, method in METHODS.items():
         figures = ("/".join(f"{figure:.2f}" for figure in cells[name, *column]) for column in columns)
-        lines.append(f"{name:<32} {method.bytes or '':>5} " + " ".join(f"{cell:>11}" for cell in figures))
+        lines.append(f"{name:<32} {method.bytes(HEAD_DIM) or '':>5} " + " ".join(f"{cell:>11}" for cell in figures))
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    study(
-        "representatives.py",
-        "Compare representatives of a page for selection by memory.",
-        "by pages selected and tokens of the context",
-        {
-            "queries alone, recall and attention covered": lambda: agreement(alone=True),
-            "rows of queries, recall and attention covered": lambda: agreement(alone=False),
-            "pass keys, answered and attention to their pages covered": pass_keys,
-        },
-        table,
+# --- a checkpoint -----------------------------------------------------------------------------------------------------------
+
+CHECKPOINT_LENGTHS, WINDOWS = (8192, 16384, 32768), 2
+LONGEST_KEYS = 16384
+"""Tokens of the longest prompts with keys."""
+
+
+def wide_table(found: list[dict[str, object]], line: tuple[str, ...], column: tuple[str, ...], cell: tuple[str, ...]) -> str:
+    """A table of results by the names of their figures: those that tell lines and columns apart, and those in cells. Its first
+    line has these names."""
+    cells: dict[tuple[str, str], str] = {}
+    for each in found:
+        place = ["  ".join(str(each.get(name, "")) for name in names) for names in (line, column)]
+        cells[place[0], place[1]] = "/".join(f"{each[name]:.3f}" for name in cell if name in each)
+    lines, columns = (list(dict.fromkeys(place)) for place in zip(*cells, strict=True))
+    widths = {name: max(len(name), *(len(cells.get((each, name), "")) for each in lines)) for name in columns}
+    first = max(map(len, lines))
+    head = f"{'':<{first}}  " + "  ".join(f"{name:>{width}}" for name, width in widths.items())
+    body = (
+        f"{each:<{first}}  " + "  ".join(f"{cells.get((each, name), ''):>{widths[name]}}" for name in columns) for each in lines
     )
+    names = ", ".join(line), ", ".join(column), "/".join(cell)
+    return "\n".join(["{}; columns: {}; cells: {}".format(*names), head, *body])
+
+
+def of_checkpoint(folder: Path, text: Path, lengths: list[int], prompts: int, out: Path | None) -> None:
+    """Print a table of each part's results, and write these to `out` after each part. Raises ValueError for a text or lengths
+    that do not fit."""
+    # Not at the top: the embedded model needs no transformers, which are slow to import.
+    from common import checkpoint, page_choice
+
+    model = checkpoint.Checkpoint(folder)
+    lengths = lengths or [length for length in CHECKPOINT_LENGTHS if length <= model.trained_tokens]
+    least, most = 4 * page_choice.SPAN, model.trained_tokens
+    if not lengths or any(length % page_choice.SPAN or not least <= length <= most for length in lengths):
+        raise ValueError(f"--lengths are multiples of {page_choice.SPAN} from {least} to {most}")
+    longest, document = max(lengths), read_text(text)
+    cut = windows(model.tokenizer, document, WINDOWS * longest, longest + 1)
+    cut = [ids for ids in cut if len(ids) == longest]
+    if not cut:
+        raise ValueError(f"{text.name} has fewer than {longest} tokens")
+    report: dict[str, object] = circumstances("benchmarks/studies/representatives.py")
+    report |= {"model": folder.name, "text": text.name, "windows": len(cut)}
+
+    def keep(name: str, found: list[dict[str, object]], *names: tuple[str, ...]) -> None:
+        print(f"{name}\n{wide_table(found, *names)}\n", flush=True)
+        report[name] = found
+        if out:
+            save(report, out)
+
+    figures = page_choice.text_figures(model, cut, lengths)
+    by_choice, by_count = ("representative", "page", "parts", "bytes"), ("queries", "tokens", "recalled")
+    parts = {
+        "representatives": (page_choice.METHOD_CASES, by_choice, by_count, ("recall", "covered")),
+        "parts of pages": (page_choice.PART_CASES, by_choice, by_count, ("covered",)),
+        "queries of a row": (page_choice.ROW_CASES, ("representative", "queries"), ("tokens", "recalled"), ("covered", "all")),
+        "budget": (page_choice.BUDGET_CASES, ("representative", "queries", "pages"), ("tokens",), ("covered", "all")),
+    }
+    for name, (cases, *names) in parts.items():
+        keep(name, figures.results(cases, lengths), *names)
+    by_layer = [each for _, found in page_choice.layer_cases(figures, longest) for each in found]
+    keep("layers", by_layer, ("layer",), by_count, ("covered", "all"))
+    keep("dense layers", page_choice.dense_layers(figures, longest), ("dense",), by_count, ("all",))
+    length = max((length for length in lengths if length <= LONGEST_KEYS), default=min(lengths))
+    for task in ("passkey", "multikey"):
+        found = page_choice.keys(model, task, length, prompts, document.splitlines(keepends=True))
+        keep(task, found, by_choice, ("tokens", "recalled"), ("answered", "covered"))
+
+
+def main() -> int:
+    """The command. Returns its exit status."""
+    parser = argparse.ArgumentParser(description="Compare representatives of a page for selection by memory.")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--model", type=Path, help="folder of a model of transformers (default: the embedded model)")
+    of_model = parser.add_argument_group("with --model")
+    of_model.add_argument("--text", type=Path, default=HELDOUT, help="text to measure on (default: the embedded held-out text)")
+    lengths_help = f"tokens of contexts (default: of {' '.join(map(str, CHECKPOINT_LENGTHS))}, those within the trained length)"
+    of_model.add_argument("--lengths", type=int, nargs="+", help=lengths_help)
+    of_model.add_argument("--prompts", type=int, default=12, help="prompts of each task (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.model is None:
+        study(
+            "representatives.py",
+            "Compare representatives of a page for selection by memory.",
+            "by pages selected and tokens of the context",
+            {
+                "queries alone, recall and attention covered": lambda: agreement(alone=True),
+                "rows of queries, recall and attention covered": lambda: agreement(alone=False),
+                "pass keys, answered and attention to their pages covered": pass_keys,
+            },
+            table,
+        )
+        return 0
+    with torch.inference_mode():
+        of_checkpoint(arguments.model, arguments.text, arguments.lengths, arguments.prompts, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

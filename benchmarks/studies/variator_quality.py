@@ -8,9 +8,13 @@ costs alone, so the rows of a ratio are a curve of loss against saved operations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, where common/ is
 
 import torch
 from common.report import circumstances, save
@@ -44,6 +48,8 @@ class Window:
 class Model:
     """A model with plugins that reads windows of a text."""
 
+    attach: type[Attached] = Attached
+
     def __init__(self, model: Path, plugins: str, prompt: int) -> None:
         self.tokenizer, self.prompt = AutoTokenizer.from_pretrained(model), prompt
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +60,7 @@ class Model:
         for by_ratio in attached.values():
             for plugin in by_ratio.values():
                 plugin.to(self.device, loaded.dtype)
-        self.attached = Attached(loaded.to(self.device).eval(), attached)
+        self.attached = self.attach(loaded.to(self.device).eval(), attached)
 
     def windows(self, text: str, number: int) -> list[Window]:
         length = self.prompt + SCORED
@@ -86,33 +92,51 @@ class Model:
 
         return sorted(self.layers, key=cost)
 
-    def figures(self, read: list[Window], ratio: int, layers: list[str], tail: int) -> dict[str, float]:
-        """Behind the prompt: the change of the loss, absolute and relative, KL, and how often the top token is the same."""
-        plain_loss = change = divergence = same = 0.0
+    def by_window(self, read: list[Window], compressed: Callable[[Window], Tensor]) -> Tensor:
+        """Behind each prompt: the plain model's loss, its change, KL, and how often the top token is the same. float64
+        [windows, 4] on the CPU. compressed: gives what `compressed` of this class does."""
+        found = []
         for window in read:
             true = window.ids[0, self.prompt :, None]
             plain = self.attached.log_probabilities(window.plain)
-            other = self.attached.log_probabilities(self.compressed(window, ratio, layers, tail))
-            plain_loss -= plain.gather(1, true).mean().item()
-            change += (plain - other).gather(1, true).mean().item()
-            divergence += (plain.exp() * (plain - other)).sum(1).mean().item()
-            same += (plain.argmax(1) == other.argmax(1)).float().mean().item()
-        return {
-            "loss_change": round(change / len(read), 5),
-            "relative_loss_change": round(change / plain_loss, 5),
-            "kl": round(divergence / len(read), 5),
-            "top1_agreement": round(same / len(read), 5),
-        }
+            other = self.attached.log_probabilities(compressed(window))
+            change = (plain - other).gather(1, true).mean()
+            divergence = (plain.exp() * (plain - other)).sum(1).mean()
+            same = (plain.argmax(1) == other.argmax(1)).float().mean()
+            found.append(torch.stack([-plain.gather(1, true).mean(), change, divergence, same]))
+        return torch.stack(found).double().cpu()
 
     def saved(self, ratio: int, layers: int, tail: int) -> float:
-        """The share of a prompt's operations that is saved. Counted are linear layers and attention, not the logits."""
+        """The share of a prompt's operations that is saved."""
+        tokens = (self.prompt - tail) // ratio * ratio - START
+        return self.share(self.operations(tokens, ratio, layers))
+
+    def operations(self, tokens: int, ratio: int, layers: int) -> int:
+        """Operations that are saved."""
+        return saved_operations(tokens, ratio, layers, self.config.hidden_size, self.config.intermediate_size)
+
+    def share(self, operations: int) -> float:
+        """Operations over those of a prompt, of which linear layers and attention are counted, not the logits."""
         c, n = self.config, self.prompt
         head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         projections = c.hidden_size * head * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
         attention = 2 * c.num_attention_heads * head * n / 2
         whole = 2 * n * c.num_hidden_layers * (projections + attention + 3 * c.hidden_size * c.intermediate_size)
-        tokens = (n - tail) // ratio * ratio - START
-        return round(saved_operations(tokens, ratio, layers, c.hidden_size, c.intermediate_size) / whole, 4)
+        return round(operations / whole, 4)
+
+
+M = TypeVar("M", bound=Model)
+
+
+def figures(by_window: Tensor) -> dict[str, float]:
+    """The means of what `Model.by_window` gives, as reports have them."""
+    plain_loss, change, divergence, same = by_window.mean(0).tolist()
+    return {
+        "loss_change": round(change, 5),
+        "relative_loss_change": round(change / plain_loss, 5),
+        "kl": round(divergence, 5),
+        "top1_agreement": round(same, 5),
+    }
 
 
 def measure(model: Model, texts: dict[str, str], number: int) -> dict[str, Any]:
@@ -124,7 +148,8 @@ def measure(model: Model, texts: dict[str, str], number: int) -> dict[str, Any]:
     results = []
     for ratio, layers, tail in settings:
         row: dict[str, Any] = {"ratio": ratio, "layers": layers, "tail": tail, "saved": model.saved(ratio, layers, tail)}
-        row |= {kind: model.figures(each, ratio, order[:layers], tail) for kind, each in read.items()}
+        compressed = partial(model.compressed, ratio=ratio, layers=order[:layers], tail=tail)
+        row |= {kind: figures(model.by_window(each, compressed)) for kind, each in read.items()}
         results.append(row)
         print(f"ratio {ratio}, {layers:>2} layers, tail {tail:>3}, saved {row['saved']:6.1%}", end="")
         for kind in read:
@@ -133,9 +158,9 @@ def measure(model: Model, texts: dict[str, str], number: int) -> dict[str, Any]:
     return {"order": order, "windows": {kind: len(each) for kind, each in read.items()}, "results": results}
 
 
-def main() -> int:
-    """The command. Returns its exit status."""
-    parser = argparse.ArgumentParser(description="Measure what compression plugins cost and save.")
+def command(script: str, description: str, kind: type[M], measure: Callable[[M, dict[str, str], int], dict[str, Any]]) -> int:
+    """The command of a study of plugins, which `measure` does with a model of this kind. Returns its exit status."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", type=Path, help="folder of a model")
     parser.add_argument("plugins", type=Path, help="a file of sage variator train")
     parser.add_argument("--text", nargs="+", required=True, metavar="KIND=FILE", help="texts held out from training")
@@ -143,13 +168,13 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=16, help="prompts of each text (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
-    texts = {kind: read_text(Path(file)) for kind, _, file in (each.partition("=") for each in arguments.text)}
+    texts = {name: read_text(Path(file)) for name, _, file in (each.partition("=") for each in arguments.text)}
     with torch.inference_mode():
-        model = Model(arguments.model, str(arguments.plugins), arguments.prompt)
+        model = kind(arguments.model, str(arguments.plugins), arguments.prompt)
         found = measure(model, texts, arguments.windows)
     if arguments.out:
         report = {
-            **circumstances("benchmarks/studies/variator_quality.py"),
+            **circumstances(f"benchmarks/studies/{script}"),
             "model": arguments.model.name,
             "prompt": arguments.prompt,
             "scored": SCORED,
@@ -157,6 +182,11 @@ def main() -> int:
         }
         save(report, arguments.out)
     return 0
+
+
+def main() -> int:
+    """The command. Returns its exit status."""
+    return command("variator_quality.py", "Measure what compression plugins cost and save.", Model, measure)
 
 
 if __name__ == "__main__":
