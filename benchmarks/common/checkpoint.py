@@ -61,6 +61,8 @@ class Checkpoint:
     ) -> tuple[Tensor, None]:
         """query: [ways, heads, tokens, head_dim]; key, value: [ways, kv_heads, tokens, head_dim]; the result: [ways, tokens,
         heads, head_dim]."""
+        if more.get("softcap") is not None or more.get("s_aux") is not None:
+            raise ValueError("models with soft caps of logits or attention sinks cannot be measured here; take another")
         layer, window = module.layer_idx, more.get("sliding_window")
         query = query.unflatten(1, (key.shape[1], -1)) * scaling
         if self._ways:

@@ -365,6 +365,8 @@ def main() -> int:
             table,
         )
         return 0
+    if arguments.prompts < 3:
+        parser.error("--prompts must be at least 3: of two, neither key lies between the first and the local tokens")
     with torch.inference_mode():
         of_checkpoint(arguments.model, arguments.text, arguments.lengths, arguments.prompts, arguments.out)
     return 0

@@ -6,7 +6,7 @@ step with groups, a FFN computes fewer. A group lies in one request, so its row 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,10 +32,11 @@ class AdaptersOfGroups:
         )
         self._known: Any = None
 
-    def of(self, ffn: nn.Module) -> Callable[[Sequence[Segment]], AbstractContextManager[None]]:
+    def of(self, ffn: nn.Module) -> Callable[[Sequence[Segment]], AbstractContextManager[Any]]:
         """Makes a context of a step's segments, within which the FFN's rows are those that it computes for the segments.
         Outside, they are the step's."""
-        return partial(self._swapped, [layer for layer in ffn.modules() if isinstance(layer, BaseLayerWithLoRA)])
+        layers = [layer for layer in ffn.modules() if isinstance(layer, BaseLayerWithLoRA)]
+        return partial(self._swapped, layers) if layers else nullcontext  # adapters may be for other layers only
 
     @contextmanager
     def _swapped(self, layers: Sequence[Any], cut: Sequence[Segment]) -> Iterator[None]:
