@@ -46,7 +46,7 @@ class Choice:
 
     def describe(self, head_dim: int, count: int) -> Result:
         """bytes: of the summaries of PAGE tokens, for one KV head; recalled: the tokens of the pages that are chosen."""
-        summaries = self.pages(self.parts) * METHODS[self.method].bytes(head_dim)
+        summaries = self.pages(1) * self.parts * METHODS[self.method].bytes(head_dim)
         described = {"representative": self.method, "page": self.page, "parts": self.parts, "bytes": summaries}
         return described | {"pages": self.pages(count), "recalled": count * PAGE}
 
@@ -215,13 +215,13 @@ def layer_cases(figures: Figures, length: int) -> list[tuple[Case, list[Result]]
     ]
 
 
-def dense_layers(figures: Figures, length: int) -> list[Result]:
-    """The share of all attention that is read, as the mean over layers, if some read everything. dense: the first layers, or
-    those that lose most, the first of them first."""
+def dense_layers(by_case: Iterable[tuple[Case, list[Result]]], head_dim: int, length: int) -> list[Result]:
+    """The share of all attention that is read, as the mean over layers, if some read everything. by_case: `layer_cases`. dense:
+    the first layers, or those that lose most, the first of them first."""
     found = []
-    for (choice, row, count), layers in layer_cases(figures, length):
+    for (choice, row, count), layers in by_case:
         worst = sorted(layers, key=lambda each: each["all"])
-        case = choice.describe(figures.head_dim, count) | {"queries": row, "tokens": length}
+        case = choice.describe(head_dim, count) | {"queries": row, "tokens": length}
         sets = [("none", []), *((f"first {n}", layers[:n]) for n in DENSE), *((f"worst {n}", worst[:n]) for n in DENSE)]
         for name, dense in sets:
             lost = sum(1 - each["all"] for each in layers if each not in dense) / len(layers)

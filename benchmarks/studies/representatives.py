@@ -332,9 +332,9 @@ def of_checkpoint(folder: Path, text: Path, lengths: list[int], prompts: int, ou
     }
     for name, (cases, *names) in parts.items():
         keep(name, figures.results(cases, lengths), *names)
-    by_layer = [each for _, found in page_choice.layer_cases(figures, longest) for each in found]
-    keep("layers", by_layer, ("layer",), by_count, ("covered", "all"))
-    keep("dense layers", page_choice.dense_layers(figures, longest), ("dense",), by_count, ("all",))
+    by_case = page_choice.layer_cases(figures, longest)
+    keep("layers", [each for _, found in by_case for each in found], ("layer",), by_count, ("covered", "all"))
+    keep("dense layers", page_choice.dense_layers(by_case, model.head_dim, longest), ("dense",), by_count, ("all",))
     length = max((length for length in lengths if length <= LONGEST_KEYS), default=min(lengths))
     for task in ("passkey", "multikey"):
         found = page_choice.keys(model, task, length, prompts, document.splitlines(keepends=True))

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, whe
 
 import torch
 import torch.nn.functional as F
-from studies.variator_quality import ORDER_WINDOWS, TAIL, Model, Window, command, figures
+from studies.variator_quality import ORDER_WINDOWS, TAIL, Costs, Model, Window, command, figures
 from torch import Tensor
 
 from sage_backend.options import RATIOS
@@ -149,9 +149,6 @@ SCORES: dict[str, tuple[Score, bool]] = {
 }
 """How groups are chosen, and whether all layers take those of the first one."""
 
-Costs = dict[str, dict[int, float]]
-"""The divergence, in nats a token, of each layer and ratio alone."""
-
 Row = tuple[str, int, Choice]
 """A label, the operations that are saved, and what is compressed."""
 
@@ -171,9 +168,6 @@ class ChoosingModel(Model):
         """As `compressed`."""
         with self.attached.choosing(choice, window.ids, self.cut):
             return self.hidden(window.ids, self.cut)
-
-    def costs(self, read: list[Window]) -> Costs:
-        return {layer: {ratio: self.divergence(read, ratio, [layer]) for ratio in self.ratios} for layer in self.layers}
 
     def choices(self, costs: Costs) -> Iterator[list[Row]]:
         """Uniform rows, the least savings first, each with the choices that save as much behind it."""

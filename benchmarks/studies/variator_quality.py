@@ -34,6 +34,8 @@ ORDER_WINDOWS = 4
 TAIL = 64
 """Tokens at a prompt's end that stay uncompressed, as the option `tail` has it; other tails are in rows of their own."""
 TAILS = (16, 256, 512)
+Costs = dict[str, dict[int, float]]
+"""The divergence, in nats a token, of each layer and ratio alone."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,13 @@ class Model:
         found = [self.attached.divergence(each.plain, self.compressed(each, ratio, layers, TAIL)) for each in read]
         return torch.stack(found).mean().item()
 
+    def costs(self, read: list[Window]) -> Costs:
+        return {layer: {ratio: self.divergence(read, ratio, [layer]) for ratio in self.ratios} for layer in self.layers}
+
     def order(self, read: list[Window]) -> list[str]:
         """Layers by what each costs alone, over all ratios, the least first."""
-
-        def cost(layer: str) -> float:
-            return sum(self.divergence(read, ratio, [layer]) for ratio in self.ratios)
-
-        return sorted(self.layers, key=cost)
+        costs = self.costs(read)
+        return sorted(costs, key=lambda layer: sum(costs[layer].values()))
 
     def by_window(self, read: list[Window], compressed: Callable[[Window], Tensor]) -> Tensor:
         """Behind each prompt: the plain model's loss, its change, KL, and how often the top token is the same. float64

@@ -202,8 +202,7 @@ class SageImpl(AttentionImpl[SageMetadata]):
     def _profile(self, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Answer vLLM's profiling run, which has no cache yet, with zeros, and allocate what a step allocates: vLLM leaves the
         peak of this run free when it sizes the cache."""
-        shifted = self.memory_options is not None and self.memory_options.policy.trained_tokens > 0
-        scratch = prefill_scratch_bytes(query.device, self.layout, self.group, self.smooth_q, shifted)
+        scratch = prefill_scratch_bytes(query.device, self.layout, self.group, self.smooth_q, self.rotates_pages)
         if self.memory_options is not None:
             tokens, pages = len(query), -(-self.max_model_len // self.layout.tokens)
             batch = min(tokens, self.max_num_seqs), self.num_kv_heads, pages

@@ -63,6 +63,7 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
     shifted = replace(batch, rope_shift=RopeShift(table.expand(2, 2).unsqueeze(0), torch.zeros(2, head_dim)))
     if head_dim >= 256:  # whose tiles leave the least shared memory
         cases["means"] = batch, Modifiers(calibration=keys, q_block=block)
+    if head_dim >= 128:
         cases["turned means"] = shifted, Modifiers(calibration=keys, q_block=block)
     most = replace(batch, max_query_len=decode.max_rows(query.device, layout) // 4)
     yield "drafts", partial(attentions[1], query, pages, layout, most, 0.1, torch.empty_like(query), Modifiers())
@@ -71,7 +72,6 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
         cases["values"] = batch, Modifiers(calibration=values)
         cases["all"] = batch, Modifiers(100, 30.0, torch.zeros(8), values)
         cases["turns"] = shifted, Modifiers(calibration=keys)
-        cases["turned means"] = shifted, Modifiers(calibration=keys, q_block=block)
         held = PageCache.allocate(2, 2, layout, 2)
         yield "frames", partial(store.store, key, key, pages, slots, layout, keys, held)
         yield "", partial(page_cache.fetch_pages, held, pages, layout, batch)

@@ -383,6 +383,9 @@ def test_metadata_are_made_once_a_step(lora: Any, monkeypatch: pytest.MonkeyPatc
         return int(wrapper.update_metadata.call_count - before)
 
     assert made(cut) == 1
+    with adapters.of(torch.nn.Linear(1, 1))([]):  # adapters may be for other layers only
+        pass
+    assert wrapper.update_metadata.call_count == 1
     managing._last_mapping = replace(managing._last_mapping, index_mapping=(9, *of_step[1:-1], 5))
     assert made(cut) == 1
     managing.lora_index_to_id.reverse()

@@ -196,12 +196,19 @@ def largest_magnitude(x):
 
 
 @triton.jit
-def quantize_q(low, high, scale):
-    """Two halves of query rows, float32 [rows, channels] each, which share a scale -> int8 codes of both, and float32 [rows],
-    the factor from code products to base-2 logits."""
+def quantize_halves(low, high):
+    """Two halves of rows, float32 [rows, channels] each, which share a scale -> int8 codes of both, and the largest magnitude,
+    float32 [rows], which the code 127 stands for."""
     amax = tl.maximum(largest_magnitude(low), largest_magnitude(high), propagate_nan=tl.PropagateNan.ALL)
     factor = inverse_or_zero(amax, 127.0)[:, None]
-    return to_int(low * factor).to(tl.int8), to_int(high * factor).to(tl.int8), amax * (scale * LOG2E / 127.0)
+    return to_int(low * factor).to(tl.int8), to_int(high * factor).to(tl.int8), amax
+
+
+@triton.jit
+def quantize_q(low, high, scale):
+    """`quantize_halves` of query rows, but with the factor from code products to base-2 logits, float32 [rows]."""
+    low, high, amax = quantize_halves(low, high)
+    return low, high, amax * (scale * LOG2E / 127.0)
 
 
 @triton.jit

@@ -17,10 +17,8 @@ from sage_kernels.portable.primitives import (
     TABLE_STRIDES,
     TABLES,
     find_request,
-    inverse_or_zero,
-    largest_magnitude,
+    quantize_halves,
     rope_pairs,
-    to_int,
     turn_back,
 )
 from sage_paged import PageLayout
@@ -60,10 +58,9 @@ def _turn_kernel(
         high = tl.load(keys + HALF, mask=valid, other=0).to(tl.float32)
         # Away from the start, which is the rotation of `turn_back` with both halves exchanged.
         high, low = turn_back(high, low, (shift_table + shift * HEAD_DIM + pair)[None, :], valid, HALF)
-        amax = tl.maximum(largest_magnitude(low), largest_magnitude(high))
-        inverse = inverse_or_zero(amax, 127.0)[:, None]
-        tl.store(keys, to_int(low * inverse).to(tl.int8), mask=valid)
-        tl.store(keys + HALF, to_int(high * inverse).to(tl.int8), mask=valid)
+        low, high, amax = quantize_halves(low, high)
+        tl.store(keys, low, mask=valid)
+        tl.store(keys + HALF, high, mask=valid)
         tl.store(scales + tokens, tl.load(scales + tokens) * (amax * (1.0 / 127.0)))
 
 

@@ -149,14 +149,14 @@ def _attend(
     logits, bias = qk_product(terms(q), k, k_scale), of_anchor(q)
     if shift is not None:
         for page, pages_back in enumerate(shift.pages[kv_head].tolist()):
+            if not pages_back:
+                continue
             rotated = turn_back(q, shift.table[pages_back])
             own = slice(page * layout.tokens, (page + 1) * layout.tokens)
-            if not turns_keys:
-                product = qk_product(terms(rotated), k[own], k_scale[own])
-            elif pages_back:
+            if turns_keys:
                 product = qk_product(terms(q), *turn_keys(k[own], k_scale[own], in_order(shift.table[pages_back])))
             else:
-                continue
+                product = qk_product(terms(rotated), k[own], k_scale[own])
             logits[:, own] = product + of_anchor(rotated) - bias
     if modifiers.soft_cap:
         logits, bias = modifiers.soft_cap * torch.tanh((logits + bias) / modifiers.soft_cap), torch.zeros_like(bias)
