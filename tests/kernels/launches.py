@@ -81,6 +81,35 @@ def launches(capability: int, head_dim: int, k_bits: int) -> Iterator[Launch]:
         # Only portable prefill smooths queries, and for sm_90 decodes alone have no kernel that reads pages elsewhere.
         for attention in attentions[: 1 if modifiers.q_block else 3 if where.rope_shift else None]:
             yield name, partial(attention, query, pages, layout, where, 0.1, torch.empty_like(query), modifiers)
+    if capability == 90 and len(attentions) > 2:
+        for name in ("", "all", "turns")[: 3 if head_dim == 128 else 1]:
+            yield from form_launches(attentions[2], name, query, pages, layout, *cases[name])
+
+
+def form_launches(
+    prefill: Callable[..., Any], name: str, query: Any, pages: Any, layout: Any, batch: Any, modifiers: Any
+) -> Iterator[Launch]:
+    """Prefill for sm_90, in each of its forms."""
+    import torch
+
+    for form, context in contexts(layout.head_dim):
+        table = torch.zeros(1, -(-context // layout.tokens), dtype=torch.int32)
+        shift = batch.rope_shift and replace(batch.rope_shift, pages=table.expand(1, 2, -1))
+        where = replace(batch, block_table=table, rope_shift=shift)
+        yield (
+            f"{form} {name}".strip(),
+            partial(prefill, query, pages, layout, where, 0.1, torch.empty_like(query), modifiers),
+        )
+
+
+def contexts(head_dim: int) -> Iterator[tuple[str, int]]:
+    """The forms of the prefill kernel for sm_90, each with tokens of context for which it is chosen."""
+    from sage_kernels.hopper import prefill
+
+    names = {prefill.SINGLE: "single", prefill.COOPERATIVE: "cooperative"}
+    for most, form in prefill.FORMS[head_dim]:
+        yield names[form], most
+    yield "pingpong", most + 1
 
 
 def selection_launches(query: Any, k_bits: int, batch: Any, keys: Any) -> Iterator[Launch]:

@@ -55,6 +55,9 @@ def test_a_kernel_that_starts_early_first_waits(compiled: tuple[int, list[dict[s
 def test_shared_memory_suffices(compiled: tuple[int, list[dict[str, Any]]]) -> None:
     capability, kernels = compiled
     assert [kernel for kernel in kernels if kernel["shared"] > SHARED_KIB[capability] * 1024] == []
+    twice = [kernel for kernel in kernels if kernel["mask"].startswith("single")]
+    assert bool(twice) == (capability == 90)
+    assert [kernel for kernel in twice if 2 * (kernel["shared"] + 1024) > 228 * 1024] == []  # two programs a multiprocessor
 
 
 def test_tensor_cores_are_used(compiled: tuple[int, list[dict[str, Any]]]) -> None:

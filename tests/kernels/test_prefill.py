@@ -9,10 +9,10 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_cases import KERNEL_ERROR, ON_GPU, batches, build, many, smoothing_tokens
+from kernel_cases import KERNEL_ERROR, ON_GPU, ON_HOPPER, batches, build, many, smoothing_tokens
 from paged_batch import make_batch, poisoned, relative_error
 
-from sage_kernels import LayerCalibration, Modifiers, PagedBatch, cpu, reference
+from sage_kernels import LayerCalibration, Modifiers, PagedBatch, RopeShift, cpu, reference
 from sage_kernels.portable import widen
 from sage_paged import PageLayout
 
@@ -175,3 +175,85 @@ def test_tiles_of_many_prompts(kernels) -> None:
         out = poisoned(batch.query)
         kernels.prefill(*batch.attention_args(), out, modifiers)
         assert relative_error(out, expected) < KERNEL_ERROR
+
+
+FORM_CASES = [(300, 300), (900, 130), (128, 128), (200, 1), (2300, 70)]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "max_seq_len", "window", "expected"),
+    [
+        (128, 8, None, 0, "COOPERATIVE"),  # what the block table holds
+        (128, 8, 512, 0, "SINGLE"),
+        (128, 8, 513, 0, "COOPERATIVE"),
+        (128, 8, 2049, 0, "PINGPONG"),
+        (128, 8, 2049, 256, "SINGLE"),
+        (128, 130, 512, 0, "COOPERATIVE"),  # 65 heads of a group do not fit into 64 rows
+        (64, 8, None, 0, "SINGLE"),
+        (64, 8, 10_000, 0, "PINGPONG"),
+        (256, 8, 100, 0, "COOPERATIVE"),
+        (256, 8, 2049, 0, "PINGPONG"),
+    ],
+)
+def test_forms_by_context(
+    head_dim: int, heads: int, max_seq_len: int | None, window: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sage_kernels.hopper import prefill
+    from sage_kernels.hopper.copy import PageDescriptors
+
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]):
+            return lambda *_, **constants: launched.append((grid, constants))
+
+    monkeypatch.setattr(prefill, "_prefill_kernel", Kernel())
+    monkeypatch.setattr(prefill, "descriptors", lambda *_: PageDescriptors(*[None] * 5))
+    monkeypatch.setattr(prefill, "multiprocessors", lambda _: 3)
+    pages = (max_seq_len or 2048) // 128 + 1 if max_seq_len else 16
+    batch = make_batch(PageLayout(head_dim), [(200, 200)], heads, 2)
+    table = torch.zeros(1, pages, dtype=torch.int32)
+    batch.requests = replace(batch.requests, block_table=table, max_seq_len=max_seq_len)
+    prefill.prefill(*batch.attention_args(), poisoned(batch.query), Modifiers(window))
+    ((programs,), constants), form = launched[0], getattr(prefill, expected)
+    assert (constants["num_warps"], constants["PARTITIONS"], constants["PROGRAMS"]) == (
+        form.warps,
+        form.partitions,
+        form.programs,
+    )
+    assert constants["BLOCK_Q"] == form.rows // (heads // 2)
+    assert programs == 3 * form.programs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="the portable kernel has one form")
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("variant", [{}, {"window": 130, "soft_cap": 15.0, "sinks": True}], ids=str)
+@pytest.mark.parametrize(("k_bits", "v_bits"), [(8, 8), (4, 4)])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_forms_agree(
+    kernels, head_dim: int, k_bits: int, v_bits: int, variant: dict[str, Any], shifted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, if not in how a query times the anchor of keys is summed up: which form runs depends on other requests."""
+    from sage_kernels.hopper import prefill
+
+    layout = PageLayout(head_dim, k_bits, v_bits=v_bits)
+    shape = {"layout": layout, "requests": FORM_CASES, "heads": 8, "kv_heads": 2, "smooth": True, "smooth_v": True}
+    batch, modifiers, expected = build(shape | {"equalize": True}, variant, kernels.device)
+    if shifted:
+        table = batch.requests.block_table[:, None].repeat(1, 2, 1)
+        pages = torch.randint(0, 50, table.shape, dtype=torch.int32, device=table.device)
+        pages[..., -3:] = 0
+        frequencies = 1e4 ** -(torch.arange(0, head_dim, 2) / head_dim)
+        shift = RopeShift(pages, reference.rope_shift_table(frequencies, 50, 128).to(kernels.device))
+        batch.requests = replace(batch.requests, block_table=table, rope_shift=shift)
+    outputs = []
+    for form in (prefill.SINGLE, prefill.COOPERATIVE, prefill.PINGPONG):
+        if form != prefill.SINGLE or head_dim < 256:
+            monkeypatch.setattr(prefill, "choose_form", lambda *_, form=form: form)
+            outputs.append(poisoned(batch.query))
+            kernels.prefill(*batch.attention_args(), outputs[-1], modifiers)
+    assert shifted or relative_error(outputs[0], expected) < KERNEL_ERROR
+    rounded = bool(variant) and head_dim == 128  # only a soft cap and sinks take that product
+    for other in outputs[1:]:
+        assert torch.equal(other, outputs[0]) or (rounded and relative_error(other, outputs[0].cpu()) < KERNEL_ERROR)

@@ -86,7 +86,7 @@ def copy_scales(
 def clear_v_behind(buffer, length, PAGE: gl.constexpr):
     """Set the V codes behind the first `length` tokens of a page in shared memory to 0: an earlier owner of the cache may have
     left a NaN there, and 0 * NaN would reach every row. A fence must follow."""
-    V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // PAGE, PAGE // 16], [4, 1], [1, 0])
+    V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [32 * 16 // PAGE, PAGE // 16], [gl.num_warps(), 1], [1, 0])
     filled = _v_token(gl.arange(0, PAGE, gl.SliceLayout(0, V_LAYOUT))) < length
     bits = buffer.load(V_LAYOUT).to(gl.uint8, bitcast=True)
     buffer.store(gl.where(filled[None, :], bits, 0).to(gl.uint8).to(gl.float8e4nv, bitcast=True))

@@ -110,9 +110,9 @@ def put_tile(tile, queue, tile_index):
 
 
 @gluon.jit
-def get_tile(queue, tile_index, WARPS: gl.constexpr):
-    """The tile with this index, in a partition of WARPS warps. It stays in the queue until `release_tile`."""
-    EVERYWHERE: gl.constexpr = gl.BlockedLayout([16], [32], [WARPS], [0])
+def get_tile(queue, tile_index):
+    """The tile with this index. It stays in the queue until `release_tile`."""
+    EVERYWHERE: gl.constexpr = gl.BlockedLayout([16], [32], [gl.num_warps()], [0])
     wait_full(queue.full, tile_index, QUEUE)
     packed = queue.slots.index(tile_index % QUEUE).load(EVERYWHERE)
     fields = gl.arange(0, 16, EVERYWHERE)
