@@ -74,10 +74,10 @@ def source(arguments: argparse.Namespace, longest: int, folder: str) -> tuple[di
 
 
 class Clock:
-    """Times what an engine does with random prompts. vocabulary: see `source`."""
+    """Times what an engine does with random prompts. vocabulary: see `source`. xargs: of all requests."""
 
-    def __init__(self, llm: Any, vocabulary: int | list[int]) -> None:
-        self.llm, self.vocabulary, self.rng = llm, vocabulary, random.Random(0)
+    def __init__(self, llm: Any, vocabulary: int | list[int], xargs: dict[str, Any] | None = None) -> None:
+        self.llm, self.vocabulary, self.xargs, self.rng = llm, vocabulary, xargs, random.Random(0)
 
     def prompts(self, batch: int, length: int) -> list[Any]:
         if isinstance(self.vocabulary, int):
@@ -91,7 +91,7 @@ class Clock:
         """Seconds that so many tokens of each answer take."""
         from vllm import SamplingParams  # see `main`
 
-        sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False, extra_args=self.xargs)
         start = time.perf_counter()
         self.llm.generate(prompts, sampling, use_tqdm=False)
         return time.perf_counter() - start
@@ -157,7 +157,7 @@ def measure(run: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 from sage_backend.engine import impl  # imports vLLM
 
                 impl.attend_prefill = lambda *_, **__: None
-            clock = Clock(llm, vocabulary)
+            clock = Clock(llm, vocabulary, arguments.xargs)
             figures["first_request_seconds"] = round(clock.generate(clock.prompts(1, min(200, longest - 1)), 1), 3)
             for length in arguments.prefill:
                 add(clock.prefill(length, arguments.warm_up, arguments.repeat))
@@ -209,6 +209,7 @@ def parse() -> argparse.Namespace:
         help="(SAGE only) skip attention in prefills, to time decode steps after contexts that would take minutes to read; "
         "pages then hold other values than the model's, which does not change the time of a step",
     )
+    parser.add_argument("--xargs", type=json.loads, metavar="JSON", help="`vllm_xargs` of all requests")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     how.add_argument("--graphs", action="store_true", help="without torch.compile, with CUDA graphs for decode steps")

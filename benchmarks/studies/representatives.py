@@ -367,8 +367,11 @@ def main() -> int:
         return 0
     if arguments.prompts < 3:
         parser.error("--prompts must be at least 3: of two, neither key lies between the first and the local tokens")
-    with torch.inference_mode():
-        of_checkpoint(arguments.model, arguments.text, arguments.lengths, arguments.prompts, arguments.out)
+    try:
+        with torch.inference_mode():
+            of_checkpoint(arguments.model, arguments.text, arguments.lengths, arguments.prompts, arguments.out)
+    except ValueError as error:
+        parser.error(str(error))
     return 0
 
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/, whe
 
 import torch
 import torch.nn.functional as F
-from studies.variator_quality import ORDER_WINDOWS, TAIL, Costs, Model, Window, command, figures
+from studies.variator_quality import ORDER_WINDOWS, SCORED, TAIL, Costs, Keep, Model, Window, command, figures
 from torch import Tensor
 
 from sage_backend.options import RATIOS
@@ -234,27 +234,36 @@ def difference(kl: Tensor, uniform: Tensor) -> dict[str, float]:
     return {"kl_change": round(change.mean().item(), 5), "kl_change_error": round(error, 5)}
 
 
-def measure(model: ChoosingModel, texts: dict[str, str], number: int) -> dict[str, Any]:
+def measure(model: ChoosingModel, texts: dict[str, str], number: int, keep: Keep) -> None:
+    """Raises ValueError for a text that is too short for an error of means."""
     torch.manual_seed(0)
     read = {kind: model.windows(text, ORDER_WINDOWS + number) for kind, text in texts.items()}
+    for kind, each in read.items():
+        if len(each) < ORDER_WINDOWS + 2:
+            raise ValueError(
+                f"{kind} has {len(each)} windows of {model.prompt + SCORED} tokens; it takes {ORDER_WINDOWS} to order layers "
+                "and at least 2 more"
+            )
     costs = model.costs([window for each in read.values() for window in each[:ORDER_WINDOWS]])
     held_out = {kind: each[ORDER_WINDOWS:] for kind, each in read.items()}
-    results = []
+    results: list[dict[str, Any]] = []
+    found = {"costs": costs, "windows": {kind: len(each) for kind, each in held_out.items()}, "results": results}
     print(f"{'saved':>6} {'what is compressed':<64}" + "".join(f" {kind + ': loss':>12} {HEADS}" for kind in texts))
     for rows in model.choices(costs):
         uniform: dict[str, Tensor] = {}
         for label, operations, choice in rows:
-            row: dict[str, Any] = {"label": label, "saved": model.share(operations)}
-            row |= {"ratios": choice.ratios} if choice.groups is None else {"groups": choice.groups, "scores": choice.scores}
+            row: dict[str, Any] = {"label": label, "saved": model.share(operations), "ratios": choice.ratios}
+            if choice.groups is not None:
+                row |= {"groups": choice.groups, "scores": choice.scores}
             print(f"{row['saved']:6.1%} {label:<64}", end="")
             for kind, windows in held_out.items():
-                found = model.by_window(windows, partial(model.chosen, choice=choice))
-                row[kind] = of = figures(found) | difference(found[:, 2], uniform.setdefault(kind, found[:, 2]))
+                by_window = model.by_window(windows, partial(model.chosen, choice=choice))
+                row[kind] = of = figures(by_window) | difference(by_window[:, 2], uniform.setdefault(kind, by_window[:, 2]))
                 print(f" {of['relative_loss_change']:+12.2%} {of['kl']:7.4f} {of['kl_change']:+8.4f}", end="")
                 print(f" ±{of['kl_change_error']:.4f} {of['top1_agreement']:7.2%}", end="", flush=True)
             results.append(row)
+            keep(found)
             print()
-    return {"costs": costs, "windows": {kind: len(each) for kind, each in held_out.items()}, "results": results}
 
 
 def main() -> int:

@@ -128,6 +128,8 @@ class Model:
 
 
 M = TypeVar("M", bound=Model)
+Keep = Callable[[dict[str, Any]], None]
+"""Takes all that a study has found so far, after each row: the next one may be interrupted."""
 
 
 def figures(by_window: Tensor) -> dict[str, float]:
@@ -141,27 +143,29 @@ def figures(by_window: Tensor) -> dict[str, float]:
     }
 
 
-def measure(model: Model, texts: dict[str, str], number: int) -> dict[str, Any]:
+def measure(model: Model, texts: dict[str, str], number: int, keep: Keep) -> None:
     read = {kind: model.windows(text, number) for kind, text in texts.items()}
     order = model.order([window for each in read.values() for window in each[:ORDER_WINDOWS]])
     counts = sorted({max(1, round(len(order) * part / 8)) for part in range(1, 9)})
     settings = [(ratio, layers, TAIL) for ratio in model.ratios for layers in counts]
     settings += [(ratio, len(order), tail) for ratio in model.ratios for tail in TAILS if tail < model.prompt - START]
-    results = []
+    results: list[dict[str, Any]] = []
+    found = {"order": order, "windows": {kind: len(each) for kind, each in read.items()}, "results": results}
     for ratio, layers, tail in settings:
         row: dict[str, Any] = {"ratio": ratio, "layers": layers, "tail": tail, "saved": model.saved(ratio, layers, tail)}
         compressed = partial(model.compressed, ratio=ratio, layers=order[:layers], tail=tail)
         row |= {kind: figures(model.by_window(each, compressed)) for kind, each in read.items()}
         results.append(row)
+        keep(found)
         print(f"ratio {ratio}, {layers:>2} layers, tail {tail:>3}, saved {row['saved']:6.1%}", end="")
         for kind in read:
             print(f"   {kind} {row[kind]['relative_loss_change']:+7.2%} {row[kind]['top1_agreement']:6.2%}", end="")
         print(flush=True)
-    return {"order": order, "windows": {kind: len(each) for kind, each in read.items()}, "results": results}
 
 
-def command(script: str, description: str, kind: type[M], measure: Callable[[M, dict[str, str], int], dict[str, Any]]) -> int:
-    """The command of a study of plugins, which `measure` does with a model of this kind. Returns its exit status."""
+def command(script: str, description: str, kind: type[M], measure: Callable[[M, dict[str, str], int, Keep], None]) -> int:
+    """The command of a study of plugins, which `measure` does with a model of this kind; a ValueError is its user's. Returns
+    its exit status."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", type=Path, help="folder of a model")
     parser.add_argument("plugins", type=Path, help="a file of sage variator train")
@@ -171,18 +175,18 @@ def command(script: str, description: str, kind: type[M], measure: Callable[[M, 
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     texts = {name: read_text(Path(file)) for name, _, file in (each.partition("=") for each in arguments.text)}
-    with torch.inference_mode():
-        model = kind(arguments.model, str(arguments.plugins), arguments.prompt)
-        found = measure(model, texts, arguments.windows)
-    if arguments.out:
-        report = {
-            **circumstances(f"benchmarks/studies/{script}"),
-            "model": arguments.model.name,
-            "prompt": arguments.prompt,
-            "scored": SCORED,
-            **found,
-        }
-        save(report, arguments.out)
+    report = circumstances(f"benchmarks/studies/{script}")
+    report |= {"model": arguments.model.name, "prompt": arguments.prompt, "scored": SCORED}
+
+    def keep(found: dict[str, Any]) -> None:
+        if arguments.out:
+            save(report | found, arguments.out)
+
+    try:
+        with torch.inference_mode():
+            measure(kind(arguments.model, str(arguments.plugins), arguments.prompt), texts, arguments.windows, keep)
+    except ValueError as error:
+        parser.error(str(error))
     return 0
 
 

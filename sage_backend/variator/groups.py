@@ -25,7 +25,7 @@ START = CHUNK
 with their neighbours, they are lost to every token behind."""
 
 FFN_SHARE = 2 / 3
-"""Of a token's operations: 8 of 12 hidden² where a FFN is four times as wide as the model (Vaswani et al. 2017), and attention
+"""Of a token's operations: 8 of 12 hidden² where an FFN is four times as wide as the model (Vaswani et al. 2017), and attention
 to a long prompt does not yet count. Good enough to compare what is cached with what is not."""
 
 
@@ -68,7 +68,7 @@ class Segment:
 
     @property
     def rows(self) -> int:
-        """Rows that a FFN computes for them."""
+        """Rows that an FFN computes for them."""
         return (self.end - self.first) // self.ratio
 
 

@@ -38,7 +38,7 @@ direct_register_custom_op("ffn", _ffn, mutates_args=["out"], fake_impl=lambda x,
 
 
 class CompressedFFN:
-    """A FFN and its plugins by ratio. attention: vLLM's name of the same layer's attention, whose metadata have the
+    """An FFN and its plugins by ratio. attention: vLLM's name of the same layer's attention, whose metadata have the
     segments. adapted: given the segments, the context in which `plain` computes their rows."""
 
     def __init__(

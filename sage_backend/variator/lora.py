@@ -2,7 +2,7 @@
 """LoRA adapters of the rows that FFNs with plugins compute.
 
 vLLM's LoRA layers ask a punica wrapper which adapter a row has, and it knows the rows of the step: one for each token. In a
-step with groups, a FFN computes fewer. A group lies in one request, so its row has the adapter of its first token.
+step with groups, an FFN computes fewer. A group lies in one request, so its row has the adapter of its first token.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -25,7 +25,8 @@ COSTS = {LAYERS[0]: {2: 0.2, 4: 0.5}, LAYERS[1]: {2: 0.1, 4: 0.3}}
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """And with short windows."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(variator_quality, "SCORED", 64)
+    for module in (variator_quality, variator_choices):
+        monkeypatch.setattr(module, "SCORED", 64)
 
 
 @pytest.fixture
@@ -162,3 +163,13 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert [set(by_ratio) for by_ratio in report["costs"].values()] == [{"2", "4"}] * 2
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(report["results"])
     assert all(row["code"]["kl"] > 0 for row in report["results"])
+
+
+def test_a_text_without_enough_windows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(MODEL_DIR), str(PLUGINS), "--text", f"code={HELDOUT}", "--windows", "1", "--prompt", str(PROMPT)]
+    monkeypatch.setattr("sys.argv", ["variator_choices.py", *words])
+    with pytest.raises(SystemExit, match="2"):
+        variator_choices.main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    length = PROMPT + variator_choices.SCORED
+    assert said.endswith(f"error: code has 5 windows of {length} tokens; it takes 4 to order layers and at least 2 more")

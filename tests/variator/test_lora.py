@@ -323,7 +323,7 @@ def adapted_linear(lora: Any, inputs: int, outputs: int, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_ffn_with_adapters(lora: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A FFN with plugins and LoRA layers computes what plain torch does with each request's adapter merged. With the wrapper
+    """An FFN with plugins and LoRA layers computes what plain torch does with each request's adapter merged. With the wrapper
     that vLLM has on this machine: Triton kernels on a GPU, torch on a CPU."""
     torch.manual_seed(seed)
     dtype = getattr(torch, EXACT)
