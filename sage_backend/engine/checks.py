@@ -180,7 +180,7 @@ def _check_front_end(options: SageOptions) -> None:
     if any(asks.values()) and getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
         names = " and ".join(f'"{name}"' for name, asked in asks.items() if asked)
         raise ValueError(
-            f"{names} in --additional-config \"sage\": vLLM's front end in Rust does not check what requests ask for; unset "
+            f'{names} in --additional-config "sage": vLLM\'s front end in Rust does not check what requests ask for; unset '
             "VLLM_USE_RUST_FRONTEND"
         )
 
@@ -280,7 +280,13 @@ def _check_host_pages(config: Any, host_gib: float) -> None:
 
 
 CGROUP = Path("/sys/fs/cgroup")
-"""Where a container sees its own limits (cgroup version 2)."""
+"""Where a container sees its own limits."""
+CGROUP_FILES = {
+    "": ("memory.max", "memory.current", "memory.stat"),
+    "total_": ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+}
+"""The files with a container's limit, its use and what that consists of, of cgroup versions 2 and 1, by the prefix of names in
+the last one."""
 
 
 def free_host_memory() -> int:
@@ -288,15 +294,18 @@ def free_host_memory() -> int:
     import psutil  # type: ignore[import-untyped]  # of vLLM's; `sage doctor` checks configurations where vLLM is not installed
 
     free: int = psutil.virtual_memory().available
-    try:
-        limit, used, stat = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current", "stat"))
-    except OSError:  # no cgroup of version 2
-        return free
-    if limit == "max":
-        return free
-    numbers = dict(line.split() for line in stat.splitlines())
-    cached_files = int(numbers["active_file"]) + int(numbers["inactive_file"])  # the kernel gives them up where memory is short
-    return min(free, int(limit) - int(used) + cached_files)
+    for prefix, names in CGROUP_FILES.items():
+        try:
+            limit, used, stat = ((CGROUP / name).read_text().strip() for name in names)
+        except OSError:  # another version, or no container
+            continue
+        if limit == "max":  # version 1 has a number above all memory
+            return free
+        numbers = dict(line.split() for line in stat.splitlines())
+        # The kernel gives up cached files where memory is short.
+        cached_files = sum(int(numbers[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+        return min(free, int(limit) - int(used) + cached_files)
+    return free
 
 
 def _check_calibration(file: str, config: Any) -> None:

@@ -155,16 +155,23 @@ def test_sliding_windows(layers: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(
-    ("limit", "free"), [(None, 5000), ("max\n", 5000), ("9000\n", 5000), ("4000\n", 1300)],
+    ("limit", "free"), [(None, 5000), ("max", 5000), ("9000", 5000), ("4000", 1300)],
     ids=["no container", "no limit", "more than is available", "less than is available"],
 )  # fmt: skip
-def test_free_host_memory(limit: str | None, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_host_memory(version: int, limit: str | None, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """5000 bytes are available, and a container has used 3000 of those that it may have, 300 of them for files."""
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=5000))
     monkeypatch.setattr(checks, "CGROUP", tmp_path)
-    if limit is not None:
-        (tmp_path / "memory.current").write_text("3000\n")
-        (tmp_path / "memory.stat").write_text("anon 2600\nactive_file 100\ninactive_file 200\n")
-        (tmp_path / "memory.max").write_text(limit)
+    files = {"memory.current": "3000", "memory.stat": "anon 2600\nactive_file 100\ninactive_file 200", "memory.max": limit}
+    if version == 1:  # whose own processes are counted apart from those of groups within
+        files = {
+            "memory/memory.usage_in_bytes": "3000",
+            "memory/memory.stat": "active_file 1\ninactive_file 2\ntotal_active_file 100\ntotal_inactive_file 200",
+            "memory/memory.limit_in_bytes": "9223372036854771712" if limit == "max" else limit,
+        }
+    for name, text in files.items() if limit else ():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
     assert checks.free_host_memory() == free
